@@ -1,0 +1,63 @@
+#include "core/arena.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+namespace moemamba {
+
+namespace {
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kRowAlignment = 16;
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+}  // namespace
+
+Buffer::Buffer(DeviceKind device, int64_t bytes) : bytes_(bytes) {
+  check(device == DeviceKind::cpu, "this build holds memory on the CPU only");
+  if (bytes == 0) return;
+  data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, round_up(bytes, kAlignment)));
+  check(data_ != nullptr, "out of memory: could not allocate ", bytes,
+        " bytes; use fewer sequences per micro-batch or more ranks");
+  std::memset(data_, 0, size_t(bytes));
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+Buffer::~Buffer() { std::free(data_); }
+
+Arena::Arena(std::string name, DeviceKind device, int64_t bytes)
+    : name_(std::move(name)), buffer_(device, std::max<int64_t>(bytes, kAlignment)),
+      capacity_(bytes) {}
+
+Arena Arena::measure(std::string name) {
+  Arena arena;
+  arena.name_ = std::move(name);
+  arena.capacity_ = int64_t{1} << 60;
+  return arena;
+}
+
+Tensor Arena::take(Shape shape, DType dtype, const char* who) {
+  const int64_t size = size_of(dtype);
+  const bool padded = shape.dims > 1 && shape.rows() > 1;
+  const int64_t row = padded ? round_up(shape.last() * size, kRowAlignment) : shape.last() * size;
+  const int64_t bytes = round_up(row * shape.rows(), kAlignment);
+  check(used_ + bytes <= capacity_, name_, " arena is full: ", who, " ", to_string(shape), " ",
+        name_of(dtype), " needs ", bytes, " bytes, ", capacity_ - used_, " of ", capacity_,
+        " are left");
+  // A measuring arena starts at a fake address that is never read.
+  std::byte* base = measures() ? reinterpret_cast<std::byte*>(kAlignment) : buffer_.data();
+  Tensor tensor{.data = base + used_, .shape = shape, .stride = row / size, .dtype = dtype};
+  used_ += bytes;
+  peak_ = std::max(peak_, used_);
+  return tensor;
+}
+
+}  // namespace moemamba

@@ -1,0 +1,63 @@
+#pragma once
+#include <limits>
+
+#include "core/device.h"
+
+namespace moemamba {
+
+// Owns one block of zeroed memory, 64-byte aligned.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(DeviceKind device, int64_t bytes);
+  Buffer(Buffer&& other) noexcept;
+  Buffer& operator=(Buffer&& other) noexcept;
+  ~Buffer();
+  std::byte* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Hands out views of one allocation, made before step one. Rows of a tensor with more than one row
+// are padded to 16 bytes, tensors start on 64-byte borders. Full: an Error that names who asked
+// and for how much.
+class Arena {
+ public:
+  Arena(std::string name, DeviceKind device, int64_t bytes);
+  // Only counts: its tensors have addresses but no memory. For dry streams.
+  static Arena measure(std::string name);
+
+  Tensor take(Shape shape, DType dtype = DType::f32, const char* who = "tensor");
+  int64_t used() const { return used_; }
+  int64_t peak() const { return peak_; }
+  int64_t capacity() const { return capacity_; }
+  bool measures() const { return buffer_.data() == nullptr; }
+  void reset_peak() { peak_ = used_; }
+  void give_back(int64_t used) { used_ = used; }
+
+ private:
+  Arena() = default;
+  std::string name_;
+  Buffer buffer_;
+  int64_t capacity_ = 0;
+  int64_t used_ = 0;
+  int64_t peak_ = 0;
+};
+
+// Gives back, when it ends, all that was taken since it began.
+class Frame {
+ public:
+  explicit Frame(Arena& arena) : arena_(arena), used_(arena.used()) {}
+  ~Frame() { arena_.give_back(used_); }
+  Frame(const Frame&) = delete;
+  Frame& operator=(const Frame&) = delete;
+
+ private:
+  Arena& arena_;
+  int64_t used_;
+};
+
+}  // namespace moemamba

@@ -1,0 +1,31 @@
+#pragma once
+#include "kernels/run.h"
+
+namespace moemamba {  // letters: T tokens, V vocabulary, D width
+
+// Head and cross-entropy without whole logits: logits = x weight', computed in fixed tiles of
+// tokens that live in the stream's workspace only.
+//   loss[t] = logsumexp(logits_t) - logits_t[targets[t]]   (0 where targets[t] = -1: not counted)
+// With gradients (dx and dweight given): of scale * sum_t loss[t].
+struct HeadCrossEntropy {
+  static constexpr auto name = "head_cross_entropy";
+  Tensor x;        // [T, D] read
+  Tensor weight;   // [V, D] read
+  Tensor targets;  // [T] i32 read, -1 .. V - 1
+  Tensor loss;     // [T] written, f32
+  Tensor dx;       // [T, D] written, optional
+  Tensor dweight;  // [V, D] written (or added to), f32, with dx
+  float scale = 1;
+  bool accumulate = false;
+  static constexpr auto reads() {
+    return std::tuple(&HeadCrossEntropy::x, &HeadCrossEntropy::weight, &HeadCrossEntropy::targets);
+  }
+  static constexpr auto writes() {
+    return std::tuple(&HeadCrossEntropy::loss, &HeadCrossEntropy::dx, &HeadCrossEntropy::dweight);
+  }
+  void check() const;
+};
+
+void run_cpu(Stream&, const HeadCrossEntropy&);
+
+}  // namespace moemamba

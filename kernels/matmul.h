@@ -1,0 +1,58 @@
+#pragma once
+#include "kernels/run.h"
+
+namespace moemamba {  // letters: M, N, K of a product; E experts (groups), R rows sorted by group
+
+// out = op(a) op(b) (+ out), op transposes where asked: op(a)[M, K], op(b)[K, N], out[M, N].
+// Fixed tiles over M and N (and, for products summed over many rows, fixed blocks of K added in
+// order), each one single-threaded BLAS call: the bits do not depend on the number of threads.
+struct Matmul {
+  static constexpr auto name = "matmul";
+  Tensor a;    // [M, K], or [K, M] with a_transposed; read
+  Tensor b;    // [K, N], or [N, K] with b_transposed; read
+  Tensor out;  // [M, N] written (or added to)
+  bool a_transposed = false;
+  bool b_transposed = false;
+  bool accumulate = false;
+  static constexpr auto reads() { return std::tuple(&Matmul::a, &Matmul::b); }
+  static constexpr auto writes() { return std::tuple(&Matmul::out); }
+  void check() const;
+};
+
+// For every group e: out rows of e = (rows of e of a) op(b[e]). Rows past offsets[E] are not
+// touched; empty groups cost nothing.
+struct GroupedMatmul {
+  static constexpr auto name = "grouped_matmul";
+  Tensor a;        // [R, K] read
+  Tensor b;        // [E, K, N], or [E, N, K] with b_transposed; read
+  Tensor offsets;  // [E + 1] i32 read, ascending, offsets[0] = 0, offsets[E] <= R
+  Tensor out;      // [R, N] written
+  bool b_transposed = false;
+  static constexpr auto reads() {
+    return std::tuple(&GroupedMatmul::a, &GroupedMatmul::b, &GroupedMatmul::offsets);
+  }
+  static constexpr auto writes() { return std::tuple(&GroupedMatmul::out); }
+  void check() const;
+};
+
+// For every group e: out[e] = (rows of e of a)' (rows of e of b) (+ out[e]). A group without rows
+// writes zeros (or adds nothing).
+struct GroupedOuter {
+  static constexpr auto name = "grouped_outer";
+  Tensor a;        // [R, M] read
+  Tensor b;        // [R, N] read
+  Tensor offsets;  // [E + 1] i32 read
+  Tensor out;      // [E, M, N] written (or added to), f32
+  bool accumulate = false;
+  static constexpr auto reads() {
+    return std::tuple(&GroupedOuter::a, &GroupedOuter::b, &GroupedOuter::offsets);
+  }
+  static constexpr auto writes() { return std::tuple(&GroupedOuter::out); }
+  void check() const;
+};
+
+void run_cpu(Stream&, const Matmul&);
+void run_cpu(Stream&, const GroupedMatmul&);
+void run_cpu(Stream&, const GroupedOuter&);
+
+}  // namespace moemamba

@@ -1,0 +1,82 @@
+#pragma once
+#include "kernels/run.h"
+
+namespace moemamba {  // letters: T rows, F columns
+
+enum class Activation : uint8_t { relu, gelu, silu };  // gelu: the exact one, with erf
+
+// y = act(x). Only the first `rows` rows where `rows` is given; the others are not touched.
+struct ActivationForward {
+  static constexpr auto name = "activation_forward";
+  Tensor x;     // [T, F] read
+  Tensor rows;  // [1] i32 read, optional: how many rows count
+  Tensor y;     // [T, F] written; may be x
+  Activation kind = Activation::relu;
+  static constexpr auto reads() { return std::tuple(&ActivationForward::x, &ActivationForward::rows); }
+  static constexpr auto writes() { return std::tuple(&ActivationForward::y); }
+  void check() const;
+};
+
+// dx = dy * act'(x).
+struct ActivationBackward {
+  static constexpr auto name = "activation_backward";
+  Tensor x;     // [T, F] read, as in forward
+  Tensor dy;    // [T, F] read
+  Tensor rows;  // [1] i32 read, optional
+  Tensor dx;    // [T, F] written; may be dy
+  Activation kind = Activation::relu;
+  static constexpr auto reads() {
+    return std::tuple(&ActivationBackward::x, &ActivationBackward::dy, &ActivationBackward::rows);
+  }
+  static constexpr auto writes() { return std::tuple(&ActivationBackward::dx); }
+  void check() const;
+};
+
+// y = silu(gate) * up (SwiGLU's product; also Mamba's gate with up = y, gate = z).
+struct SwiGluForward {
+  static constexpr auto name = "swiglu_forward";
+  Tensor gate;  // [T, F] read
+  Tensor up;    // [T, F] read
+  Tensor rows;  // [1] i32 read, optional
+  Tensor y;     // [T, F] written
+  static constexpr auto reads() {
+    return std::tuple(&SwiGluForward::gate, &SwiGluForward::up, &SwiGluForward::rows);
+  }
+  static constexpr auto writes() { return std::tuple(&SwiGluForward::y); }
+  void check() const;
+};
+
+struct SwiGluBackward {
+  static constexpr auto name = "swiglu_backward";
+  Tensor gate;   // [T, F] read
+  Tensor up;     // [T, F] read
+  Tensor dy;     // [T, F] read
+  Tensor rows;   // [1] i32 read, optional
+  Tensor dgate;  // [T, F] written
+  Tensor dup;    // [T, F] written
+  static constexpr auto reads() {
+    return std::tuple(&SwiGluBackward::gate, &SwiGluBackward::up, &SwiGluBackward::dy,
+                      &SwiGluBackward::rows);
+  }
+  static constexpr auto writes() { return std::tuple(&SwiGluBackward::dgate, &SwiGluBackward::dup); }
+  void check() const;
+};
+
+// out = a + b.
+struct Add {
+  static constexpr auto name = "add";
+  Tensor a;    // [T, F] read
+  Tensor b;    // [T, F] read
+  Tensor out;  // [T, F] written; may be a or b
+  static constexpr auto reads() { return std::tuple(&Add::a, &Add::b); }
+  static constexpr auto writes() { return std::tuple(&Add::out); }
+  void check() const;
+};
+
+void run_cpu(Stream&, const ActivationForward&);
+void run_cpu(Stream&, const ActivationBackward&);
+void run_cpu(Stream&, const SwiGluForward&);
+void run_cpu(Stream&, const SwiGluBackward&);
+void run_cpu(Stream&, const Add&);
+
+}  // namespace moemamba

@@ -1,0 +1,133 @@
+#pragma once
+#include "kernels/run.h"
+
+namespace moemamba {
+// letters: T tokens, E experts, K experts per token, D width, G routing groups, R = T K rows at most
+
+// The router's decision. Choices are made on logits, ties go to the lower expert id; weights are
+// softmax probabilities over all experts (renormalised over the K chosen where asked). T / G tokens
+// in token order share a capacity of floor(capacity_factor T/G K / E) rows per expert (0 =
+// dropless), kept in token order (all k of a token before the next token); later ones are dropped.
+// A NaN logit sets `flag`, never an index (expert k is then taken for choice k).
+// balance[g] = E sum_e mean_t(p_te) count_e / (T/G K), counts before dropping (Switch Transformer);
+// z[g] = mean_t logsumexp(logits_t)^2. Unweighted: the model multiplies by its coefficients.
+struct Route {
+  static constexpr auto name = "route";
+  Tensor logits;         // [T, E] read, f32
+  Tensor probabilities;  // [T, E] written
+  Tensor expert;         // [T, K] i32 written
+  Tensor weight;         // [T, K] written: 0 for a dropped row
+  Tensor position;       // [T, K] i32 written: row in the order sorted by expert (then token, then
+                         // k); -1 = dropped
+  Tensor source;         // [T K] i32 written: of each sorted row, t K + k; rows past the end: -1
+  Tensor offsets;        // [E + 1] i32 written: kept rows per expert, as offsets of the sorted order
+  Tensor counts;         // [G, E] i32 written: choices per group and expert before dropping
+  Tensor balance;        // [G] written
+  Tensor z;              // [G] written
+  Tensor flag;           // [1] i32 written: 1 = a logit was NaN
+  int64_t groups = 1;    // G, divides T (T = 0: no group has a token, nothing but zeros is written)
+  float capacity_factor = 0;
+  bool renormalise = false;
+  static constexpr auto reads() { return std::tuple(&Route::logits); }
+  static constexpr auto writes() {
+    return std::tuple(&Route::probabilities, &Route::expert, &Route::weight, &Route::position,
+                      &Route::source, &Route::offsets, &Route::counts, &Route::balance, &Route::z,
+                      &Route::flag);
+  }
+  void check() const;
+};
+
+// dlogits from the gradient of the weights (ignored where position is -1) and from
+// loss += balance_scale * sum_g balance[g] + z_scale * sum_g z[g].
+struct RouteBackward {
+  static constexpr auto name = "route_backward";
+  Tensor logits;         // [T, E] read
+  Tensor probabilities;  // [T, E] read
+  Tensor expert;         // [T, K] i32 read
+  Tensor position;       // [T, K] i32 read
+  Tensor counts;         // [G, E] i32 read
+  Tensor dweight;        // [T, K] read
+  Tensor dlogits;        // [T, E] written
+  int64_t groups = 1;
+  bool renormalise = false;
+  float balance_scale = 0, z_scale = 0;
+  static constexpr auto reads() {
+    return std::tuple(&RouteBackward::logits, &RouteBackward::probabilities, &RouteBackward::expert,
+                      &RouteBackward::position, &RouteBackward::counts, &RouteBackward::dweight);
+  }
+  static constexpr auto writes() { return std::tuple(&RouteBackward::dlogits); }
+  void check() const;
+};
+
+// Permute: rows[r] = x[source[r] / K] for the first offsets[E] rows.
+struct Permute {
+  static constexpr auto name = "permute";
+  Tensor x;        // [T, D] read
+  Tensor source;   // [R] i32 read
+  Tensor offsets;  // [E + 1] i32 read
+  Tensor rows;     // [R, D] written
+  int64_t top_k = 1;
+  static constexpr auto reads() {
+    return std::tuple(&Permute::x, &Permute::source, &Permute::offsets);
+  }
+  static constexpr auto writes() { return std::tuple(&Permute::rows); }
+  void check() const;
+};
+
+// Its gradient: dx[t] = sum over k in order of drows[position[t, k]] (+ dx[t]).
+struct PermuteBackward {
+  static constexpr auto name = "permute_backward";
+  Tensor drows;     // [R, D] read
+  Tensor position;  // [T, K] i32 read
+  Tensor dx;        // [T, D] written (or added to)
+  bool accumulate = false;
+  static constexpr auto reads() {
+    return std::tuple(&PermuteBackward::drows, &PermuteBackward::position);
+  }
+  static constexpr auto writes() { return std::tuple(&PermuteBackward::dx); }
+  void check() const;
+};
+
+// Weighted un-permute: y[t] = sum over k in order of weight[t, k] rows[position[t, k]]; 0 if all of
+// a token's rows were dropped.
+struct Unpermute {
+  static constexpr auto name = "unpermute";
+  Tensor rows;      // [R, D] read
+  Tensor position;  // [T, K] i32 read
+  Tensor weight;    // [T, K] read, f32
+  Tensor y;         // [T, D] written
+  static constexpr auto reads() {
+    return std::tuple(&Unpermute::rows, &Unpermute::position, &Unpermute::weight);
+  }
+  static constexpr auto writes() { return std::tuple(&Unpermute::y); }
+  void check() const;
+};
+
+// drows[position[t, k]] = weight[t, k] dy[t];  dweight[t, k] = <dy[t], rows[position[t, k]]>
+// (0 where dropped).
+struct UnpermuteBackward {
+  static constexpr auto name = "unpermute_backward";
+  Tensor dy;        // [T, D] read
+  Tensor rows;      // [R, D] read, as in forward
+  Tensor position;  // [T, K] i32 read
+  Tensor weight;    // [T, K] read
+  Tensor drows;     // [R, D] written; may be rows
+  Tensor dweight;   // [T, K] written
+  static constexpr auto reads() {
+    return std::tuple(&UnpermuteBackward::dy, &UnpermuteBackward::rows,
+                      &UnpermuteBackward::position, &UnpermuteBackward::weight);
+  }
+  static constexpr auto writes() {
+    return std::tuple(&UnpermuteBackward::drows, &UnpermuteBackward::dweight);
+  }
+  void check() const;
+};
+
+void run_cpu(Stream&, const Route&);
+void run_cpu(Stream&, const RouteBackward&);
+void run_cpu(Stream&, const Permute&);
+void run_cpu(Stream&, const PermuteBackward&);
+void run_cpu(Stream&, const Unpermute&);
+void run_cpu(Stream&, const UnpermuteBackward&);
+
+}  // namespace moemamba

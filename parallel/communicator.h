@@ -1,0 +1,55 @@
+#pragma once
+#include <chrono>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/device.h"
+
+namespace moemamba {
+
+// One rank's seat in one group. Every member makes the same calls in the same order, each on a
+// stream; a call is enqueued and does not wait for the others. A group of one copies. Every wait
+// has a deadline and throws PeerLost{group, rank if known}; a member that fails calls abort(), and
+// all others throw PeerLost instead of waiting. Threads are the reference implementation; MPI (and
+// later NCCL) pass the same suite.
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual const std::string& name() const = 0;
+
+  // Rank r gets bytes send[send_offsets[r] .. send_offsets[r + 1]) and what it sends lands at
+  // recv[recv_offsets[r] .. recv_offsets[r + 1]). Counts must match on both sides (checked: an
+  // Error naming both ranks and counts). Pointers and both arrays (size() + 1 each) must stay valid
+  // until the call is done. `send` and `recv` must not overlap.
+  struct AllToAll {
+    const void* send;
+    const int64_t* send_offsets;
+    void* recv;
+    const int64_t* recv_offsets;
+  };
+  virtual void all_to_all(Stream& stream, const AllToAll& call) = 0;
+
+  // recv[r * bytes ..) = rank r's `bytes` at send. In place: send == recv + rank() * bytes.
+  virtual void all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) = 0;
+
+  // This rank failed: wakes all the others. Called once, from any thread.
+  virtual void abort(const std::string& why) noexcept = 0;
+};
+
+// Sums over the ranks in rank order: the same bits on every member and for every implementation.
+// values[i] of all ranks are added; on return (of the stream) each rank holds the sums.
+// `workspace`: size() * bytes. f32, f64 or i64.
+void all_reduce_sum(Communicator& group, Stream& stream, const Tensor& values, Tensor workspace);
+
+// Everybody reached this point.
+void barrier(Communicator& group, Stream& stream);
+
+// The seats of `size` threads of this process: seats[i] belongs to thread i.
+std::vector<std::unique_ptr<Communicator>> make_thread_group(
+    int size, std::string name, std::chrono::milliseconds deadline);
+
+}  // namespace moemamba

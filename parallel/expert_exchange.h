@@ -1,0 +1,50 @@
+#pragma once
+#include <vector>
+
+#include "core/arena.h"
+#include "parallel/communicator.h"
+#include "parallel/layout.h"
+
+namespace moemamba {
+// letters: E experts in all, E' experts of this rank, M ranks of the expert group, D width,
+// S = T K rows that this rank may send at most, C = exchange rows: capacity of one chunk
+
+// Rows to the ranks that hold their experts, and back (house.md, decision 5). Received rows are
+// numbered by (expert, source rank, source row); chunk i holds numbers [i C, (i + 1) C). Memory is
+// C rows whatever the routing; more rows mean more chunks, agreed by the group (the maximum).
+class ExpertExchange {
+ public:
+  // capacity: C >= 1. max_rows: S. Everything that plan() writes is allocated here.
+  ExpertExchange(Communicator& group, const RankLayout& layout, int64_t capacity, int64_t max_rows);
+
+  int64_t capacity() const { return capacity_; }
+  // Chunks that a plan may need at most: ceil(M S / C) (what a dry run assumes is min(2, this)).
+  int64_t most_chunks() const;
+
+  // Shares offsets (i32 [E + 1], this rank's sorted rows) with the group. Host waits here. On a dry
+  // stream: as if min(2, most_chunks()) chunks were full.
+  void plan(Stream& stream, const Tensor& offsets);
+  int64_t chunks() const { return chunks_; }       // of the latest plan; at least 1; same on all
+  int64_t received_rows() const { return received_; }  // over all chunks
+
+  // rows[S, D] (sorted by expert) -> out.values[C, D], out.offsets[E' + 1] of chunk `chunk`.
+  // staging: [C, D].
+  void dispatch(Stream& stream, int64_t chunk, const Tensor& rows, const Rows& out,
+                const Tensor& staging) const;
+  // The way back: rows.values of chunk `chunk` -> their places in out[S, D] (other rows of out are
+  // not touched).
+  void combine(Stream& stream, int64_t chunk, const Rows& rows, const Tensor& out,
+               const Tensor& staging) const;
+  double take_seconds();  // spent in exchanges since the last call
+
+ private:
+  void place(int64_t chunk);  // this chunk's intervals: see the .cc
+  Communicator& group_;
+  const RankLayout& layout_;
+  int64_t capacity_, max_rows_, chunks_ = 1, received_ = 0;
+  std::vector<int32_t> counts_;  // [M, E] rows that each rank sends to each expert
+  std::vector<int64_t> send_offsets_, recv_offsets_;
+  mutable double seconds_ = 0;
+};
+
+}  // namespace moemamba

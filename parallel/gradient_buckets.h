@@ -1,0 +1,51 @@
+#pragma once
+#include <vector>
+
+#include "core/arena.h"
+#include "parallel/communicator.h"
+
+namespace moemamba {  // letters: P elements of a bucket (padded to a multiple of the group), N ranks
+
+// Gradient reduction and weight gathering behind the computation. A bucket is one flat run of f32
+// parameters of one block and one group; rank r of the group owns elements [r P/N, (r + 1) P/N).
+//
+// ready(i): the bucket's local gradient is complete. On the communication stream each rank sends
+// the others their slices and adds what it gets in rank order (reduce-scatter as all-to-all plus
+// ordered sum, so that the bits do not depend on any library); the sum lands in the rank's own
+// slice of the gradient buffer. Buckets become ready in the same order on all ranks.
+class GradientBuckets {
+ public:
+  struct Bucket {
+    Tensor gradient;  // [P] f32
+    Tensor value;     // [P] f32
+    Communicator* group;
+    std::string name;
+  };
+  // REQUIRES: P divisible by the group's size. Memory for the largest bucket is taken here.
+  GradientBuckets(std::vector<Bucket> buckets, Stream& communication);
+
+  int64_t size() const { return int64_t(buckets_.size()); }
+  const Bucket& bucket(int64_t i) const { return buckets_[size_t(i)]; }
+  Tensor owned_gradient(int64_t i) const;  // [P / N] of this rank
+  Tensor owned_value(int64_t i) const;
+
+  void ready(int64_t i, Stream& compute);  // compute: the gradient is complete there
+  void finish(Stream& compute);            // compute waits until all ready buckets are reduced
+  // After the optimizer: all-gathers the new values of every bucket, in order, behind `compute`.
+  void gather_weights(Stream& compute);
+  // compute waits until bucket i's new values are there (no wait before the first gather).
+  void wait_weights(int64_t i, Stream& compute);
+  // Seconds that the communication stream spent in reductions and gathers since the last call.
+  double take_seconds();
+
+ private:
+  std::vector<Bucket> buckets_;
+  std::vector<Event> gathered_;
+  std::vector<std::vector<int64_t>> send_offsets_, recv_offsets_;
+  Stream& communication_;
+  Event last_;
+  Buffer receive_;
+  double seconds_ = 0;
+};
+
+}  // namespace moemamba

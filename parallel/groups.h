@@ -1,0 +1,23 @@
+#pragma once
+#include "parallel/communicator.h"
+#include "parallel/layout.h"
+
+namespace moemamba {
+
+// The communicators of one rank, one for each purpose that may be in flight at the same time.
+// Passed by reference, never global. Groups of one are there too: nothing asks how many ranks.
+struct ProcessGroups {
+  RankLayout layout;
+  int rank;                                      // in the world
+  std::unique_ptr<Communicator> data;            // all ranks: gradients of dense parameters
+  std::unique_ptr<Communicator> expert_data;     // gradients of expert parameters
+  std::unique_ptr<Communicator> expert;          // token exchange
+  std::unique_ptr<Communicator> control;         // all ranks: small facts (losses, verdicts)
+  void abort(const std::string& why) noexcept;   // of all four
+};
+
+// One entry a rank, for ranks that are threads of this process.
+std::vector<ProcessGroups> make_thread_groups(const RankLayout& layout,
+                                              std::chrono::milliseconds deadline);
+
+}  // namespace moemamba
