@@ -21,15 +21,17 @@ class Communicator {
   virtual int size() const = 0;
   virtual const std::string& name() const = 0;
 
-  // Rank r gets bytes send[send_offsets[r] .. send_offsets[r + 1]) and what it sends lands at
-  // recv[recv_offsets[r] .. recv_offsets[r + 1]). Counts must match on both sides (checked: an
-  // Error naming both ranks and counts). Pointers and both arrays (size() + 1 each) must stay valid
-  // until the call is done. `send` and `recv` must not overlap.
+  // Rank r gets send_bytes[r] bytes at send + send_offsets[r]; what it sends lands at
+  // recv + recv_offsets[r], recv_bytes[r] bytes. Counts must match on both sides (checked: an Error
+  // naming both ranks and counts). Pointers and the four arrays (size() each) must stay valid until
+  // the call is done. What is sent and what is received must not overlap.
   struct AllToAll {
     const void* send;
     const int64_t* send_offsets;
+    const int64_t* send_bytes;
     void* recv;
     const int64_t* recv_offsets;
+    const int64_t* recv_bytes;
   };
   virtual void all_to_all(Stream& stream, const AllToAll& call) = 0;
 
