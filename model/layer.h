@@ -1,0 +1,56 @@
+#pragma once
+#include <concepts>
+#include <vector>
+
+#include "core/arena.h"
+#include "parallel/expert_exchange.h"
+
+namespace moemamba {  // letters: T tokens = B sequences x L, D model width, E experts
+
+// What the router did in one micro-batch, added up over layers and micro-batches on the host.
+struct RoutingFacts {
+  std::vector<double> counts;  // [layers, E] choices, before dropping
+  double balance = 0, z = 0;   // sums over groups and layers, unweighted
+  double dropped = 0;          // rows beyond capacity
+  double not_a_number = 0;     // layers in which a logit was NaN
+};
+
+// The recurrent state of one Mamba layer between two calls.
+struct MambaState {
+  Tensor conv;  // [B, W - 1, I] the last inputs of the convolution
+  Tensor scan;  // [B, I, N] h
+};
+
+// One micro-batch on its way through the layers: where work goes, where memory comes from.
+struct Step {
+  Stream& stream;
+  Arena& arena;  // a stack: what forward saves stays until the micro-batch ends; rest in Frames
+  ExpertExchange* exchange = nullptr;
+  RoutingFacts* facts = nullptr;
+  int64_t sequences = 1;   // B
+  Tensor starts;           // [T] u8, optional: tokens that begin a document
+  int64_t routing_groups = 1;
+  bool accumulate = false;      // weight gradients are added: not the first micro-batch of a step
+  float balance_scale = 0;      // of each group's balance loss in the step's loss
+  float z_scale = 0;
+  // Recurrent decoding: states before this call, and after it (other memory); else null.
+  const std::vector<MambaState>* initial = nullptr;
+  const std::vector<MambaState>* final = nullptr;
+
+  // Takes a product for a weight's gradient. Operators are values: a later version may keep them
+  // until an exchange is in flight; nothing reads a weight's gradient before the block ends.
+  template <class Op>
+  void weight_work(const Op& op) {
+    run(stream, op);
+  }
+};
+
+// A struct of parameters whose Saved names all that passes from forward to backward.
+template <class L>
+concept Layer = requires(const L layer, Step& step, Tensor x, typename L::Saved& saved,
+                         const typename L::Saved& kept) {
+  { layer.forward(step, x, saved) } -> std::same_as<Tensor>;
+  { layer.backward(step, x, x, kept) } -> std::same_as<void>;
+};
+
+}  // namespace moemamba

@@ -1,0 +1,27 @@
+#pragma once
+#include "kernels/norm.h"
+#include "model/config.h"
+#include "model/layer.h"
+#include "model/parameters.h"
+
+namespace moemamba {  // letters: T tokens, D width
+
+// The pre-norm of a sub-layer, fused with the residual add before it: s = x + residual,
+// y = norm(s). Not a Layer: it has two inputs and two outputs.
+struct Norm {
+  NormKind kind = NormKind::layer;
+  float eps = 1e-5f;
+  const Parameter* weight = nullptr;  // [D]
+  const Parameter* bias = nullptr;    // [D]; LayerNorm only
+
+  struct Saved {
+    Tensor s, mean, rstd;
+  };
+  static Norm make(ParameterStore& store, const std::string& name, const ModelSizes& sizes);
+  // residual may be empty; the sum is written over it. Returns y; saved.s is the residual stream.
+  Tensor forward(Step& step, Tensor x, Tensor residual, Saved& saved) const;
+  // dstream [T, D]: gradient of s beside the norm; the norm's share is added to it in place.
+  void backward(Step& step, Tensor dy, Tensor dstream, const Saved& saved) const;
+};
+
+}  // namespace moemamba

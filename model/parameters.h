@@ -1,0 +1,88 @@
+#pragma once
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "parallel/gradient_buckets.h"
+#include "parallel/groups.h"
+
+namespace moemamba {
+
+// The distribution of a tensor's first values (reference: docs/operators.md, "initial values").
+struct Initial {
+  enum class Kind : uint8_t { constant, uniform, truncated_normal, log_arange, inverse_softplus_dt };
+  Kind kind = Kind::constant;
+  // constant: a. uniform: +-a. truncated_normal: deviation a, cut at +-b. log_arange: ln(1 .. last
+  // extent) in every row. inverse_softplus_dt: softplus^-1(exp(U(ln 0.001, ln 0.1))).
+  double a = 0, b = 0;
+};
+
+enum class Axis : uint8_t { data, expert_data };  // the ranks that its gradient is summed over
+
+// One named tensor, or one per expert of this rank (then the first extent counts them and the name
+// holds "{}" for the expert's global number).
+struct Parameter {
+  std::string name;
+  Shape shape;
+  Initial initial;
+  Axis axis = Axis::data;
+  int bucket = 0;
+  int64_t offset = 0;  // within its bucket, in elements
+  Tensor value;        // f32 view of the flat buffer
+  Tensor gradient;     // f32 view; valid for the whole micro-batch loop
+};
+
+// A global tensor of which this rank holds all elements (or all elements of its own experts).
+struct NamedTensor {
+  std::string name;
+  Tensor value;
+};
+
+// Owns values, gradients and moments in flat buffers cut into named slices, in buckets in block
+// order: one bucket for each (block, axis). Every rank owns 1/N of every padded bucket (ZeRO-1).
+class ParameterStore {
+ public:
+  explicit ParameterStore(const ProcessGroups& groups) : groups_(groups) {}
+
+  // Parameters are added in forward order, bucket by bucket, then allocated once.
+  void begin_block(const std::string& name);
+  const Parameter* add(const std::string& name, Shape shape, Initial initial,
+                       Axis axis = Axis::data);
+  void allocate();
+
+  int bucket_of_block(int block, Axis axis) const;  // -1: the block has no such parameters
+  int blocks() const { return int(blocks_.size()); }
+  std::vector<GradientBuckets::Bucket> buckets() const;
+  Tensor moments(int bucket, int which) const;  // [P / N] of this rank; which: 0 = m, 1 = v
+  const std::deque<Parameter>& parameters() const { return parameters_; }
+
+  // Fills this rank's values: a pure function of (seed, global name, index).
+  void initialise(uint64_t seed);
+  // Tensors under global names; experts one by one. `all`: what this rank holds.
+  std::vector<NamedTensor> named_tensors() const;
+
+ private:
+  struct Bucket {
+    std::string name;
+    Axis axis;
+    int64_t elements = 0, padded = 0;
+    Buffer value, gradient, m, v;
+  };
+  struct Block {
+    std::string name;
+    int bucket[2] = {-1, -1};
+  };
+  Communicator& group(Axis axis) const {
+    return axis == Axis::data ? *groups_.data : *groups_.expert_data;
+  }
+  const ProcessGroups& groups_;
+  std::deque<Parameter> parameters_;
+  std::vector<Bucket> buckets_;
+  std::vector<Block> blocks_;
+};
+
+// Fills `value` with the first values of the tensor called `name`.
+void initialise(const Tensor& value, const Initial& initial, uint64_t seed,
+                const std::string& name);
+
+}  // namespace moemamba
