@@ -1,0 +1,61 @@
+#pragma once
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "core/file.h"
+
+namespace moemamba {
+
+// Seconds that one step spent in each phase.
+struct StepSeconds {
+  double data = 0;
+  double forward = 0;
+  double backward = 0;
+  double exchange = 0;   // waiting for expert rows
+  double reduction = 0;  // waiting for gradients
+  double optimizer = 0;
+};
+
+// What one step tells of itself. Losses are nats per token.
+struct StepRecord {
+  int64_t step = 0;
+  double loss = 0;  // ce + balance_loss + z_loss: what is optimised
+  double ce = 0;
+  double balance_loss = 0;
+  double z_loss = 0;
+  double grad_norm = 0;
+  double lr = 0;
+  double tokens_per_second = 0;
+  double load_max_over_mean = 0;  // of the worst layer
+  int64_t dead_experts = 0;       // over all layers
+  int64_t dropped_rows = 0;
+  StepSeconds seconds;
+  std::optional<double> val_loss;  // where the step ended with an evaluation
+  std::optional<double> val_bpb;
+};
+
+// metrics.jsonl: one JSON object a step, whole lines only; what is not finite becomes null.
+// A disk that refuses a line costs that line and one sentence on stderr, never the training.
+// Allocates nothing after construction while the disk accepts.
+class MetricsWriter {
+ public:
+  // Appends to `path`. Unlike a later write, failing to open is an Error.
+  MetricsWriter(FileSystem& files, const std::string& path);
+  void record(const StepRecord& record);
+  int64_t lost_lines() const { return lost_lines_; }
+
+ private:
+  std::string path_;
+  std::unique_ptr<OutputFile> file_;
+  int64_t bytes_ = 0;  // whole lines so far
+  bool torn_ = false;  // a part of a line may follow them
+  int64_t lost_lines_ = 0;
+};
+
+// The line of `record` without its newline, into buffer; returns its length.
+// REQUIRES: size >= kMetricsLine.
+constexpr size_t kMetricsLine = 1024;
+size_t format_metrics(const StepRecord& record, char* buffer, size_t size);
+
+}  // namespace moemamba

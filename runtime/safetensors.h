@@ -1,0 +1,59 @@
+#pragma once
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/file.h"
+#include "core/tensor.h"
+
+namespace moemamba {
+
+// One tensor of a safetensors file: dense, row-major, little-endian.
+struct StoredTensor {
+  std::string name;
+  DType dtype = DType::f32;
+  Shape shape;
+  int64_t begin = 0;  // bytes after the header; the writer fills them in
+  int64_t end = 0;
+};
+
+// Writes a file tensor by tensor: all names first, then the values in that order. The header is
+// padded so that values start on a 64-byte border; the file appears with commit().
+class SafetensorsWriter {
+ public:
+  SafetensorsWriter(FileSystem& files, const std::string& path, std::vector<StoredTensor> tensors,
+                    const std::map<std::string, std::string>& metadata = {});
+  // The values of the next tensor of the list: its shape and dtype, any row stride.
+  void write(const Tensor& values);
+  void commit();
+
+ private:
+  AtomicFile file_;
+  std::vector<StoredTensor> tensors_;
+  size_t next_ = 0;
+};
+
+// A file of anybody's, mapped. The constructor believes nothing: it throws an Error unless the
+// header (at most 100 MB) is JSON without duplicate names, every shape and dtype gives the bytes
+// that its offsets span, and the offsets cover the file without holes or overlaps.
+class SafetensorsReader {
+ public:
+  explicit SafetensorsReader(const std::string& path);
+  const std::string& path() const { return file_.path(); }
+  const std::vector<StoredTensor>& tensors() const { return tensors_; }  // in file order
+  const StoredTensor* find(const std::string& name) const;               // null = not there
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  const std::byte* data(const StoredTensor& tensor) const;
+  // Copies into `to`, which has the same shape, converting between f32 and bf16 where they differ.
+  void read(const StoredTensor& tensor, const Tensor& to) const;
+
+ private:
+  MappedFile file_;
+  std::vector<StoredTensor> tensors_;
+  std::unordered_map<std::string, size_t> by_name_;
+  std::map<std::string, std::string> metadata_;
+  int64_t start_ = 0;
+};
+
+}  // namespace moemamba
