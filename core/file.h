@@ -13,6 +13,8 @@ class OutputFile {
  public:
   virtual ~OutputFile() = default;                         // closes, silently
   virtual void write(const void* data, size_t bytes) = 0;  // at the end; an Error may leave a part
+  // Over bytes that were written before. REQUIRES: opened with create.
+  virtual void write_at(int64_t offset, const void* data, size_t bytes) = 0;
   virtual void truncate(int64_t bytes) = 0;
   virtual void sync() = 0;
   virtual void close() = 0;
@@ -50,10 +52,12 @@ class AtomicFile {
   ~AtomicFile();
   void write(const void* data, size_t bytes);
   void write(std::string_view text) { write(text.data(), text.size()); }
+  void write_at(int64_t offset, const void* data, size_t bytes);  // over bytes written before
   int64_t bytes() const { return bytes_; }
   void commit();
 
  private:
+  void flush();
   FileSystem& files_;
   std::string path_;
   std::string temporary_;

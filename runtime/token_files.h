@@ -61,7 +61,7 @@ class TokenWriter {
   TokenFormat format_;
   int64_t vocabulary_;
   bool wide_;
-  AtomicFile tokens_;  // llmc: without its header, which is known only at the end
+  AtomicFile tokens_;
   std::vector<int64_t> lengths_;
   std::vector<uint16_t> narrow_;
   int64_t size_ = 0;

@@ -1,0 +1,242 @@
+#include "core/file.h"
+
+#include <fcntl.h>
+#include <openssl/evp.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <system_error>
+#include <utility>
+
+#include "core/error.h"
+
+namespace moemamba {
+namespace {
+
+constexpr size_t kBuffered = 1 << 18;  // AtomicFile writes in pieces of this size
+
+[[noreturn]] void refuse(const std::string& path, const char* what, int reason) {
+  throw Error(concat(path, ": cannot ", what, ": ", std::generic_category().message(reason)));
+}
+
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  int get() const { return fd_; }
+  int release() { return std::exchange(fd_, -1); }
+
+ private:
+  int fd_;
+};
+
+class PosixFile : public OutputFile {
+ public:
+  PosixFile(std::string path, int fd) : path_(std::move(path)), fd_(fd) {}
+
+  void write(const void* data, size_t bytes) override {
+    const char* from = static_cast<const char*>(data);
+    while (bytes > 0) {
+      const ssize_t done = ::write(fd_.get(), from, bytes);
+      if (done < 0 && errno == EINTR) continue;
+      if (done <= 0) refuse(path_, "write", done < 0 ? errno : ENOSPC);
+      from += done;
+      bytes -= size_t(done);
+    }
+  }
+
+  void write_at(int64_t offset, const void* data, size_t bytes) override {
+    const char* from = static_cast<const char*>(data);
+    while (bytes > 0) {
+      const ssize_t done = ::pwrite(fd_.get(), from, bytes, offset);
+      if (done < 0 && errno == EINTR) continue;
+      if (done <= 0) refuse(path_, "write", done < 0 ? errno : ENOSPC);
+      from += done;
+      offset += done;
+      bytes -= size_t(done);
+    }
+  }
+
+  void truncate(int64_t bytes) override {
+    if (::ftruncate(fd_.get(), bytes) != 0) refuse(path_, "truncate", errno);
+  }
+
+  void sync() override {
+    if (::fsync(fd_.get()) != 0) refuse(path_, "sync", errno);
+  }
+
+  void close() override {
+    const int fd = fd_.release();
+    if (fd >= 0 && ::close(fd) != 0 && errno != EINTR) refuse(path_, "close", errno);
+  }
+
+ private:
+  std::string path_;
+  Descriptor fd_;
+};
+
+std::string hex(const unsigned char* digest, unsigned bytes) {
+  std::string text;
+  for (unsigned i = 0; i < bytes; ++i) {
+    text += "0123456789abcdef"[digest[i] >> 4];
+    text += "0123456789abcdef"[digest[i] & 15];
+  }
+  return text;
+}
+
+}  // namespace
+
+std::unique_ptr<OutputFile> PosixFileSystem::open(const std::string& path, OpenMode mode) {
+  const int flags =
+      O_WRONLY | O_CREAT | O_CLOEXEC | (mode == OpenMode::append ? O_APPEND : O_TRUNC);
+  const int fd = ::open(path.c_str(), flags, 0666);
+  if (fd < 0) refuse(path, "open for writing", errno);
+  return std::make_unique<PosixFile>(path, fd);
+}
+
+void PosixFileSystem::rename(const std::string& from, const std::string& to) {
+  if (std::rename(from.c_str(), to.c_str()) != 0) refuse(from, ("rename to " + to).c_str(), errno);
+}
+
+void PosixFileSystem::remove(const std::string& path) {
+  if (std::remove(path.c_str()) != 0 && errno != ENOENT) refuse(path, "remove", errno);
+}
+
+void PosixFileSystem::make_folders(const std::string& path) {
+  std::error_code error;
+  std::filesystem::create_directories(path, error);
+  if (error) refuse(path, "make folder", error.value());
+}
+
+void PosixFileSystem::sync_folder(const std::string& path) {
+  const Descriptor folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (folder.get() < 0) refuse(path, "open folder", errno);
+  // Some network file systems cannot sync a folder and say so with EINVAL; renames are ordered
+  // there.
+  if (::fsync(folder.get()) != 0 && errno != EINVAL) refuse(path, "sync folder", errno);
+}
+
+AtomicFile::AtomicFile(FileSystem& files, std::string path)
+    : files_(files),
+      path_(std::move(path)),
+      temporary_(path_ + ".tmp"),
+      file_(files.open(temporary_, OpenMode::create)) {
+  buffer_.reserve(kBuffered);
+}
+
+AtomicFile::~AtomicFile() {
+  if (!file_) return;
+  file_.reset();
+  try {
+    files_.remove(temporary_);
+  } catch (const Error&) {  // the file system is failing; that is being reported already
+  }
+}
+
+void AtomicFile::write(const void* data, size_t bytes) {
+  check(file_ != nullptr, path_, ": write after commit");
+  bytes_ += int64_t(bytes);
+  if (buffer_.size() + bytes > kBuffered) flush();
+  if (bytes >= kBuffered) {
+    file_->write(data, bytes);
+  } else {
+    buffer_.append(static_cast<const char*>(data), bytes);
+  }
+}
+
+void AtomicFile::flush() {
+  if (!buffer_.empty()) file_->write(buffer_.data(), buffer_.size());
+  buffer_.clear();
+}
+
+void AtomicFile::write_at(int64_t offset, const void* data, size_t bytes) {
+  check(offset >= 0 && offset + int64_t(bytes) <= bytes_, path_, ": write_at past the end");
+  flush();
+  file_->write_at(offset, data, bytes);
+}
+
+void AtomicFile::commit() {
+  check(file_ != nullptr, path_, ": committed twice");
+  flush();
+  file_->sync();
+  file_->close();
+  files_.rename(temporary_, path_);
+  file_.reset();
+  files_.sync_folder(folder_of(path_));
+}
+
+void write_file(FileSystem& files, const std::string& path, std::string_view content) {
+  AtomicFile file(files, path);
+  file.write(content);
+  file.commit();
+}
+
+std::string read_file(const std::string& path) {
+  return std::string(MappedFile(path).text());
+}
+
+bool file_exists(const std::string& path) {
+  std::error_code error;
+  return std::filesystem::exists(path, error);
+}
+
+std::string folder_of(const std::string& path) {
+  const std::string folder = std::filesystem::path(path).parent_path().string();
+  return folder.empty() ? "." : folder;
+}
+
+std::string join_path(const std::string& folder, const std::string& name) {
+  return (std::filesystem::path(folder) / name).string();
+}
+
+MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
+  const Descriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (file.get() < 0) refuse(path_, "open", errno);
+  struct stat about {};
+  if (::fstat(file.get(), &about) != 0) refuse(path_, "read", errno);
+  check(S_ISREG(about.st_mode), path_, ": expected a regular file, found ",
+        S_ISDIR(about.st_mode) ? "a folder" : "something else");
+  size_ = size_t(about.st_size);
+  if (size_ == 0) return;  // nothing to map
+  void* data = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
+  if (data == MAP_FAILED) refuse(path_, "map", errno);
+  data_ = static_cast<const std::byte*>(data);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+MappedFile::~MappedFile() {
+  if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+std::string sha256(std::string_view data) {
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned bytes = 0;
+  const int done = EVP_Digest(data.data(), data.size(), digest, &bytes, EVP_sha256(), nullptr);
+  check(done == 1, "SHA-256 failed; is OpenSSL complete?");
+  return hex(digest, bytes);
+}
+
+std::string sha256_of_file(const std::string& path) {
+  return sha256(MappedFile(path).text());
+}
+
+}  // namespace moemamba
