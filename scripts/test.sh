@@ -1,0 +1,73 @@
+#!/bin/sh
+# Installs what is missing, builds and runs every test. Exit code 0: all of them passed.
+# usage: sh scripts/test.sh
+#   preset cpu-release: all tests;  cpu-asan: the unit tests under the address and
+#   undefined-behaviour sanitizers;  cuda-release: what there is for CUDA, where nvcc is found.
+# With CI=true in the environment a test that could not run (skipped) counts as failed.
+set -eu
+cd "$(dirname "$0")/.."
+started=$(date +%s)
+
+sh scripts/install.sh
+sh scripts/build.sh cpu-release
+sh scripts/build.sh cpu-asan unit_tests
+
+cuda="no nvcc on this machine"
+if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+  sh scripts/build.sh cuda-release moemamba_cuda
+  cuda="the CUDA backend has no kernels yet"
+fi
+
+# One ctest a preset. Each test program leaves one XML file of googletest in build/test-results.
+results=$PWD/build/test-results
+rm -rf "$results"
+failed=
+run_tests() {  # preset, further options of ctest
+  preset=$1
+  shift
+  echo "== $preset"
+  GTEST_OUTPUT="xml:$results/$preset/" ctest --test-dir "build/$preset" --output-on-failure \
+    --parallel "$(nproc)" --no-tests=error "$@" || failed="$failed $preset"
+}
+run_tests cpu-release
+run_tests cpu-asan -L unit
+
+# googletest: one <testcase> a line, followed by <skipped message="file:line&#x0A;reason"> where it
+# was skipped.
+summary=build/test-summary.txt
+find "$results" -name '*.xml' | sort | xargs awk '
+  /<testcase / {
+    name = $0; sub(/.*<testcase name="/, "", name); sub(/".*/, "", name)
+    suite = $0; sub(/.*classname="/, "", suite); sub(/".*/, "", suite)
+    ran += /status="run"/
+    if (/status="notrun"/) print "skipped: " suite "." name ": disabled"
+  }
+  /<skipped message="/ {
+    reason = $0; sub(/.*<skipped message="/, "", reason); sub(/".*/, "", reason)
+    sub(/^[^&]*&#x0A;/, "", reason); gsub(/&#x0A;/, " ", reason)
+    print "skipped: " suite "." name ": " reason
+    ran--
+  }
+  /<failure message="/ && failing != suite "." name {
+    failing = suite "." name
+    print "failed: " failing " (" FILENAME ")"
+  }
+  END { print "ran: " ran + 0 }' >"$summary"
+ran=$(sed -n 's/^ran: //p' "$summary")
+skipped=$(grep -c '^skipped: ' "$summary" || true)
+failures=$(grep -c '^failed: ' "$summary" || true)
+comparisons=$(cat build/cpu-*/Testing/Temporary/LastTest.log |
+  sed -n 's/^CUDA comparisons: \([0-9]*\).*/\1/p' | awk '{ sum += $1 } END { print sum + 0 }')
+
+echo
+grep -E '^(skipped|failed): ' "$summary" | sed 's/^/  /' || true
+seconds=$(($(date +%s) - started))
+verdict=passed
+[ -z "$failed" ] || verdict="FAILED in$failed"
+if [ "${CI:-}" = true ] && [ "$skipped" -gt 0 ]; then
+  verdict="FAILED: CI=true and a test was skipped"
+fi
+echo "tests: $ran run, $failures failed, $skipped skipped, $seconds s: $verdict"
+if [ "$comparisons" -gt 0 ]; then cuda="on this machine's GPU"; fi
+echo "CUDA comparisons: $comparisons ($cuda)"
+[ "$verdict" = passed ]
