@@ -99,8 +99,9 @@ inline Lanes select_greater(Lanes a, Lanes b, Lanes x, Lanes y) {
 
 // 2^x: nearest integer + polynomial of degree 6 on [-1/2, 1/2] with constant term exactly 1 (so
 // that a decay near 1 keeps its precision); relative error below 2e-7. Clamped to 2^-126 .. 2^127.
+// A NaN stays a NaN: min and max return their second argument when either is one.
 inline Lanes exp2(Lanes x) {
-  x = min(max(x, all(-126.f)), all(127.f));
+  x = min(all(127.f), max(all(-126.f), x));
   const Lanes i = round(x);
   const Lanes r = x - i;
   Lanes p = fma(all(1.5403530e-4f), r, all(1.3333558e-3f));
