@@ -18,32 +18,44 @@ constexpr int64_t kPadding = 3;
 template <class Fn>
 void visit(DType dtype, Fn&& fn) {
   switch (dtype) {
-    case DType::f32: return fn.template operator()<float>();
-    case DType::bf16: return fn.template operator()<bf16>();
-    case DType::f64: return fn.template operator()<double>();
-    case DType::i32: return fn.template operator()<int32_t>();
-    case DType::i64: return fn.template operator()<int64_t>();
-    case DType::u8: return fn.template operator()<uint8_t>();
+    case DType::f32:
+      return fn.template operator()<float>();
+    case DType::bf16:
+      return fn.template operator()<bf16>();
+    case DType::f64:
+      return fn.template operator()<double>();
+    case DType::i32:
+      return fn.template operator()<int32_t>();
+    case DType::i64:
+      return fn.template operator()<int64_t>();
+    case DType::u8:
+      return fn.template operator()<uint8_t>();
   }
 }
 
 template <class T>
 T from_double(double value) {
-  if constexpr (std::is_same_v<T, bf16>) return bf16(float(value));
-  else return T(value);
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16(float(value));
+  else
+    return T(value);
 }
 
 template <class T>
 double as_double(T value) {
-  if constexpr (std::is_same_v<T, bf16>) return double(float(value));
-  else return double(value);
+  if constexpr (std::is_same_v<T, bf16>)
+    return double(float(value));
+  else
+    return double(value);
 }
 
 // What memory holds that no test has written: NaN, or a number that is no valid index.
 template <class T>
 T unwritten() {
-  if constexpr (std::is_integral_v<T>) return std::numeric_limits<T>::max();
-  else return from_double<T>(std::numeric_limits<double>::quiet_NaN());
+  if constexpr (std::is_integral_v<T>)
+    return std::numeric_limits<T>::max();
+  else
+    return from_double<T>(std::numeric_limits<double>::quiet_NaN());
 }
 
 }  // namespace
@@ -134,10 +146,14 @@ double relative_error(const std::vector<double>& found, const std::vector<double
 
 double tolerance(DType dtype) {
   switch (dtype) {
-    case DType::f32: return 1e-5;
-    case DType::bf16: return 1e-2;
-    case DType::f64: return 1e-12;
-    default: return 0;
+    case DType::f32:
+      return 1e-5;
+    case DType::bf16:
+      return 1e-2;
+    case DType::f64:
+      return 1e-12;
+    default:
+      return 0;
   }
 }
 
