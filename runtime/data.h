@@ -52,8 +52,8 @@ class Batches {
   void add_document(int64_t begin, int64_t end);
   void read(int64_t position, int64_t count, int32_t* out) const;
   int32_t read_one(int64_t position) const;
-  int32_t take_window(int64_t window);  // into window_; returns the token before it, or end
-  int32_t take_crop(uint64_t sample);   // same
+  bool take_window(int64_t window);  // into window_; true = its first token begins a document
+  bool take_crop(uint64_t sample);   // same
   [[noreturn]] void refuse(int64_t position, int32_t id) const;
 
   DataOptions options_;

@@ -32,7 +32,8 @@ class TokenFile {
 
  private:
   void open_megatron(const std::string& stem);
-  void check_megatron_sequences() const;
+  void check_megatron_sequences();
+  int64_t width_bytes() const;
   void open_llmc();
   TokenFormat format_;
   MappedFile tokens_;
@@ -56,6 +57,7 @@ class TokenWriter {
   void commit();  // REQUIRES: at least one token
 
  private:
+  void write_index();
   FileSystem& files_;
   std::string stem_;
   TokenFormat format_;
