@@ -85,11 +85,12 @@ const Parameter* ParameterStore::add(const std::string& name, Shape shape, Initi
   return &parameters_.back();
 }
 
-void ParameterStore::allocate() {
+void ParameterStore::allocate(bool training) {
   for (Bucket& bucket : buckets_) {
     const int64_t ranks = group(bucket.axis).size();
     bucket.padded = round_up(std::max<int64_t>(bucket.elements, 1), ranks * kElementAlignment);
     bucket.value = Buffer(DeviceKind::cpu, bucket.padded * 4);
+    if (!training) continue;
     bucket.gradient = Buffer(DeviceKind::cpu, bucket.padded * 4);
     bucket.m = Buffer(DeviceKind::cpu, bucket.padded / ranks * 4);
     bucket.v = Buffer(DeviceKind::cpu, bucket.padded / ranks * 4);
@@ -97,7 +98,7 @@ void ParameterStore::allocate() {
   for (Parameter& p : parameters_) {
     const Bucket& bucket = buckets_[size_t(p.bucket)];
     p.value = view(bucket.value.data() + p.offset * 4, p.shape, DType::f32);
-    p.gradient = view(bucket.gradient.data() + p.offset * 4, p.shape, DType::f32);
+    if (training) p.gradient = view(bucket.gradient.data() + p.offset * 4, p.shape, DType::f32);
   }
 }
 

@@ -48,7 +48,7 @@ class ParameterStore {
   void begin_block(const std::string& name);
   const Parameter* add(const std::string& name, Shape shape, Initial initial,
                        Axis axis = Axis::data);
-  void allocate();
+  void allocate(bool training = true);  // not for training: values alone
 
   int bucket_of_block(int block, Axis axis) const;  // -1: the block has no such parameters
   int blocks() const { return int(blocks_.size()); }

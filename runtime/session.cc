@@ -1,0 +1,79 @@
+#include "runtime/session.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace moemamba {
+
+int64_t exchange_capacity(const ModelSizes& sizes, int64_t tokens, double factor, int group) {
+  const int64_t share = std::max<int64_t>(1, tokens * std::max<int64_t>(1, sizes.K));
+  const double rows = std::ceil(factor * double(share));
+  return int64_t(std::clamp(rows, 1.0, double(share) * group));
+}
+
+BatchShare share_of_batch(int64_t global_batch, int64_t routing_group, int64_t micro_batch,
+                          int rank, int ranks) {
+  check(global_batch % routing_group == 0, "train.global_batch_size: ", global_batch,
+        " is not a multiple of train.routing_group ", routing_group);
+  check(micro_batch % routing_group == 0, "train.micro_batch_size: ", micro_batch,
+        " is not a multiple of train.routing_group ", routing_group);
+  const int64_t groups = global_batch / routing_group;
+  const int64_t first = groups * rank / ranks, last = groups * (rank + 1) / ranks;
+  const int64_t most = (groups + ranks - 1) / ranks * routing_group;
+  BatchShare share;
+  share.first = first * routing_group;
+  share.count = (last - first) * routing_group;
+  share.micro_batch = micro_batch > 0 ? std::min(micro_batch, most) : most;
+  share.micro_batches = (most + share.micro_batch - 1) / share.micro_batch;
+  return share;
+}
+
+Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
+                 int64_t length, double exchange_rows, bool training)
+    : groups(groups),
+      compute(Stream::immediate(threads)),
+      communication(Stream::worker()),
+      store(groups),
+      model(sizes, store, groups.layout, groups.rank),
+      saved(model.make_saved()),
+      sequences(sequences),
+      length(length),
+      training(training),
+      exchange(*groups.expert, groups.layout,
+               exchange_capacity(sizes, sequences * length, exchange_rows, groups.expert->size()),
+               std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K))),
+      arena(Arena::measure("activation")) {
+  store.allocate(training);
+  arena = Arena("activation", DeviceKind::cpu, measure());
+}
+
+Step Session::begin(int64_t sequences, int64_t routing_group) {
+  arena.give_back(0);
+  return Step{.stream = compute,
+              .arena = arena,
+              .exchange = &exchange,
+              .sequences = sequences,
+              .routing_groups = std::max<int64_t>(1, sequences / routing_group)};
+}
+
+int64_t Session::measure() {
+  Stream dry = Stream::dry();
+  Arena counting = Arena::measure("activation");
+  // Every sequence a routing group of its own: the most that the router's tables can take.
+  Step step{.stream = dry,
+            .arena = counting,
+            .exchange = &exchange,
+            .sequences = sequences,
+            .routing_groups = std::max<int64_t>(1, sequences)};
+  const int64_t T = sequences * length;
+  const Tensor ids = counting.take({T}, DType::i32);
+  step.starts = counting.take({T}, DType::u8);
+  counting.give_back(0);  // these two live in buffers of their own
+  const Tensor loss = counting.take({T});
+  model.forward(step, ids, saved, nullptr);
+  model.loss(step, ids, loss, 1, training, saved);
+  if (training) model.backward(step, ids, saved, nullptr);
+  return counting.peak();
+}
+
+}  // namespace moemamba

@@ -1,0 +1,45 @@
+#pragma once
+#include "model/language_model.h"
+#include "model/optimizer.h"
+
+namespace moemamba {  // letters: B sequences, L length, C exchange rows
+
+// One rank's model and where it runs: streams, parameters, the exchange of expert rows, and the
+// arena of its activations, sized by a dry run of the very code that will use it.
+struct Session {
+  // training: gradients and moments too. sequences, length: of the largest micro-batch.
+  Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
+          int64_t length, double exchange_rows, bool training);
+
+  // An empty step of `sequences` sequences over the arena, whose memory is free again.
+  Step begin(int64_t sequences, int64_t routing_group);
+
+  ProcessGroups& groups;
+  Stream compute, communication;
+  ParameterStore store;
+  LanguageModel model;
+  LanguageModel::Saved saved;
+  int64_t sequences, length;
+  bool training;
+  ExpertExchange exchange;
+  Arena arena;
+
+ private:
+  int64_t measure();
+};
+
+// Rows that one chunk of the exchange holds: `factor` times the even share of a micro-batch, at
+// most all rows of the group.
+int64_t exchange_capacity(const ModelSizes& sizes, int64_t tokens, double factor, int group);
+
+// The sequences of one rank of a step: whole routing groups, shares differ by at most one group;
+// all ranks run equally many micro-batches, empty ones included (house.md, decision 3).
+struct BatchShare {
+  int64_t first, count;   // sequences of the global batch
+  int64_t micro_batch;    // sequences of one micro-batch at most
+  int64_t micro_batches;  // on every rank
+};
+BatchShare share_of_batch(int64_t global_batch, int64_t routing_group, int64_t micro_batch,
+                          int rank, int ranks);
+
+}  // namespace moemamba

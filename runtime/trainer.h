@@ -1,0 +1,60 @@
+#pragma once
+#include "runtime/data.h"
+#include "runtime/metrics.h"
+#include "runtime/session.h"
+#include "runtime/train_config.pb.h"
+
+namespace moemamba {
+
+struct TrainerOptions {
+  ModelSizes sizes;
+  OptimizerSettings optimizer;
+  DataOptions data;  // sequence_length, global_batch and seed of the run
+  int64_t micro_batch = 0;
+  int64_t routing_group = 1;
+  double exchange_rows = 1.25;
+  int threads = 1;
+  uint64_t seed = 42;
+};
+OptimizerSettings optimizer_settings(const TrainConfig& config);
+
+// One rank's part of the training step (house.md, "One step").
+class Trainer {
+ public:
+  Trainer(ProcessGroups& groups, const TrainerOptions& options);
+
+  // Step k, counted from 0. The same record on every rank. Where a gradient, a loss or a router's
+  // logit is not finite on any rank, no rank changes anything and skipped() is true.
+  StepRecord step(int64_t k);
+  bool skipped() const { return skipped_; }
+
+  // Choices of the latest step, [layers, E], over all ranks.
+  const std::vector<double>& expert_counts() const { return counts_; }
+  void wait_weights();  // the newest values of all parameters are there
+  Session& session() { return session_; }
+  const TrainerOptions& options() const { return options_; }
+  const BatchShare& share() const { return share_; }
+
+ private:
+  void micro_batch(int64_t k, int64_t index, StepSeconds& seconds);
+  void share_facts(StepRecord& record);
+  void judge(StepRecord& record);
+
+  TrainerOptions options_;
+  BatchShare share_;
+  Session session_;
+  GradientBuckets buckets_;
+  Optimizer optimizer_;
+  Batches data_;
+  Buffer ids_, targets_, starts_, facts_buffer_, gather_buffer_, small_;
+  Tensor facts_tensor_, verdict_, squares_;
+  RoutingFacts facts_;
+  double loss_sum_ = 0;
+  std::vector<double> counts_;
+  bool skipped_ = false;
+};
+
+// Fills load_max_over_mean and dead_experts from choices [layers, E].
+void describe_load(const std::vector<double>& counts, int64_t experts, StepRecord& record);
+
+}  // namespace moemamba
