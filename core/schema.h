@@ -1,0 +1,65 @@
+#pragma once
+#include <map>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/error.h"
+
+namespace google::protobuf {
+class Message;
+}
+
+namespace moemamba {
+
+// The user's settings are wrong; what() lists every problem, one a line. Exit code 2.
+class BadSettings : public Error {
+ public:
+  using Error::Error;
+};
+
+// Fills any protobuf message from files in text format and dotted options (house.md, decision 10).
+// Read files first, in order, then options: what is read later wins, a list is replaced whole by
+// the first mention of a later file or of the options. Nothing throws on bad input: every problem
+// is kept, with its place, until throw_problems():
+//   run.textproto:3:3: parallel.exprt: no such setting; did you mean "expert"?
+//   --model.experts=-1: out of range: must be 0 to 4096, found -1
+class Settings {
+ public:
+  explicit Settings(google::protobuf::Message& target) : target_(target) {}
+
+  void read_file(const std::string& path);
+  void read_text(const std::string& name, std::string_view text);  // name: for messages
+  // "--model.experts=32"; bools and enums by name in any case; repeat an option to fill a list.
+  void read_option(const std::string& option);
+
+  // A problem with the value of `setting` ("parallel.expert"), whoever gave it.
+  void object(const std::string& setting, const std::string& message);
+  // Where the value of `setting` was given: "run.textproto:3:3", "--parallel.expert=3"; empty if it
+  // is the default.
+  std::string place_of(const std::string& setting) const;
+
+  const std::vector<std::string>& problems() const { return problems_; }
+  void throw_problems() const;  // BadSettings unless there are none
+
+ private:
+  friend class TextReader;
+  std::string assign_option(const std::string& path, const std::string& value);
+
+  google::protobuf::Message& target_;
+  std::vector<std::string> problems_;
+  std::map<std::string, std::string> places_;
+  std::set<std::string> option_lists_;  // lists that an option has begun anew
+};
+
+// All settings of `message`, defaults included, in text format: read back, it gives the same text.
+std::string resolved_text(const google::protobuf::Message& message);
+
+// What a schema says of itself. `descriptors`: a serialised FileDescriptorSet with imports and
+// source info (what CMake embeds); `message`: "moemamba.RunConfig". Its groups may hold lists of
+// their own kind, but no cycle of single groups.
+std::string reference_page(std::string_view descriptors, const std::string& message);  // Markdown
+std::string settings_help(std::string_view descriptors, const std::string& message);   // plain text
+
+}  // namespace moemamba
