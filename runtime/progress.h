@@ -39,7 +39,7 @@ class Progress {
   Clock::time_point last_line_;
   Clock::time_point last_step_;
   double step_seconds_ = 0;  // smoothed
-  int64_t first_step_ = -1;
+  int64_t updates_ = 0;
   bool line_open_ = false;
 };
 
