@@ -1,0 +1,55 @@
+#pragma once
+#include <string>
+
+#include "core/file.h"
+#include "model/model_config.pb.h"
+#include "parallel/groups.h"
+#include "parallel/parallel_config.pb.h"
+#include "runtime/evaluate.h"
+#include "runtime/generate.h"
+#include "runtime/train_config.pb.h"
+
+namespace moemamba {
+
+// What `moemamba train`, `evaluate` and `generate` do once settings are read and ranks are there.
+// Every rank calls them; rank 0 writes and prints.
+struct TrainRequest {
+  ModelConfig model;
+  ParallelConfig parallel;
+  TrainConfig train;
+  DataConfig data;
+  std::string run;            // folder
+  bool overwrite = false;     // start anew where the folder holds a run
+  std::string init_from;      // weights to start from; empty: random ones
+  std::string resolved_text;  // all settings as text: kept in the run's folder
+  int threads = 1;            // of this rank
+  bool terminal = false;      // progress on one line
+  bool color = false;
+  int columns = 0;  // width of the terminal, 0 = not known
+};
+
+// Leaves config.textproto, metrics.jsonl, loss.svg, experts.txt and weights/ in the run's folder.
+// Returns the last evaluation (without held-out text: none).
+std::optional<Evaluation> run_training(FileSystem& files, ProcessGroups& groups,
+                                       const TrainRequest& request);
+
+struct UseRequest {
+  ModelConfig model;
+  ParallelConfig parallel;
+  TrainConfig train;  // sequence_length, micro_batch_size, routing_group, eval_tokens
+  DataConfig data;    // validation: what is evaluated; tokenizer
+  std::string weights;
+  int threads = 1;
+};
+Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request);
+// The prompt and what follows it goes to `out` as it appears.
+std::string run_generation(ProcessGroups& groups, const UseRequest& request,
+                           const std::string& prompt, const SamplingOptions& options, FILE* out);
+
+// "bytes" or a file.
+Tokenizer open_tokenizer(const std::string& setting);
+
+// Share of the choices of each expert, one line per MoE layer, for people.
+std::string expert_table(const std::vector<double>& counts, int64_t experts);
+
+}  // namespace moemamba

@@ -1,0 +1,118 @@
+#include "runtime/generate.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/random.h"
+
+namespace moemamba {
+
+Sampler::Sampler(const SamplingOptions& options, int64_t vocabulary) : options_(options) {
+  check(options.temperature >= 0, "temperature: at least 0, found ", options.temperature);
+  check(options.top_k >= 0, "top-k: at least 0, found ", options.top_k);
+  check(options.top_p > 0 && options.top_p <= 1, "top-p: above 0, at most 1, found ",
+        options.top_p);
+  order_.resize(size_t(vocabulary));
+  weights_.resize(size_t(vocabulary));
+}
+
+int32_t Sampler::choose(const float* logits, uint64_t index) {
+  const size_t V = order_.size();
+  for (size_t v = 0; v < V; ++v) order_[v] = {logits[v], int32_t(v)};
+  // Likeliest first; equal logits by id, so that the choice is the same everywhere.
+  std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  });
+  if (options_.temperature == 0) return order_[0].second;
+  size_t kept = options_.top_k > 0 ? std::min(V, size_t(options_.top_k)) : V;
+  double sum = 0;
+  for (size_t i = 0; i < kept; ++i)
+    sum += weights_[i] = std::exp((double(order_[i].first) - order_[0].first) /
+                                  options_.temperature);
+  double reached = 0;
+  for (size_t i = 0; i < kept; ++i) {
+    reached += weights_[i];
+    if (reached >= options_.top_p * sum) kept = i + 1;
+  }
+  double left = Random(options_.seed, "sampling").uniform(index) * reached;
+  for (size_t i = 0; i < kept; ++i)
+    if ((left -= weights_[i]) < 0) return order_[i].second;
+  return order_[kept - 1].second;
+}
+
+Decoder::Decoder(Session& session) : session_(session), states_(Arena::measure("state")) {
+  session.model.take_states(states_, 1);
+  session.model.take_states(states_, 1);
+  states_ = Arena("state", DeviceKind::cpu, states_.peak());
+  before_ = session.model.take_states(states_, 1);
+  after_ = session.model.take_states(states_, 1);
+  logits_ = Buffer(DeviceKind::cpu, session.model.sizes().V * 4);
+}
+
+void Decoder::reset() {
+  states_.give_back(0);
+  before_ = session_.model.take_states(states_, 1);
+  after_ = session_.model.take_states(states_, 1);
+}
+
+const float* Decoder::feed_piece(std::span<const int32_t> ids) {
+  ids_.assign(ids.begin(), ids.end());
+  const int64_t T = int64_t(ids_.size());
+  Step step = session_.begin(1, 1);
+  step.initial = &before_;
+  step.final = &after_;
+  session_.model.forward(step, view(ids_.data(), {T}), session_.saved, nullptr);
+  session_.model.logits(step, session_.saved.x.row_range(T - 1, T),
+                        view(logits_.data(), {1, session_.model.sizes().V}, DType::f32));
+  std::swap(before_, after_);
+  return reinterpret_cast<const float*>(logits_.data());
+}
+
+const float* Decoder::feed(std::span<const int32_t> ids) {
+  check(!ids.empty(), "there is no token to go on from; give a prompt");
+  const float* logits = nullptr;
+  while (!ids.empty()) {
+    const size_t piece = std::min(ids.size(), size_t(session_.length));
+    logits = feed_piece(ids.first(piece));
+    ids = ids.subspan(piece);
+  }
+  return logits;
+}
+
+std::string generate(Session& session, const Tokenizer& tokenizer, std::string_view prompt,
+                     const SamplingOptions& options,
+                     const std::function<void(std::string_view)>& piece) {
+  Communicator& control = *session.groups.control;
+  std::vector<int32_t> ids = tokenizer.encode(prompt);
+  if (ids.empty()) ids.push_back(tokenizer.end_of_document());
+  Decoder decoder(session);
+  Sampler sampler(options, session.model.sizes().V);
+  std::vector<int32_t> made, tokens(size_t(control.size()));
+  constexpr size_t kLongestCharacter = 4;  // bytes of UTF-8
+  size_t shown = 0;
+  const auto show = [&](std::string_view part) {
+    if (session.groups.rank == 0 && !part.empty()) piece(part);
+  };
+  const float* logits = decoder.feed(ids);
+  for (int64_t i = 0; i < options.tokens; ++i) {
+    // Everybody follows rank 0: rows may be rounded differently where their neighbours differ.
+    const int32_t own = sampler.choose(logits, uint64_t(i));
+    control.all_gather(session.compute, &own, tokens.data(), 4);
+    const int32_t token = tokens[0];
+    if (token == tokenizer.end_of_document()) break;
+    made.push_back(token);
+    const std::string whole = tokenizer.decode(made);
+    // A character may take several tokens: its first bytes wait for the rest.
+    size_t end = whole.size();
+    while (end > shown && uint8_t(whole[end - 1]) >= 0x80) --end;
+    if (whole.size() - end > kLongestCharacter) end = whole.size();
+    show(std::string_view(whole).substr(shown, end - shown));
+    shown = end;
+    logits = decoder.feed(std::span(&token, 1));
+  }
+  const std::string text = tokenizer.decode(made);
+  show(std::string_view(text).substr(std::min(shown, text.size())));
+  return text;
+}
+
+}  // namespace moemamba

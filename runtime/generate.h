@@ -1,0 +1,54 @@
+#pragma once
+#include <functional>
+#include <string>
+
+#include "runtime/session.h"
+#include "runtime/tokenizer.h"
+
+namespace moemamba {
+
+struct SamplingOptions {
+  int64_t tokens = 200;    // at most; an end of document ends sooner
+  double temperature = 1;  // 0: the most likely token
+  int64_t top_k = 0;       // 0: all
+  double top_p = 1;        // the fewest tokens whose probabilities reach this
+  uint64_t seed = 42;
+};
+
+// Next-token choice from logits [V]: a pure function of (seed, index).
+class Sampler {
+ public:
+  Sampler(const SamplingOptions& options, int64_t vocabulary);
+  int32_t choose(const float* logits, uint64_t index);
+
+ private:
+  SamplingOptions options_;
+  std::vector<std::pair<float, int32_t>> order_;
+  std::vector<double> weights_;
+};
+
+// Recurrent decoding: the state of every Mamba layer is carried from token to token, so that time
+// and memory per token do not grow. Every rank calls it; experts stay where they are. The session
+// must hold one sequence of at least one token; longer prompts are read piece by piece.
+class Decoder {
+ public:
+  explicit Decoder(Session& session);
+  void reset();
+  // Takes in `ids`; returns the logits [V] after the last of them.
+  const float* feed(std::span<const int32_t> ids);
+
+ private:
+  const float* feed_piece(std::span<const int32_t> ids);
+  Session& session_;
+  Arena states_;
+  std::vector<MambaState> before_, after_;
+  std::vector<int32_t> ids_;
+  Buffer logits_;
+};
+
+// Continues `prompt`; piece(text) is called on rank 0 as text appears. Returns the new text.
+std::string generate(Session& session, const Tokenizer& tokenizer, std::string_view prompt,
+                     const SamplingOptions& options,
+                     const std::function<void(std::string_view)>& piece);
+
+}  // namespace moemamba

@@ -1,0 +1,168 @@
+#include "runtime/weights.h"
+
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "runtime/safetensors.h"
+
+namespace moemamba {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string shard_name(int shard, int shards) {
+  if (shards == 1) return "model.safetensors";
+  char name[64];
+  std::snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", shard + 1, shards);
+  return name;
+}
+
+// What this rank writes: its experts, and the dense tensors on the first.
+std::vector<NamedTensor> own_tensors(const ParameterStore& store, bool first) {
+  std::vector<NamedTensor> own;
+  for (const NamedTensor& tensor : store.named_tensors())
+    if (first || tensor.name.find(".experts.") != std::string::npos) own.push_back(tensor);
+  return own;
+}
+
+void write_shard(FileSystem& files, const std::string& path, const std::vector<NamedTensor>& own,
+                 const std::string& config, int64_t step) {
+  std::vector<StoredTensor> stored;
+  for (const NamedTensor& t : own)
+    stored.push_back({.name = t.name, .dtype = DType::f32, .shape = t.value.shape});
+  SafetensorsWriter writer(files, path, stored,
+                           {{"config", config}, {"step", std::to_string(step)}, {"format", "pt"}});
+  for (const NamedTensor& t : own) writer.write(t.value);
+  writer.commit();
+}
+
+void write_index(FileSystem& files, const std::string& folder, int shards) {
+  nlohmann::ordered_json map;
+  int64_t bytes = 0;
+  for (int i = 0; i < shards; ++i) {
+    const SafetensorsReader reader(join_path(folder, shard_name(i, shards)));
+    for (const StoredTensor& tensor : reader.tensors()) {
+      map[tensor.name] = shard_name(i, shards);
+      bytes += tensor.end - tensor.begin;
+    }
+  }
+  nlohmann::ordered_json index;
+  index["metadata"]["total_size"] = bytes;
+  index["weight_map"] = map;
+  write_file(files, join_path(folder, "model.safetensors.index.json"), index.dump(1) + "\n");
+}
+
+// The folder's files: a folder of weights, a run's folder, or one file.
+std::vector<SafetensorsReader> open_all(const std::string& path) {
+  std::vector<SafetensorsReader> readers;
+  if (fs::is_regular_file(path)) {
+    readers.emplace_back(path);
+    return readers;
+  }
+  const std::string inner = join_path(path, "weights");
+  const std::string folder = fs::is_directory(inner) ? inner : path;
+  const std::string index = join_path(folder, "model.safetensors.index.json");
+  if (!file_exists(index)) {
+    const std::string single = join_path(folder, "model.safetensors");
+    check(file_exists(single), path, ": no weights here; expected a run's folder, a folder with "
+          "model.safetensors or model.safetensors.index.json, or a .safetensors file");
+    readers.emplace_back(single);
+    return readers;
+  }
+  std::map<std::string, bool> names;
+  const auto json = nlohmann::json::parse(read_file(index), nullptr, false);
+  check(json.is_object() && json.contains("weight_map") && json["weight_map"].is_object(), index,
+        ": not an index of safetensors files (no \"weight_map\")");
+  for (const auto& [tensor, file] : json["weight_map"].items()) {
+    check(file.is_string(), index, ": ", tensor, " has no file name");
+    names[file.get<std::string>()] = true;
+  }
+  for (const auto& [name, unused] : names) {
+    check(name.find('/') == std::string::npos, index, ": ", name, " leaves the folder");
+    readers.emplace_back(join_path(folder, name));
+  }
+  return readers;
+}
+
+using Found = std::map<std::string, std::pair<const SafetensorsReader*, const StoredTensor*>>;
+
+// Every difference between what the model needs (dense tensors and all experts) and the files.
+std::string differences(const ParameterStore& store, const RankLayout& layout, const Found& found) {
+  std::string text;
+  std::map<std::string, bool> wanted;
+  const auto want = [&](const std::string& name, const Shape& shape) {
+    wanted[name] = true;
+    const auto at = found.find(name);
+    if (at == found.end())
+      text += concat("\n  ", name, ": missing; the model wants ", to_string(shape));
+    else if (!(at->second.second->shape == shape))
+      text += concat("\n  ", name, ": ", to_string(at->second.second->shape),
+                     ", the model wants ", to_string(shape));
+  };
+  for (const Parameter& p : store.parameters()) {
+    const size_t at = p.name.find("{}");
+    if (at == std::string::npos) {
+      want(p.name, p.shape);
+      continue;
+    }
+    for (int e = 0; e < layout.experts(); ++e)
+      want(p.name.substr(0, at) + std::to_string(e) + p.name.substr(at + 2),
+           {p.shape[1], p.shape[2]});
+  }
+  for (const auto& [name, unused] : found)
+    if (!wanted.count(name)) text += concat("\n  ", name, ": the model has no such tensor");
+  return text;
+}
+
+}  // namespace
+
+void save_weights(FileSystem& files, const std::string& folder, const ParameterStore& store,
+                  ProcessGroups& groups, Stream& stream, const std::string& config, int64_t step) {
+  const int shards = groups.layout.expert_size();
+  const int shard = groups.layout.expert_coordinate(groups.rank);
+  const bool writes = groups.layout.expert_data_coordinate(groups.rank) == 0;
+  const std::string temporary = folder + ".tmp", old = folder + ".old";
+  if (groups.rank == 0) {
+    fs::remove_all(temporary);
+    files.make_folders(temporary);
+  }
+  barrier(*groups.control, stream);
+  if (writes)
+    write_shard(files, join_path(temporary, shard_name(shard, shards)),
+                own_tensors(store, shard == 0), config, step);
+  barrier(*groups.control, stream);
+  if (groups.rank == 0) {
+    if (shards > 1) write_index(files, temporary, shards);
+    files.sync_folder(temporary);
+    fs::remove_all(old);
+    if (fs::exists(folder)) files.rename(folder, old);
+    files.rename(temporary, folder);
+    files.sync_folder(folder_of(folder));
+    fs::remove_all(old);
+  }
+  barrier(*groups.control, stream);
+}
+
+void load_weights(const std::string& path, const ParameterStore& store,
+                  const ProcessGroups& groups) {
+  const std::vector<SafetensorsReader> readers = open_all(path);
+  Found found;
+  for (const SafetensorsReader& reader : readers)
+    for (const StoredTensor& tensor : reader.tensors()) found[tensor.name] = {&reader, &tensor};
+  std::string text = differences(store, groups.layout, found);
+  constexpr size_t kMost = 4000;
+  if (text.size() > kMost) text = text.substr(0, text.rfind('\n', kMost)) + "\n  ... and more";
+  check(text.empty(), path, ": these weights belong to another model:", text,
+        "\nset model.* to the values in the config.textproto of the run that wrote them");
+  for (const NamedTensor& tensor : store.named_tensors()) {
+    const auto& [reader, stored] = found.at(tensor.name);
+    Tensor value = tensor.value;
+    value.shape = stored->shape;
+    reader->read(*stored, value);
+  }
+}
+
+}  // namespace moemamba

@@ -1,0 +1,23 @@
+#pragma once
+#include <string>
+
+#include "core/file.h"
+#include "model/parameters.h"
+
+namespace moemamba {
+
+// Weights on disk: <folder>/model.safetensors, or model-0000i-of-0000n.safetensors and
+// model.safetensors.index.json where the experts are on several ranks; f32, one tensor per expert
+// under global names. Every rank calls both; any layout reads what any layout wrote.
+
+// The folder appears whole; one that is there is replaced. `config`: settings as text, kept in the
+// files' metadata. Values must be complete on every rank (Trainer::wait_weights).
+void save_weights(FileSystem& files, const std::string& folder, const ParameterStore& store,
+                  ProcessGroups& groups, Stream& stream, const std::string& config, int64_t step);
+
+// path: such a folder, a run's folder, or one .safetensors file. Names that are missing, left over
+// or of another shape are all listed in one Error before anything is read.
+void load_weights(const std::string& path, const ParameterStore& store,
+                  const ProcessGroups& groups);
+
+}  // namespace moemamba
