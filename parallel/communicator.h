@@ -50,8 +50,10 @@ void all_reduce_sum(Communicator& group, Stream& stream, const Tensor& values, T
 // Everybody reached this point.
 void barrier(Communicator& group, Stream& stream);
 
-// The seats of `size` threads of this process: seats[i] belongs to thread i.
+// The seats of `size` threads of this process: seats[i] belongs to thread i. world_ranks: what
+// PeerLost calls the members, 0 .. size - 1 where not given.
 std::vector<std::unique_ptr<Communicator>> make_thread_group(
-    int size, std::string name, std::chrono::milliseconds deadline);
+    int size, std::string name, std::chrono::milliseconds deadline,
+    std::vector<int> world_ranks = {});
 
 }  // namespace moemamba

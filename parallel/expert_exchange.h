@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <vector>
 
 #include "core/arena.h"
@@ -38,13 +39,35 @@ class ExpertExchange {
   double take_seconds();  // spent in exchanges since the last call
 
  private:
-  void place(int64_t chunk);  // this chunk's intervals: see the .cc
+  // Rows [begin, end) of this rank that one receiver gets, or rows of staging that one source fills.
+  struct Interval {
+    int64_t begin, end;
+  };
+  struct Move;  // rows between a tensor of sorted rows and a chunk: see the .cc
+
+  int64_t number(int64_t source, int64_t expert) const {  // of this source's first row there
+    return numbers_[size_t(source * layout_.experts() + expert)];
+  }
+  int64_t count(int64_t source, int64_t expert) const;
+  Interval within(int64_t chunk, int64_t source, int64_t expert) const;
+  void number_rows();
+  void check_move(int64_t chunk, const Tensor& rows, const Tensor& local,
+                  const Tensor& staging) const;
+  void place(const Move& move) const;
+  void exchange(Stream& stream, const Move& move) const;
+  void copy_chunk(Stream& stream, const Move& move) const;
+
   Communicator& group_;
   const RankLayout& layout_;
   int64_t capacity_, max_rows_, chunks_ = 1, received_ = 0;
-  std::vector<int32_t> counts_;  // [M, E] rows that each rank sends to each expert
-  std::vector<int64_t> send_offsets_, recv_offsets_;
-  mutable double seconds_ = 0;
+  std::vector<int32_t> offsets_;  // [M, E + 1] of all ranks' sorted rows
+  std::vector<int64_t> numbers_;  // [M, E] where they stand among their receiver's rows
+  // Of the chunk that the stream is working on; [M] each. sent: this rank's rows, by receiver;
+  // staged: rows of staging, by source. The bytes of the own rank are 0: its rows are copied once.
+  mutable std::vector<Interval> sent_, staged_;
+  mutable std::vector<int64_t> sent_places_, sent_bytes_, staged_places_, staged_bytes_;
+  mutable std::chrono::steady_clock::time_point started_;  // touched by the stream's work alone
+  mutable std::atomic<int64_t> nanoseconds_{0};
 };
 
 }  // namespace moemamba

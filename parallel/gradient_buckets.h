@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <vector>
 
 #include "core/arena.h"
@@ -39,13 +40,20 @@ class GradientBuckets {
   double take_seconds();
 
  private:
+  struct Places {  // of the slices of all ranks within a bucket, in bytes; the own one is not sent
+    std::vector<int64_t> offsets, bytes;
+  };
+  void start_clock();
+  void stop_clock();
+
   std::vector<Bucket> buckets_;
+  std::vector<Places> places_;
   std::vector<Event> gathered_;
-  std::vector<std::vector<int64_t>> send_offsets_, recv_offsets_;
   Stream& communication_;
   Event last_;
   Buffer receive_;
-  double seconds_ = 0;
+  std::chrono::steady_clock::time_point started_;  // touched by the communication stream alone
+  std::atomic<int64_t> nanoseconds_{0};
 };
 
 }  // namespace moemamba

@@ -1,0 +1,36 @@
+#include "parallel/groups.h"
+
+#include <numeric>
+
+namespace moemamba {
+
+void ProcessGroups::abort(const std::string& why) noexcept {
+  for (Communicator* group : {data.get(), expert_data.get(), expert.get(), control.get()})
+    if (group) group->abort(why);
+}
+
+std::vector<ProcessGroups> make_thread_groups(const RankLayout& layout,
+                                              std::chrono::milliseconds deadline) {
+  std::vector<ProcessGroups> groups;
+  for (int r = 0; r < layout.ranks(); ++r)
+    groups.push_back(ProcessGroups{.layout = layout, .rank = r});
+
+  // Seats the members of one group; the same call for each group of the layout.
+  const auto seat = [&](std::unique_ptr<Communicator> ProcessGroups::*field, const char* name,
+                        const std::vector<int>& members) {
+    auto seats = make_thread_group(int(members.size()), name, deadline, members);
+    for (size_t i = 0; i < members.size(); ++i)
+      groups[size_t(members[i])].*field = std::move(seats[i]);
+  };
+  std::vector<int> all(static_cast<size_t>(layout.ranks()));
+  std::iota(all.begin(), all.end(), 0);
+  seat(&ProcessGroups::data, "data", all);
+  seat(&ProcessGroups::control, "control", all);
+  for (int r = 0; r < layout.ranks(); r += layout.expert_size())
+    seat(&ProcessGroups::expert, "expert", layout.expert_group(r));
+  for (int r = 0; r < layout.expert_size(); ++r)
+    seat(&ProcessGroups::expert_data, "expert_data", layout.expert_data_group(r));
+  return groups;
+}
+
+}  // namespace moemamba

@@ -1,0 +1,35 @@
+#include "parallel/ordered_sum.h"
+
+#include <algorithm>
+
+namespace moemamba {
+
+namespace {
+// Sums of a block stay in the first-level cache while the parts stream by.
+constexpr int64_t kBlock = 1024;
+}  // namespace
+
+template <class Number>
+void ordered_sum(const OrderedSum<Number>& sum) {
+  Number total[kBlock];
+  for (int64_t begin = 0; begin < sum.count; begin += kBlock) {
+    const int64_t length = std::min(kBlock, sum.count - begin);
+    for (int r = 0; r < sum.ranks; ++r) {
+      const Number* part = (r == sum.rank ? sum.own : sum.parts + r * sum.stride) + begin;
+      if (r == 0) {
+        std::copy_n(part, length, total);
+      } else if (length == kBlock) {  // a constant trip count, which the compiler vectorises
+        for (int64_t i = 0; i < kBlock; ++i) total[i] += part[i];
+      } else {
+        for (int64_t i = 0; i < length; ++i) total[i] += part[i];
+      }
+    }
+    std::copy_n(total, length, sum.own + begin);
+  }
+}
+
+template void ordered_sum(const OrderedSum<float>&);
+template void ordered_sum(const OrderedSum<double>&);
+template void ordered_sum(const OrderedSum<int64_t>&);
+
+}  // namespace moemamba

@@ -1,0 +1,50 @@
+#pragma once
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "parallel/groups.h"
+
+namespace moemamba {
+
+// Facts that must be equal on all ranks: (name, value), for example lines of the configuration and
+// the build.
+using Facts = std::vector<std::pair<std::string, std::string>>;
+
+// "" when all ranks' facts are equal; else which facts differ, on which ranks, and their values.
+std::string describe_differences(const std::vector<Facts>& of_ranks);
+
+// MPI between its start and its end: one object in a process, for as long as communicators live.
+// Whoever catches an error ends the job with abort(): a destructor that runs because of an
+// exception leaves MPI unfinished, so that mpirun ends the other ranks instead of all waiting.
+class World {
+ public:
+  World();
+  ~World();
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  int node_rank() const { return node_rank_; }  // among the ranks of this machine
+  int node_size() const { return node_size_; }
+  const std::string& hostname() const { return hostname_; }
+
+  // Before anything else: an Error on every rank unless all have the same facts; it names the
+  // facts, the ranks and their values.
+  void agree(const Facts& facts, std::chrono::milliseconds deadline);
+  // Every rank calls this at the same time.
+  ProcessGroups make_groups(const RankLayout& layout, std::chrono::milliseconds deadline);
+  [[noreturn]] void abort(int exit_code) noexcept;  // ends all ranks
+
+ private:
+  std::unique_ptr<Communicator> make_group(const char* name, std::vector<int> members,
+                                           std::chrono::milliseconds deadline);
+  std::shared_ptr<std::mutex> mpi_ = std::make_shared<std::mutex>();
+  int rank_ = 0, size_ = 1, node_rank_ = 0, node_size_ = 1;
+  int exceptions_;
+  std::string hostname_;
+};
+
+}  // namespace moemamba
