@@ -52,12 +52,14 @@ find "$results" -name '*.xml' | sort | xargs awk '
     failing = suite "." name
     print "failed: " failing " (" FILENAME ")"
   }
-  END { print "ran: " ran + 0 }' >"$summary"
+  /<property name="backend_comparisons"/ {
+    count = $0; sub(/.* value="/, "", count); comparisons += count + 0
+  }
+  END { print "ran: " ran + 0; print "comparisons: " comparisons + 0 }' | sort -u >"$summary"
 ran=$(sed -n 's/^ran: //p' "$summary")
 skipped=$(grep -c '^skipped: ' "$summary" || true)
 failures=$(grep -c '^failed: ' "$summary" || true)
-comparisons=$(cat build/cpu-*/Testing/Temporary/LastTest.log |
-  sed -n 's/^CUDA comparisons: \([0-9]*\).*/\1/p' | awk '{ sum += $1 } END { print sum + 0 }')
+comparisons=$(sed -n 's/^comparisons: //p' "$summary")
 
 echo
 grep -E '^(skipped|failed): ' "$summary" | sed 's/^/  /' || true
