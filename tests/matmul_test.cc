@@ -1,0 +1,184 @@
+#include "kernels/matmul.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/support/definitions/matmul.h"
+#include "tests/support/harness.h"
+
+namespace moemamba {
+namespace {
+
+struct Size {
+  int64_t M, N, K;
+};
+// One, primes, one past a tile, several tiles, and K long enough for blocks of it.
+constexpr Size kSizes[] = {{1, 1, 1},     {3, 7, 5},      {2, 257, 31},   {257, 1025, 3},
+                           {300, 40, 64}, {17, 33, 2049}, {40, 24, 9001}, {1, 64, 4096}};
+
+std::vector<int64_t> integers_of(const Tensor& tensor) {
+  std::vector<int64_t> list;
+  for (double value : to_doubles(tensor)) list.push_back(int64_t(value));
+  return list;
+}
+
+Matmul make(Case& c, Size s, bool a_transposed, bool b_transposed, bool accumulate) {
+  return {.a = c.normal(a_transposed ? Shape{s.K, s.M} : Shape{s.M, s.K}),
+          .b = c.normal(b_transposed ? Shape{s.N, s.K} : Shape{s.K, s.N}),
+          .out = accumulate ? c.normal({s.M, s.N}) : c.empty({s.M, s.N}),
+          .a_transposed = a_transposed,
+          .b_transposed = b_transposed,
+          .accumulate = accumulate};
+}
+
+std::vector<double> sum_of(std::vector<double> a, const std::vector<double>& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
+TEST(Matmul, MatchesItsDefinition) {
+  for (Size s : kSizes)
+    for (int flags = 0; flags < 8; ++flags) {
+      Case c(1);
+      const Matmul op = make(c, s, flags & 1, flags & 2, flags & 4);
+      std::vector<double> expected = definition::matmul(
+          to_doubles(op.a), to_doubles(op.b), s.M, s.N, s.K, op.a_transposed, op.b_transposed);
+      if (op.accumulate) expected = sum_of(expected, to_doubles(op.out));
+      expect_backends_agree(op);
+      expect_close("out", op.out, expected);
+    }
+}
+
+TEST(Matmul, ThreadsDoNotChangeBits) {
+  for (Size s : {Size{520, 192, 64}, Size{192, 96, 4096}, Size{64, 48, 9001}})
+    for (bool accumulate : {false, true}) {
+      Case c(2);
+      expect_threads_agree(make(c, s, true, false, accumulate));
+      expect_threads_agree(make(c, s, false, true, accumulate));
+    }
+}
+
+TEST(Matmul, EmptySumIsZero) {
+  Stream stream = Stream::immediate();
+  Case c(3);
+  Matmul op = make(c, {3, 5, 0}, false, false, false);
+  run(stream, op);
+  EXPECT_EQ(to_doubles(op.out), std::vector<double>(15));
+  op.out = c.normal({3, 5});
+  op.accumulate = true;
+  const std::vector<double> before = to_doubles(op.out);
+  run(stream, op);
+  EXPECT_EQ(to_doubles(op.out), before);
+  run(stream, make(c, {0, 5, 4}, false, false, false));
+  run(stream, make(c, {3, 0, 4}, false, true, false));
+}
+
+TEST(Matmul, WorksOnPartsOfRows) {
+  Stream stream = Stream::immediate();
+  Case c(4);
+  const Tensor a = c.normal({6, 20}).column_range(5, 13), b = c.normal({8, 9});
+  const Tensor wide = c.zeros({6, 30});
+  run(stream, Matmul{.a = a, .b = b, .out = wide.column_range(10, 19)});
+  expect_close("out", wide.column_range(10, 19),
+               definition::matmul(to_doubles(a), to_doubles(b), 6, 9, 8));
+  EXPECT_EQ(to_doubles(wide.column_range(0, 10)), std::vector<double>(60));
+  EXPECT_EQ(to_doubles(wide.column_range(19, 30)), std::vector<double>(66));
+}
+
+TEST(Matmul, NamesWhatDoesNotFit) {
+  Stream stream = Stream::immediate();
+  Case c(5);
+  Matmul op = make(c, {3, 5, 4}, false, false, false);
+  op.b = c.normal({5, 4});
+  EXPECT_THROW(run(stream, op), Error);
+  op.b_transposed = true;
+  EXPECT_NO_THROW(run(stream, op));
+}
+
+struct Groups {
+  std::vector<double> offsets;
+  int64_t rows;  // capacity
+};
+// Even, one group, empty ones at both ends and between, nothing at all, more than a tile's rows.
+const Groups kGroups[] = {{{0, 4, 8}, 8},
+                          {{0, 5}, 5},
+                          {{0, 0, 7, 7, 9, 9}, 12},
+                          {{0, 0, 0}, 3},
+                          {{0, 0, 0}, 0},
+                          {{0, 300, 301, 900}, 901}};
+
+TEST(GroupedMatmul, MatchesItsDefinitionAndLeavesOtherRowsAlone) {
+  for (const Groups& groups : kGroups)
+    for (bool b_transposed : {false, true}) {
+      Case c(6);
+      const int64_t E = int64_t(groups.offsets.size()) - 1, N = 37, K = 11;
+      const GroupedMatmul op{.a = c.normal({groups.rows, K}),
+                             .b = c.normal(b_transposed ? Shape{E, N, K} : Shape{E, K, N}),
+                             .offsets = c.values({E + 1}, groups.offsets, DType::i32),
+                             .out = c.empty({groups.rows, N}),
+                             .b_transposed = b_transposed};
+      expect_threads_agree(op);
+      const int64_t end = int64_t(groups.offsets.back());
+      expect_close("out", op.out.row_range(0, end),
+                   definition::grouped_matmul(to_doubles(op.a), to_doubles(op.b),
+                                              integers_of(op.offsets), N, K, b_transposed));
+      for (double value : to_doubles(op.out.row_range(end, groups.rows)))
+        EXPECT_TRUE(std::isnan(value));
+    }
+}
+
+TEST(GroupedOuter, MatchesItsDefinition) {
+  for (const Groups& groups : kGroups)
+    for (bool accumulate : {false, true}) {
+      Case c(7);
+      const int64_t E = int64_t(groups.offsets.size()) - 1, M = 19, N = 6;
+      const GroupedOuter op{.a = c.normal({groups.rows, M}),
+                            .b = c.normal({groups.rows, N}),
+                            .offsets = c.values({E + 1}, groups.offsets, DType::i32),
+                            .out = accumulate ? c.normal({E, M, N}) : c.empty({E, M, N}),
+                            .accumulate = accumulate};
+      std::vector<double> expected = definition::grouped_outer(
+          to_doubles(op.a), to_doubles(op.b), integers_of(op.offsets), M, N);
+      if (accumulate) expected = sum_of(expected, to_doubles(op.out));
+      expect_threads_agree(op);
+      expect_close("out", op.out, expected);
+    }
+}
+
+TEST(GroupedOuter, DefinitionIsTheGradientOfGroupedMatmul) {
+  Case c(8);
+  const std::vector<int64_t> offsets = {0, 2, 2, 7};
+  const int64_t N = 3, K = 4;
+  const std::vector<double> a = to_doubles(c.normal({7, K})), b = to_doubles(c.normal({3, K, N}));
+  const std::vector<double> dout = to_doubles(c.normal({7, N}));
+  const auto loss = [&](const std::vector<double>& a, const std::vector<double>& b) {
+    return weighted_sum(definition::grouped_matmul(a, b, offsets, N, K, false), dout);
+  };
+  expect_gradient("b", definition::grouped_outer(a, dout, offsets, K, N),
+                  [&](const std::vector<double>& at) { return loss(a, at); }, b);
+  expect_gradient("a", definition::grouped_matmul(dout, b, offsets, K, N, true),
+                  [&](const std::vector<double>& at) { return loss(at, b); }, a);
+}
+
+TEST(GroupedMatmul, RefusesOffsetsThatDoNotAscendOrEndPastTheRows) {
+  Stream stream = Stream::immediate();
+  Case c(9);
+  for (const std::vector<double>& offsets :
+       {std::vector<double>{0, 5, 4}, {0, 2, 9}, {1, 2, 3}, {0, -1, 3}}) {
+    const Tensor groups = c.values({3}, offsets, DType::i32);
+    EXPECT_THROW(run(stream, GroupedMatmul{.a = c.normal({8, 2}),
+                                           .b = c.normal({2, 2, 3}),
+                                           .offsets = groups,
+                                           .out = c.empty({8, 3})}),
+                 Error);
+    EXPECT_THROW(run(stream, GroupedOuter{.a = c.normal({8, 2}),
+                                          .b = c.normal({8, 3}),
+                                          .offsets = groups,
+                                          .out = c.empty({2, 2, 3})}),
+                 Error);
+  }
+}
+
+}  // namespace
+}  // namespace moemamba
