@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "core/error.h"
 
@@ -177,6 +178,15 @@ void write_file(FileSystem& files, const std::string& path, std::string_view con
   AtomicFile file(files, path);
   file.write(content);
   file.commit();
+}
+
+void remove_tree(FileSystem& files, const std::string& folder) {
+  if (!std::filesystem::is_directory(folder)) return;
+  std::vector<std::string> found;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder))
+    found.push_back(entry.path().string());
+  for (size_t i = found.size(); i-- > 0;) files.remove(found[i]);  // children before their folders
+  files.remove(folder);
 }
 
 std::string read_file(const std::string& path) {

@@ -66,6 +66,9 @@ class AtomicFile {
   int64_t bytes_ = 0;
 };
 
+// A folder with all that is in it; missing is fine.
+void remove_tree(FileSystem& files, const std::string& folder);
+
 void write_file(FileSystem& files, const std::string& path, std::string_view content);  // atomic
 std::string read_file(const std::string& path);
 bool file_exists(const std::string& path);

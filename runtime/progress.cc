@@ -9,6 +9,7 @@ namespace moemamba {
 namespace {
 
 constexpr double kSmoothing = 0.1;  // weight of the newest step in the mean that the ETA uses
+constexpr double kRedraw = 0.1;     // seconds between drawings of a terminal line
 constexpr const char* kBold = "\033[1m";
 constexpr const char* kPlain = "\033[0m";
 constexpr const char* kEraseToEnd = "\033[K";
@@ -94,8 +95,9 @@ void Progress::update(const StepRecord& record) {
   // The first step also pays for first use of memory; it counts only until there is a second.
   step_seconds_ = updates_ <= 2 ? took : step_seconds_ + kSmoothing * (took - step_seconds_);
   const bool last = record.step >= options_.steps;
-  const double pause = options_.terminal ? 0.1 : options_.seconds_between_lines;
-  if (updates_ > 1 && !last && seconds(now - last_line_) < pause) return;
+  const bool due = options_.terminal ? seconds(now - last_line_) >= kRedraw
+                                     : record.step % options_.steps_between_lines == 0;
+  if (updates_ > 1 && !last && !due) return;
   last_line_ = now;
   char line[kProgressLine];
   const double eta = double(std::max<int64_t>(options_.steps - record.step, 0)) * step_seconds_;

@@ -15,8 +15,8 @@ struct ProgressOptions {
   double bytes_per_token = 0;  // 0 = not known: no bits per byte
   bool terminal = false;       // one line drawn anew with \r, otherwise plain lines
   bool color = false;
-  double seconds_between_lines = 5;  // plain lines; 0 = every step
-  int columns = 0;                   // a terminal's width; 0 = not known
+  int64_t steps_between_lines = 1;  // plain lines; the last step always gets one
+  int columns = 0;                  // a terminal's width; 0 = not known
 };
 
 // One line of the present state on a terminal, plain lines elsewhere:

@@ -22,7 +22,8 @@ class Tokenizer {
   // SentencePiece BPE with byte fallback; equal texts give equal tokenizers. Throws where the
   // texts are too small for, or hold too many distinct characters for, `vocabulary`.
   static Tokenizer train_bpe(std::span<const std::string> texts, int vocabulary);
-  // What save() wrote, or any SentencePiece model with byte fallback and an end-of-text piece.
+  // "bytes", what save() wrote, or any SentencePiece model with byte fallback and an end-of-text
+  // piece.
   static Tokenizer load(const std::string& path);
   static Tokenizer from_content(std::string content, const std::string& name);
   void save(FileSystem& files, const std::string& path) const;
