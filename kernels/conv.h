@@ -15,7 +15,7 @@ struct ConvForward {
   Tensor initial;  // [B, W - 1, D] read, optional: the inputs before the first token
   Tensor starts;   // [T] u8 read, optional
   Tensor y;        // [T, D] written
-  Tensor final;    // [B, W - 1, D] written, optional: the last inputs (zero before a document start)
+  Tensor final;    // [B, W - 1, D] written, optional: the last inputs (zero before a document)
   int64_t sequences = 1;  // B
   static constexpr auto reads() {
     return std::tuple(&ConvForward::x, &ConvForward::weight, &ConvForward::bias,

@@ -12,7 +12,9 @@ struct ActivationForward {
   Tensor rows;  // [1] i32 read, optional: how many rows count
   Tensor y;     // [T, F] written; may be x
   Activation kind = Activation::relu;
-  static constexpr auto reads() { return std::tuple(&ActivationForward::x, &ActivationForward::rows); }
+  static constexpr auto reads() {
+    return std::tuple(&ActivationForward::x, &ActivationForward::rows);
+  }
   static constexpr auto writes() { return std::tuple(&ActivationForward::y); }
   void check() const;
 };
@@ -58,7 +60,9 @@ struct SwiGluBackward {
     return std::tuple(&SwiGluBackward::gate, &SwiGluBackward::up, &SwiGluBackward::dy,
                       &SwiGluBackward::rows);
   }
-  static constexpr auto writes() { return std::tuple(&SwiGluBackward::dgate, &SwiGluBackward::dup); }
+  static constexpr auto writes() {
+    return std::tuple(&SwiGluBackward::dgate, &SwiGluBackward::dup);
+  }
   void check() const;
 };
 

@@ -2,7 +2,7 @@
 #include "kernels/run.h"
 
 namespace moemamba {
-// letters: T tokens, E experts, K experts per token, D width, G routing groups, R = T K rows at most
+// letters: T tokens, E experts, K experts per token, D width, G routing groups, R = T K rows
 
 // The router's decision. Choices are made on logits, ties go to the lower expert id; weights are
 // softmax probabilities over all experts (renormalised over the K chosen where asked). T / G tokens
@@ -20,7 +20,7 @@ struct Route {
   Tensor position;       // [T, K] i32 written: row in the order sorted by expert (then token, then
                          // k); -1 = dropped
   Tensor source;         // [T K] i32 written: of each sorted row, t K + k; rows past the end: -1
-  Tensor offsets;        // [E + 1] i32 written: kept rows per expert, as offsets of the sorted order
+  Tensor offsets;        // [E + 1] i32 written: where each expert's kept rows begin in that order
   Tensor counts;         // [G, E] i32 written: choices per group and expert before dropping
   Tensor balance;        // [G] written
   Tensor z;              // [G] written

@@ -39,7 +39,7 @@ class ExpertExchange {
   double take_seconds();  // spent in exchanges since the last call
 
  private:
-  // Rows [begin, end) of this rank that one receiver gets, or rows of staging that one source fills.
+  // Rows of this rank that one receiver gets, or rows of staging that one source fills.
   struct Interval {
     int64_t begin, end;
   };

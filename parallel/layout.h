@@ -9,7 +9,8 @@ namespace moemamba {
 // replicas of each expert shard. Pure arithmetic.
 class RankLayout {
  public:
-  // Throws unless 1 <= expert, expert divides ranks, and expert <= experts (0 experts: dense model).
+  // Throws unless 1 <= expert, expert divides ranks, and expert <= experts; 0 experts = a dense
+  // model, for which any expert that divides ranks will do.
   RankLayout(int ranks, int expert, int experts);
   int ranks() const { return ranks_; }
   int expert_size() const { return expert_; }
