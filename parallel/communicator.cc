@@ -29,7 +29,8 @@ void all_reduce_sum(Communicator& group, Stream& stream, const Tensor& values, T
     case DType::f32: return sum_gathered<float>(group, stream, values, workspace.data);
     case DType::f64: return sum_gathered<double>(group, stream, values, workspace.data);
     case DType::i64: return sum_gathered<int64_t>(group, stream, values, workspace.data);
-    default: check(false, "all_reduce_sum: expected f32, f64 or i64, found ", name_of(values.dtype));
+    default:
+      check(false, "all_reduce_sum: expected f32, f64 or i64, found ", name_of(values.dtype));
   }
 }
 

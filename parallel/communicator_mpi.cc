@@ -218,18 +218,23 @@ bool MpiCommunicator::poll(const AllToAll& call) {
   int done = 0;
   const int code = MPI_Testsome(int(requests_.size()), requests_.data(), &done, indices_.data(),
                                 statuses_.data());
-  if (code == MPI_ERR_IN_STATUS) {
-    for (int i = 0; i < done; ++i)
-      if (statuses_[size_t(i)].MPI_ERROR != MPI_ERR_PENDING) require(statuses_[size_t(i)].MPI_ERROR);
+  for (int i = 0; code == MPI_ERR_IN_STATUS && i < done; ++i) {
+    const int error = statuses_[size_t(i)].MPI_ERROR;
+    if (error != MPI_ERR_PENDING) require(error);
   }
   require(code);
   if (done == MPI_UNDEFINED) return false;
+  bool aborted = false;
   for (int i = 0; i < done; ++i) {
-    if (indices_[size_t(i)] == 0) take_abort();
+    if (indices_[size_t(i)] == 0) {
+      aborted = true;  // the last to be believed: a header in the same poll may say more
+      continue;
+    }
     const Part part = parts_[size_t(indices_[size_t(i)])];
     --pending_;
     if (part.kind == Kind::header_in) take_header(call, part.peer);
   }
+  if (aborted) take_abort();
   return done > 0;
 }
 
@@ -268,7 +273,8 @@ void MpiCommunicator::add(Kind kind, int peer, MPI_Request request) {
 
 void MpiCommunicator::take_abort() {
   abort_in_.why.back() = '\0';
-  if (!lost_) lost_ = PeerLost(name_, abort_in_.world_rank, concat("stopped: ", abort_in_.why.data()));
+  const auto why = concat("stopped: ", abort_in_.why.data());
+  if (!lost_) lost_ = PeerLost(name_, abort_in_.world_rank, why);
   throw PeerLost(*lost_);
 }
 

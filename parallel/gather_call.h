@@ -9,7 +9,8 @@ namespace moemamba {
 // filled by the work itself, in the stream's order.
 class GatherCall {
  public:
-  explicit GatherCall(int size) : zeros_(size_t(size)), bytes_(size_t(size)), places_(size_t(size)) {}
+  explicit GatherCall(int size)
+      : zeros_(size_t(size)), bytes_(size_t(size)), places_(size_t(size)) {}
 
   Communicator::AllToAll fill(const void* send, void* recv, int64_t bytes) {
     for (size_t r = 0; r < places_.size(); ++r) {

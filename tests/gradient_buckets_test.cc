@@ -1,0 +1,147 @@
+#include "parallel/gradient_buckets.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "core/random.h"
+#include "tests/support/in_world.h"
+#include "tests/support/slow_communicator.h"
+
+namespace moemamba {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+float gradient_of(int rank, int64_t bucket, int64_t i) {
+  return float(Random(uint64_t(rank), "gradient").normal(uint64_t(bucket * 100000 + i)));
+}
+
+// The buckets of one rank over `group`, filled with that rank's gradients.
+struct Owner {
+  std::vector<std::vector<float>> gradients, values;
+
+  Owner(Communicator& group, const std::vector<int64_t>& sizes) {
+    for (size_t b = 0; b < sizes.size(); ++b) {
+      gradients.emplace_back(size_t(sizes[b]));
+      values.emplace_back(size_t(sizes[b]), -1.0f);
+      for (int64_t i = 0; i < sizes[b]; ++i)
+        gradients[b][size_t(i)] = gradient_of(group.rank(), int64_t(b), i);
+    }
+  }
+  std::vector<GradientBuckets::Bucket> buckets(Communicator& group) {
+    std::vector<GradientBuckets::Bucket> list;
+    for (size_t b = 0; b < gradients.size(); ++b) {
+      const auto P = int64_t(gradients[b].size());
+      list.push_back({view(gradients[b].data(), {P}), view(values[b].data(), {P}), &group,
+                      "bucket " + std::to_string(b)});
+    }
+    return list;
+  }
+};
+
+// Sums in rank order and values gathered from their owners, bit for bit.
+void reduce_and_gather(Communicator& group, Stream& communication) {
+  const int N = group.size();
+  const std::vector<int64_t> sizes = {N * 1, N * 4096, 0, N * 5003};
+  Owner owner(group, sizes);
+  GradientBuckets buckets(owner.buckets(group), communication);
+  Stream compute = Stream::immediate();
+  for (int64_t b = buckets.size() - 1; b >= 0; --b) buckets.ready(b, compute);
+  buckets.finish(compute);
+  for (int64_t b = 0; b < buckets.size(); ++b) {
+    const Tensor own = buckets.owned_gradient(b);
+    const int64_t slice = sizes[size_t(b)] / N;
+    ASSERT_EQ(own.elements(), slice);
+    for (int64_t i = 0; i < slice; ++i) {
+      const int64_t at = group.rank() * slice + i;
+      float expected = gradient_of(0, b, at);
+      for (int r = 1; r < N; ++r) expected += gradient_of(r, b, at);
+      ASSERT_EQ(own.as<float>()[i], expected) << "bucket " << b << ", element " << at;
+    }
+    for (int64_t i = 0; i < slice; ++i)
+      buckets.owned_value(b).as<float>()[i] = float(group.rank() * slice + i);
+  }
+  buckets.gather_weights(compute);
+  for (int64_t b = 0; b < buckets.size(); ++b) {
+    buckets.wait_weights(b, compute);
+    for (size_t i = 0; i < owner.values[size_t(b)].size(); ++i)
+      ASSERT_EQ(owner.values[size_t(b)][i], float(i));
+  }
+  communication.synchronize();
+  EXPECT_EQ(buckets.take_seconds() > 0, N > 1);
+  EXPECT_EQ(buckets.take_seconds(), 0);
+}
+
+TEST(GradientBuckets, SumInRankOrderAndGatherWhatTheOwnersWrote) {
+  for (int ranks : {1, 2, 3, 5, 8}) {
+    in_world(RankLayout(ranks, 1, 0), [](ProcessGroups& groups) {
+      Stream communication = Stream::worker();
+      reduce_and_gather(*groups.data, communication);
+      Stream at_once = Stream::immediate();
+      reduce_and_gather(*groups.data, at_once);
+    });
+  }
+}
+
+// On a wire that takes 150 ms: the compute stream is past its next work, block k - 1's backward,
+// before the reduction of block k has ended.
+TEST(GradientBuckets, ReduceWhileTheBackwardPassGoesOn) {
+  in_world(RankLayout(2, 1, 0), [](ProcessGroups& groups) {
+    SlowCommunicator slow(*groups.data, milliseconds(150));
+    Stream communication = Stream::worker(), compute = Stream::immediate();
+    Owner owner(slow, {1000, 1000});
+    GradientBuckets buckets(owner.buckets(slow), communication);
+    const auto start = Clock::now();
+    Clock::time_point backward_began, reduced;
+    buckets.ready(1, compute);
+    communication.submit([&reduced] { reduced = Clock::now(); });
+    compute.submit([&backward_began] { backward_began = Clock::now(); });  // of block 0
+    buckets.ready(0, compute);
+    EXPECT_LT(Clock::now() - start, milliseconds(100)) << "ready() waited for the wire";
+    buckets.finish(compute);
+    EXPECT_GE(Clock::now() - start, milliseconds(300)) << "finish() did not wait";
+    EXPECT_LT(backward_began, reduced);
+    EXPECT_GE(buckets.take_seconds(), 0.3);
+  });
+}
+
+TEST(GradientBuckets, WaitForOneBucketsWeightsOnly) {
+  in_world(RankLayout(2, 1, 0), [](ProcessGroups& groups) {
+    SlowCommunicator slow(*groups.data, milliseconds(100));
+    Stream communication = Stream::worker(), compute = Stream::immediate();
+    Owner owner(slow, {10, 10, 10});
+    GradientBuckets buckets(owner.buckets(slow), communication);
+    buckets.wait_weights(2, compute);  // before the first gather: no wait
+    const auto start = Clock::now();
+    buckets.gather_weights(compute);
+    buckets.wait_weights(0, compute);
+    EXPECT_LT(Clock::now() - start, milliseconds(200)) << "waited for other buckets too";
+    buckets.wait_weights(2, compute);
+    EXPECT_GE(Clock::now() - start, milliseconds(300));
+  });
+}
+
+TEST(GradientBuckets, RefuseABucketThatDoesNotDivide) {
+  in_world(RankLayout(3, 1, 0), [](ProcessGroups& groups) {
+    Stream communication = Stream::immediate();
+    Owner owner(*groups.data, {10});
+    EXPECT_THROW(GradientBuckets(owner.buckets(*groups.data), communication), Error);
+  });
+}
+
+TEST(GradientBuckets, DoNothingOnDryStreams) {
+  auto seats = make_thread_group(4, "data", milliseconds(50));
+  Stream dry = Stream::dry();
+  Owner owner(*seats[1], {8});
+  GradientBuckets buckets(owner.buckets(*seats[1]), dry);
+  buckets.ready(0, dry);
+  buckets.finish(dry);
+  buckets.gather_weights(dry);
+  buckets.wait_weights(0, dry);
+  EXPECT_EQ(owner.values[0][0], -1.0f);
+}
+
+}  // namespace
+}  // namespace moemamba

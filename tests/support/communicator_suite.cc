@@ -1,0 +1,244 @@
+#include "tests/support/communicator_suite.h"
+
+#include <cstring>
+#include <thread>
+
+#include "core/random.h"
+
+namespace moemamba {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+// One all-to-all whose sizes and bytes every rank can compute for every other.
+class Exchange {
+ public:
+  using Count = std::function<int64_t(int from, int to)>;
+
+  Exchange(Communicator& group, uint64_t seed, const Count& count)
+      : group_(group), seed_(seed), size_(size_t(group.size())), send_at_(size_), send_(size_),
+        recv_at_(size_), recv_(size_) {
+    const int me = group.rank();
+    int64_t out = 0, in = 0;
+    for (int r = 0; r < group.size(); ++r) {
+      const auto i = size_t(r);
+      send_at_[i] = out;
+      send_[i] = count(me, r);
+      out += send_[i] + 3;  // gaps: offsets are more than sums of counts
+      recv_at_[i] = in;
+      recv_[i] = count(r, me);
+      in += recv_[i] + 5;
+    }
+    sent_.resize(size_t(out));
+    received_.assign(size_t(in), std::byte{0xee});
+    for (int r = 0; r < group.size(); ++r)
+      for (int64_t i = 0; i < send_[size_t(r)]; ++i)
+        sent_[size_t(send_at_[size_t(r)] + i)] = value(me, r, i);
+  }
+
+  void start(Stream& stream) {
+    group_.all_to_all(stream, {.send = sent_.data(),
+                               .send_offsets = send_at_.data(),
+                               .send_bytes = send_.data(),
+                               .recv = received_.data(),
+                               .recv_offsets = recv_at_.data(),
+                               .recv_bytes = recv_.data()});
+  }
+  void verify() const {
+    for (int r = 0; r < group_.size(); ++r) {
+      const int64_t at = recv_at_[size_t(r)], bytes = recv_[size_t(r)];
+      for (int64_t i = 0; i < bytes; ++i)
+        check(received_[size_t(at + i)] == value(r, group_.rank(), i), "byte ", i, " of ", bytes,
+              " from rank ", r, " is wrong");
+      for (int64_t i = bytes; i < bytes + 5; ++i)
+        check(received_[size_t(at + i)] == std::byte{0xee}, "written behind the bytes of rank ", r);
+    }
+  }
+
+ private:
+  std::byte value(int from, int to, int64_t i) const {
+    return std::byte((seed_ * 7 + uint64_t(from) * 31 + uint64_t(to) * 17 + uint64_t(i) * 13) >> 1);
+  }
+  Communicator& group_;
+  uint64_t seed_;
+  size_t size_;
+  std::vector<int64_t> send_at_, send_, recv_at_, recv_;
+  std::vector<std::byte> sent_, received_;
+};
+
+void exchange(Communicator& group, Stream& stream, uint64_t seed, const Exchange::Count& count) {
+  Exchange call(group, seed, count);
+  call.start(stream);
+  stream.synchronize();
+  call.verify();
+}
+
+void uneven(Communicator& group, Stream& stream) {
+  for (uint64_t round = 0; round < 30; ++round) {
+    const Random random(round, "sizes");
+    exchange(group, stream, round, [&](int from, int to) {
+      const auto pair = uint64_t(from * 64 + to);
+      return int64_t(random.integer(pair, 3) * random.integer(1000 + pair, 5000));
+    });
+  }
+}
+
+void several_at_once(Communicator& group, Stream& stream) {
+  const auto count = [](int from, int to) { return int64_t(100 * from + to); };
+  Exchange first(group, 1, count), second(group, 2, count), third(group, 3, count);
+  for (Exchange* call : {&first, &second, &third}) call->start(stream);
+  stream.synchronize();
+  for (Exchange* call : {&first, &second, &third}) call->verify();
+}
+
+void zero(Communicator& group, Stream& stream) {
+  exchange(group, stream, 0, [](int, int) { return 0; });
+  exchange(group, stream, 0, [](int from, int) { return from == 0 ? 7 : 0; });  // one sends
+  exchange(group, stream, 0, [](int, int to) { return to == 0 ? 7 : 0; });      // one receives
+}
+
+void large(Communicator& group, Stream& stream) {
+  exchange(group, stream, 5, [](int from, int to) { return 1500000 + 1000 * from + to; });
+  // Above the size at which one message is cut into several.
+  exchange(group, stream, 6, [](int from, int to) {
+    return from == 0 && to == 1 ? int64_t{70} << 20 : int64_t{10};
+  });
+}
+
+void gather(Communicator& group, Stream& stream) {
+  for (int64_t bytes : {int64_t{1}, int64_t{0}, int64_t{1000}, int64_t{1} << 20}) {
+    std::vector<std::byte> mine(size_t(bytes), std::byte(group.rank() + 1));
+    std::vector<std::byte> all(size_t(bytes * group.size()));
+    std::vector<std::byte> in_place = all;
+    group.all_gather(stream, mine.data(), all.data(), bytes);
+    std::byte* own = in_place.data() + group.rank() * bytes;
+    if (bytes) std::memcpy(own, mine.data(), size_t(bytes));
+    group.all_gather(stream, own, in_place.data(), bytes);
+    stream.synchronize();
+    for (size_t i = 0; i < all.size(); ++i)
+      check(all[i] == std::byte(int64_t(i) / bytes + 1), "gathered byte ", i, " is wrong");
+    check(all == in_place, "in place gathers something else");
+  }
+}
+
+template <class Number>
+void sum_of(Communicator& group, Stream& stream, int64_t count) {
+  const auto value = [](int rank, int64_t i) {
+    return Number(1e3 * Random(uint64_t(rank), "sum").normal(uint64_t(i)));
+  };
+  std::vector<Number> values(static_cast<size_t>(count)), expected(static_cast<size_t>(count));
+  std::vector<Number> workspace(size_t(count * group.size()));
+  for (int64_t i = 0; i < count; ++i) {
+    values[size_t(i)] = value(group.rank(), i);
+    expected[size_t(i)] = value(0, i);
+    for (int r = 1; r < group.size(); ++r) expected[size_t(i)] += value(r, i);
+  }
+  all_reduce_sum(group, stream, view(values.data(), {count}),
+                 view(workspace.data(), {count * group.size()}));
+  stream.synchronize();
+  check(std::memcmp(values.data(), expected.data(), values.size() * sizeof(Number)) == 0,
+        "a sum of ", count, " elements differs from the sum in rank order");
+}
+
+void sum(Communicator& group, Stream& stream) {
+  for (int64_t count : {1, 7, 1024, 5000}) {
+    sum_of<float>(group, stream, count);
+    sum_of<double>(group, stream, count);
+    sum_of<int64_t>(group, stream, count);
+  }
+}
+
+void barriers(Communicator& group, Stream& stream) {
+  for (int i = 0; i < 100; ++i) barrier(group, stream);
+  stream.synchronize();
+}
+
+// What `body` throws must be PeerLost of this group naming `rank` with `why` in its text.
+void expect_lost(Communicator& group, int rank, const char* why,
+                 const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const PeerLost& error) {
+    check(error.group() == group.name(), "PeerLost names group ", error.group());
+    check(error.rank() == rank, "expected the loss of rank ", rank, ", found: ", error.what());
+    check(std::string(error.what()).find(why) != std::string::npos, "expected \"", why,
+          "\" in: ", error.what());
+    return;
+  }
+  check(false, "expected the loss of rank ", rank, ", but the call succeeded");
+}
+
+void abort_wakes(Communicator& group, Stream& stream) {
+  if (group.size() == 1) return;
+  barrier(group, stream);
+  stream.synchronize();
+  const int failing = group.size() - 1;
+  const auto start = Clock::now();
+  if (group.rank() == failing) {
+    std::this_thread::sleep_for(milliseconds(100));
+    group.abort("disk full");
+  }
+  expect_lost(group, failing, "disk full", [&] {
+    barrier(group, stream);
+    stream.synchronize();
+  });
+  expect_lost(group, failing, "disk full", [&] {  // the group stays lost
+    Stream again = Stream::immediate();
+    barrier(group, again);
+  });
+  check(Clock::now() - start < std::chrono::seconds(10), "woken too late");
+}
+
+void late(Communicator& group, Stream& stream) {
+  if (group.size() == 1) return;
+  const auto start = Clock::now();
+  if (group.rank() == 0) return std::this_thread::sleep_for(milliseconds(600));
+  expect_lost(group, 0, "nothing heard for 300 ms", [&] {
+    barrier(group, stream);
+    stream.synchronize();
+  });
+  const auto took = Clock::now() - start;
+  check(took > milliseconds(250) && took < std::chrono::seconds(5), "the deadline was not kept");
+}
+
+// Rank 1 expects a byte more of rank 0 than that one sends.
+void mismatch(Communicator& group, Stream& stream) {
+  if (group.size() == 1) return;
+  try {
+    exchange(group, stream, 1, [&](int from, int to) {
+      return 20 + (from == 0 && to == 1 && group.rank() == 1 ? 1 : 0);
+    });
+  } catch (const PeerLost&) {
+    check(group.rank() > 1, "expected an Error at the two ranks that do not agree");
+    return;
+  } catch (const Error& error) {
+    group.abort(error.what());
+    check(group.rank() <= 1, "expected PeerLost at a rank that agrees, found: ", error.what());
+    const char* expected = "rank 0 sends 20 bytes to rank 1, which expects 21";
+    check(std::string(error.what()).find(expected) != std::string::npos, "expected \"", expected,
+          "\", found: ", error.what());
+    return;
+  }
+  // Over MPI a rank may have all that it needs before it hears of the mismatch.
+  check(group.rank() > 1, "a mismatch of counts was not noticed");
+}
+
+}  // namespace
+
+std::vector<CommunicatorCase> communicator_cases() {
+  const std::chrono::milliseconds patient = std::chrono::seconds(60);
+  return {{"uneven", patient, uneven},
+          {"several_at_once", patient, several_at_once},
+          {"zero", patient, zero},
+          {"large", patient, large},
+          {"gather", patient, gather},
+          {"sum", patient, sum},
+          {"barriers", patient, barriers},
+          {"abort_wakes", patient, abort_wakes},
+          {"late", milliseconds(300), late},
+          {"mismatch", patient, mismatch}};
+}
+
+}  // namespace moemamba
