@@ -23,15 +23,24 @@ void update(const AdamWPart& p) {
 typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef double Doubles __attribute__((vector_size(64)));
 
+void add_squares(const float* x, Doubles& sum) {
+  const Doubles wide = __builtin_convertvector(*reinterpret_cast<const Floats*>(x), Doubles);
+  sum = sum + wide * wide;
+}
+
+// Four chains of additions, so that their latency does not bind.
 double sum_of_squares(const float* x, int64_t count) {
-  Doubles sums{};
+  Doubles a{}, b{}, c{}, d{};
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const Doubles wide = __builtin_convertvector(*reinterpret_cast<const Floats*>(x + i), Doubles);
-    sums = sums + wide * wide;
+  for (; i + 32 <= count; i += 32) {
+    add_squares(x + i, a);
+    add_squares(x + i + 8, b);
+    add_squares(x + i + 16, c);
+    add_squares(x + i + 24, d);
   }
-  for (int64_t lane = 0; i + lane < count; ++lane)
-    sums[lane] = sums[lane] + double(x[i + lane]) * double(x[i + lane]);
+  Doubles sums = (a + b) + (c + d);
+  for (int64_t lane = 0; i < count; ++i, lane = (lane + 1) % 8)
+    sums[lane] = sums[lane] + double(x[i]) * double(x[i]);
   return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 

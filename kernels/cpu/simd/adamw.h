@@ -20,7 +20,7 @@ struct AdamWPart {
 
 struct AdamWKernels {
   void (*update)(const AdamWPart& part);
-  // Eight interleaved f64 sums, added up in one order.
+  // Interleaved f64 sums, added up in one order.
   double (*sum_of_squares)(const float* x, int64_t count);
 };
 namespace avx2 {
