@@ -1,0 +1,94 @@
+#!/bin/sh
+# From nothing to a trained mixture of experts on a Debian 12 machine: installs what is missing,
+# builds, fetches Jane Austen's six novels, trains on five of them across two MPI ranks (the experts
+# are spread over both), and compares the result on the sixth with compressors.
+# usage: sh scripts/quickstart.sh
+# Started again, it installs and builds nothing that is there, and trains anew in runs/quickstart.
+# Its last line is for programs; `seconds` are those of training. Exit code 0 only if the held-out
+# bits per byte are at most 1.90.
+set -eu
+cd "$(dirname "$0")/.."
+started=$(date +%s)
+most_bits=1.90
+ranks=2
+corpus=data/austen
+tokens=$corpus/tokens
+run=runs/quickstart
+moemamba=build/cpu-release/moemamba
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "install and build"
+sh scripts/install.sh
+sh scripts/build.sh cpu-release moemamba
+
+say "corpus: Debian's r-cran-janeaustenr, unpacked, not installed"
+novels=$corpus/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb
+fetch() { (cd "$corpus" && apt-get download --quiet=2 r-cran-janeaustenr 2>download.log); }
+if [ ! -f "$novels" ]; then
+  rm -rf "$corpus"
+  mkdir -p "$corpus"
+  if ! fetch; then  # no package lists, or old ones
+    root=
+    [ "$(id -u)" -eq 0 ] || root=sudo
+    $root apt-get update --quiet=2 || true
+    fetch || { cat "$corpus/download.log" >&2; exit 1; }
+  fi
+  dpkg-deb -x "$corpus"/r-cran-janeaustenr_*.deb "$corpus"
+fi
+echo "$novels, $(wc -c <"$novels") bytes"
+
+say "tokens: BPE of 4096 pieces; Persuasion is held out"
+if [ ! -f "$tokens/summary.json" ]; then
+  "$moemamba" prepare --output "$tokens" --tokenizer bpe --vocabulary 4096 \
+    --hold-out Persuasion "$novels"
+else
+  echo "$tokens is there"
+fi
+
+say "train on $ranks ranks, the experts spread over them"
+train_started=$(date +%s)
+"$moemamba" train --ranks "$ranks" --config configs/quickstart.textproto \
+  --run="$run" --overwrite=true --data.train="$tokens/train" \
+  --data.validation="$tokens/validation" --data.tokenizer="$tokens/tokenizer.model"
+seconds=$(($(date +%s) - train_started))
+
+say "Persuasion, which the model has not seen"
+evaluation=$run/evaluation.txt
+"$moemamba" evaluate --ranks "$ranks" --run "$run" >"$evaluation"
+experts=$(sed -n 's/^ *experts: *\([0-9]*\).*/\1/p' "$run/config.textproto" | head -n 1)
+val_bpb=$(sed -n 's/^held-out: .*bits per byte \([0-9.]*\).*/\1/p' "$evaluation")
+bigram_bpb=$(sed -n 's/^bigram.*: \([0-9.]*\) bits per byte.*/\1/p' "$evaluation")
+text=$tokens/validation.txt
+packed() {  # command -> bits per byte of the held-out text
+  "$1" -9 -c "$text" | wc -c |
+    awk -v plain="$(wc -c <"$text")" '{ printf "%.3f", $1 * 8 / plain }'
+}
+xz_bpb=$(packed xz)
+if [ -z "$val_bpb" ]; then
+  cat "$evaluation" >&2
+  echo "quickstart: evaluate gave no bits per byte, see above" >&2
+  exit 1
+fi
+echo "bits per byte"
+printf '  %-38s %.3f\n' "this model" "$val_bpb" \
+  "bigram model over the same tokens" "$bigram_bpb" \
+  "bzip2 -9" "$(packed bzip2)" "xz -9" "$xz_bpb" "gzip -9" "$(packed gzip)"
+
+say "where tokens went"
+sed -n '/^layer/,$p' "$evaluation"
+
+say "200 tokens of new text"
+"$moemamba" generate --ranks "$ranks" --run "$run" --tokens 200 --temperature 0.8 --top-p 0.95
+
+say "done in $(($(date +%s) - started)) s, $seconds s of them training"
+echo "curve   $run/loss.svg"
+echo "metrics $run/metrics.jsonl"
+echo "weights $run/weights"
+verdict=0
+if awk -v found="$val_bpb" -v most="$most_bits" 'BEGIN { exit !(found > most) }'; then
+  echo "quickstart: FAILED: $val_bpb held-out bits per byte, expected at most $most_bits"
+  verdict=1
+fi
+echo "quickstart: val_bpb=$val_bpb xz_bpb=$xz_bpb ranks=$ranks experts=$experts seconds=$seconds"
+exit $verdict
