@@ -39,22 +39,31 @@ std::string describe(int code) {
   return "MPI: " + std::string(text.data(), size_t(length));
 }
 
-// Between two polls. At first only a yield; then sleeps that grow to 100 us, because a waiting rank
-// must not burn the core that a computing rank needs. While data is known to flow, polling is what
-// moves it, and the sleeps start late.
+// Between two polls. A rank that waits for others must not burn the core on which they work: soon
+// it sleeps, up to 100 us at a time. Once all have come, data flows, and polling is what moves it:
+// only yields, and short sleeps when nothing arrived for a while (a slow wire, a peer that hangs).
 class BackOff {
  public:
-  void reset(bool data_flows) {
-    polls_ = 0;
-    yields_ = data_flows ? 2000 : 50;
+  void progress(bool data_flows) {
+    data_flows_ = data_flows;
+    since_ = Clock::now();
+    sleep_ = microseconds(10);
   }
-  void pause() {
-    if (++polls_ <= yields_) std::this_thread::yield();
-    else std::this_thread::sleep_for(microseconds(std::min(10 * (polls_ - yields_), 100)));
+  void pause(Clock::time_point now) {
+    if (now - since_ < (data_flows_ ? kPatienceInFlow : kPatience)) {
+      std::this_thread::yield();
+      return;
+    }
+    std::this_thread::sleep_for(sleep_);
+    sleep_ = std::min(sleep_ * 2, data_flows_ ? kLongestInFlow : kLongest);
   }
 
  private:
-  int polls_ = 0, yields_ = 50;
+  static constexpr microseconds kPatience{30}, kPatienceInFlow{20000};
+  static constexpr microseconds kLongest{100}, kLongestInFlow{20};
+  bool data_flows_ = false;
+  Clock::time_point since_ = Clock::now();
+  microseconds sleep_{10};
 };
 
 class MpiCommunicator final : public Communicator {
@@ -165,14 +174,15 @@ void MpiCommunicator::exchange(const AllToAll& call) {
       if (source != target) std::memcpy(target, source, size_t(bytes));
     }
     for (;;) {
+      const auto now = Clock::now();
       {
         std::lock_guard lock(*mpi_);
         const bool moved = poll(call);
         if (pending_ == 0) return;
-        if (moved) back_off.reset(headers_missing_ == 0);
-        else if (Clock::now() >= deadline) miss();
+        if (moved) back_off.progress(headers_missing_ == 0);
+        else if (now >= deadline) miss();
       }
-      back_off.pause();
+      back_off.pause(now);
     }
   } catch (...) {
     std::lock_guard lock(*mpi_);

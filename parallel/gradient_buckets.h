@@ -5,7 +5,7 @@
 #include "core/arena.h"
 #include "parallel/communicator.h"
 
-namespace moemamba {  // letters: P elements of a bucket (padded to a multiple of the group), N ranks
+namespace moemamba {  // letters: P elements of a bucket (a multiple of the group), N ranks
 
 // Gradient reduction and weight gathering behind the computation. A bucket is one flat run of f32
 // parameters of one block and one group; rank r of the group owns elements [r P/N, (r + 1) P/N).
