@@ -229,8 +229,8 @@ TEST(Permute, AndItsFriendsMatchTheirDefinitions) {
       const auto weight = to_doubles(route.weight);
       expect_close("y", m.unpermute.y, definition::unpermute(rows, position, weight, D, s.K));
       expect_threads_agree(m.unpermute_backward);
-      const auto gradient = definition::unpermute_backward(to_doubles(m.unpermute_backward.dy), rows,
-                                                           position, weight, D, s.K);
+      const auto gradient = definition::unpermute_backward(
+          to_doubles(m.unpermute_backward.dy), rows, position, weight, D, s.K);
       expect_close("drows", m.unpermute_backward.drows.row_range(0, m.kept), gradient.drows);
       expect_close("dweight", m.unpermute_backward.dweight, gradient.dweight);
       expect_threads_agree(m.permute_backward);

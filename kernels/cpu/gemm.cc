@@ -46,8 +46,9 @@ void multiply(const Gemm& g) {
 
 void multiply_tiles(Stream& stream, const Gemm& gemm) {
   if (gemm.M == 0 || gemm.N == 0) return;
-  Tiling tiling(gemm.M, gemm.N);
-  if (tiling.count() < 4) tiling = Tiling(gemm.M, gemm.N, Tiling::kRows / 2);
+  Tiling tiling(gemm);
+  if (tiling.count() < 4)
+    tiling = Tiling(gemm.M, gemm.N, gemm.a_transposed ? Tiling::kRows : Tiling::kRows / 2);
   stream.parallel_for(tiling.count(), [&](int64_t i) { multiply(tiling.tile(gemm, i)); });
 }
 

@@ -34,14 +34,17 @@ struct Cut {
   int64_t end(int64_t i) const { return begin(i + 1); }
 };
 
-// Tiles of M x N, big enough that a BLAS call keeps above 90 % of its speed on large matrices (a
-// tile packs its share of a and b again). A function of the shape alone.
+// Tiles of M x N, big enough that a BLAS call keeps about 90 % of its speed on large matrices (a
+// tile packs its share of a and b again; those of a transposed a must be taller for that). A
+// function of the shape alone.
 struct Tiling {
   Cut rows, columns;
-  static constexpr int64_t kRows = 256, kColumns = 1024;
-  Tiling(int64_t M, int64_t N, int64_t row_limit = kRows)
+  static constexpr int64_t kRows = 256, kTransposedRows = 1024, kColumns = 1024;
+  Tiling(int64_t M, int64_t N, int64_t row_limit)
       : rows(M, std::max<int64_t>(1, (M + row_limit - 1) / row_limit)),
         columns(N, std::max<int64_t>(1, (N + kColumns - 1) / kColumns)) {}
+  explicit Tiling(const Gemm& gemm)
+      : Tiling(gemm.M, gemm.N, gemm.a_transposed ? kTransposedRows : kRows) {}
   int64_t count() const { return rows.count * columns.count; }
   // Neighbouring tiles share a's rows.
   Gemm tile(const Gemm& gemm, int64_t i) const {

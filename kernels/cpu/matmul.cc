@@ -92,7 +92,7 @@ void run_cpu(Stream& stream, const Matmul& op) {
                   .b_transposed = op.b_transposed,
                   .accumulate = op.accumulate};
   if (gemm.M == 0 || gemm.N == 0) return;
-  const Tiling tiling(gemm.M, gemm.N);
+  const Tiling tiling(gemm);
   const int64_t blocks = blocks_of(tiling.count(), gemm.K);
   if (blocks > 1) return multiply_blocks(stream, gemm, tiling, blocks);
   multiply_tiles(stream, gemm);
@@ -113,7 +113,9 @@ void run_cpu(Stream& stream, const GroupedMatmul& op) {
   const auto* offsets = op.offsets.as<int32_t>();
   const int64_t E = op.b.shape[0], N = op.out.cols();
   if (N == 0) return;
-  const auto tiling_of = [&](int64_t e) { return Tiling(offsets[e + 1] - offsets[e], N); };
+  const auto tiling_of = [&](int64_t e) {
+    return Tiling(offsets[e + 1] - offsets[e], N, Tiling::kRows);
+  };
   int64_t tiles = 0;
   for (int64_t e = 0; e < E; ++e) tiles += tiling_of(e).count();
   stream.parallel_for(tiles, [&](int64_t i) {
@@ -148,7 +150,7 @@ void run_cpu(Stream& stream, const GroupedOuter& op) {
   const auto* offsets = op.offsets.as<int32_t>();
   const int64_t E = op.out.shape[0], M = op.out.shape[1], N = op.out.shape[2];
   if (M == 0 || N == 0) return;
-  const Tiling tiling(M, N);
+  const Tiling tiling(M, N, E < kFewTiles / 2 ? Tiling::kRows : Tiling::kTransposedRows);
   stream.parallel_for(E * tiling.count(), [&](int64_t i) {
     const int64_t e = i / tiling.count();
     const Gemm gemm{.a = op.a.row<float>(offsets[e]),
