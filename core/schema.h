@@ -3,6 +3,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -55,6 +56,9 @@ class Settings {
 
 // All settings of `message`, defaults included, in text format: read back, it gives the same text.
 std::string resolved_text(const google::protobuf::Message& message);
+// The same one by one: ("model.experts", "8").
+std::vector<std::pair<std::string, std::string>> resolved_values(
+    const google::protobuf::Message& message);
 
 // What a schema says of itself. `descriptors`: a serialised FileDescriptorSet with imports and
 // source info (what CMake embeds); `message`: "moemamba.RunConfig". Its groups may hold lists of

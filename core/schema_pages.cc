@@ -64,17 +64,34 @@ std::string value_text(const pb::Message& message, const pb::FieldDescriptor& fi
   return "";
 }
 
-void print_message(const pb::Message& message, const std::string& indent, std::string& out);
+// Everything that is set or has a default, in both forms.
+struct Resolved {
+  std::string text;
+  std::vector<std::pair<std::string, std::string>> values;
+  std::string indent, prefix;
 
-void print_group(const pb::FieldDescriptor& field, const pb::Message& group,
-                 const std::string& indent, std::string& out) {
-  out += concat(indent, field.name(), " {\n");
-  print_message(group, indent + "  ", out);
-  out += indent + "}\n";
+  void add(const std::string& name, const std::string& value) {
+    text += concat(indent, name, ": ", value, "\n");
+    values.emplace_back(prefix + name, value);
+  }
+  void add_message(const pb::Message& message);
+  void add_group(const std::string& name, const std::string& path, const pb::Message& group);
+};
+
+void Resolved::add_group(const std::string& name, const std::string& path,
+                         const pb::Message& group) {
+  text += concat(indent, name, " {\n");
+  const std::string outer_indent = indent, outer_prefix = prefix;
+  indent += "  ";
+  prefix += path + ".";
+  add_message(group);
+  indent = outer_indent;
+  prefix = outer_prefix;
+  text += indent + "}\n";
 }
 
 // A text without a default that nobody set is left out; so is a group that holds its own kind.
-void print_message(const pb::Message& message, const std::string& indent, std::string& out) {
+void Resolved::add_message(const pb::Message& message) {
   const pb::Reflection& reflection = *message.GetReflection();
   const pb::Descriptor& type = *message.GetDescriptor();
   for (int i = 0; i < type.field_count(); ++i) {
@@ -83,16 +100,17 @@ void print_message(const pb::Message& message, const std::string& indent, std::s
     if (field.is_repeated()) {
       for (int k = 0; k < reflection.FieldSize(message, &field); ++k) {
         if (group)
-          print_group(field, reflection.GetRepeatedMessage(message, &field, k), indent, out);
+          add_group(field.name(), concat(field.name(), "[", k, "]"),
+                    reflection.GetRepeatedMessage(message, &field, k));
         else
-          out += concat(indent, field.name(), ": ", value_text(message, field, k), "\n");
+          add(field.name(), value_text(message, field, k));
       }
     } else if (group) {
       if (reflection.HasField(message, &field) || field.message_type() != &type)
-        print_group(field, reflection.GetMessage(message, &field), indent, out);
+        add_group(field.name(), field.name(), reflection.GetMessage(message, &field));
     } else if (reflection.HasField(message, &field) || field.has_default_value() ||
                field.cpp_type() != pb::FieldDescriptor::CPPTYPE_STRING) {
-      out += concat(indent, field.name(), ": ", value_text(message, field, -1), "\n");
+      add(field.name(), value_text(message, field, -1));
     }
   }
 }
@@ -236,9 +254,15 @@ void write_help(Schema& schema, const pb::Descriptor& message, const std::string
 }  // namespace
 
 std::string resolved_text(const pb::Message& message) {
-  std::string out;
-  print_message(message, "", out);
-  return out;
+  Resolved resolved;
+  resolved.add_message(message);
+  return resolved.text;
+}
+
+std::vector<std::pair<std::string, std::string>> resolved_values(const pb::Message& message) {
+  Resolved resolved;
+  resolved.add_message(message);
+  return resolved.values;
 }
 
 std::string reference_page(std::string_view descriptors, const std::string& message) {

@@ -1,0 +1,26 @@
+#include "launcher/build_facts.h"
+
+#include <google/protobuf/stubs/common.h>
+
+#include "kernels/cpu/blas_core.h"
+#include "kernels/cpu/simd/level.h"
+
+namespace moemamba {
+
+Facts build_facts() {
+  return {{"version", std::string(build_version())},
+          {"compiler", std::string(build_compiler())},
+          {"flags", std::string(build_flags())},
+          {"BLAS", blas_core()},
+          {"SIMD", name_of(simd_level())}};
+}
+
+std::string version_text() {
+  std::string text;
+  for (const auto& [name, value] : build_facts())
+    text += name == "version" ? "moemamba " + value + "\n" : "  " + name + ": " + value + "\n";
+  return text + concat("  protobuf: ", google::protobuf::internal::VersionString(
+                                           GOOGLE_PROTOBUF_VERSION));
+}
+
+}  // namespace moemamba

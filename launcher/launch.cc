@@ -1,0 +1,164 @@
+#include "launcher/launch.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/error.h"
+#include "core/schema.h"
+
+namespace moemamba {
+
+namespace {
+
+constexpr const char* kTerminalName = "MOEMAMBA_TERMINAL";  // "COLUMNS color" or "COLUMNS plain"
+
+int first_number(std::initializer_list<const char*> names, int otherwise) {
+  for (const char* name : names)
+    if (const char* value = std::getenv(name)) return std::atoi(value);
+  return otherwise;
+}
+
+std::string own_path() {
+  char path[4096];
+  const ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
+  check(length > 0, "cannot find out which program this is: /proc/self/exe: ",
+        std::strerror(errno));
+  return std::string(path, size_t(length));
+}
+
+// All that the ranks inherit, and that -x hands to those on other machines.
+std::vector<std::string> export_environment() {
+  std::vector<std::string> names;
+  const auto set = [&](const char* name, const std::string& value) {
+    setenv(name, value.c_str(), 1);
+    names.emplace_back(name);
+  };
+  set("OPENBLAS_NUM_THREADS", "1");  // moemamba shares out rows itself, in a fixed order
+  set("OMPI_MCA_btl_vader_single_copy_mechanism", "none");  // containers forbid it (ompi#4948)
+  if (const Terminal terminal = find_terminal(); terminal.present)
+    set(kTerminalName, concat(terminal.columns, terminal.color ? " color" : " plain"));
+  if (getuid() == 0) {
+    setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
+    setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
+  }
+  return names;
+}
+
+std::vector<std::string> command_of(int ranks, const std::vector<std::string>& words) {
+  std::vector<std::string> command{"mpirun", "-n", concat(ranks), "--oversubscribe",
+                                   "--bind-to", "none"};
+  if (getuid() == 0) command.emplace_back("--allow-run-as-root");
+  for (const std::string& name : export_environment()) {
+    command.emplace_back("-x");
+    command.push_back(name);
+  }
+  command.push_back(own_path());
+  for (size_t i = 0; i < words.size(); ++i) {
+    if (words[i] == "--ranks") ++i;  // and its value
+    else if (words[i].rfind("--ranks=", 0) != 0) command.push_back(words[i]);
+  }
+  return command;
+}
+
+// In the child: becomes mpirun. A process group of its own, so that a terminal's Ctrl-C reaches
+// the ranks once, through the parent; nothing to read from the terminal.
+[[noreturn]] void become(const std::vector<std::string>& command, const sigset_t& signals,
+                         pid_t parent) {
+  std::vector<char*> arguments;
+  for (const std::string& word : command) arguments.push_back(const_cast<char*>(word.c_str()));
+  arguments.push_back(nullptr);
+  setpgid(0, 0);
+  prctl(PR_SET_PDEATHSIG, SIGTERM);
+  if (getppid() != parent) _exit(1);  // it died before prctl
+  sigprocmask(SIG_SETMASK, &signals, nullptr);
+  const int null = open("/dev/null", O_RDONLY);
+  if (null >= 0) dup2(null, STDIN_FILENO);
+  execvp(arguments[0], arguments.data());
+  std::fprintf(stderr, "moemamba: mpirun: %s; is Open MPI installed and in PATH?\n",
+               std::strerror(errno));
+  _exit(127);
+}
+
+// Passes signals on until `child` ends; returns its exit code.
+int wait_for(pid_t child, const sigset_t& signals) {
+  for (;;) {
+    int status = 0;
+    const pid_t ended = waitpid(child, &status, WNOHANG);
+    if (ended == child && WIFEXITED(status)) return WEXITSTATUS(status);
+    if (ended == child && WIFSIGNALED(status)) return 128 + WTERMSIG(status);
+    check(ended >= 0, "waiting for mpirun: ", std::strerror(errno));
+    const int signal = sigwaitinfo(&signals, nullptr);
+    if (signal > 0 && signal != SIGCHLD) kill(child, signal);
+  }
+}
+
+}  // namespace
+
+void add_ranks_option(CLI::App& app, int& ranks) {
+  app.add_option("--ranks", ranks,
+                 "Processes to start with mpirun (default 1: without it). For several machines, "
+                 "start mpirun yourself and leave this out")
+      ->type_name("N")
+      ->check(CLI::Range(1, 4096));
+}
+
+int started_rank() { return first_number({"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"}, -1); }
+
+int started_ranks() { return first_number({"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}, 1); }
+
+bool must_launch(int ranks) {
+  if (started_rank() < 0) return ranks > 1;
+  if (ranks > 1 && ranks != started_ranks())
+    throw BadSettings(concat("--ranks=", ranks, ": mpirun has already started ", started_ranks(),
+                             " ranks; leave --ranks out"));
+  return false;
+}
+
+int launch(int ranks, const std::vector<std::string>& words) {
+  const std::vector<std::string> command = command_of(ranks, words);
+  sigset_t signals, before;
+  sigemptyset(&signals);
+  for (int signal : {SIGINT, SIGTERM, SIGUSR1, SIGCHLD}) sigaddset(&signals, signal);
+  sigprocmask(SIG_BLOCK, &signals, &before);
+  const pid_t parent = getpid();
+  const pid_t child = fork();
+  check(child >= 0, "cannot start mpirun: ", std::strerror(errno));
+  if (child == 0) become(command, before, parent);
+  const int code = wait_for(child, signals);
+  sigprocmask(SIG_SETMASK, &before, nullptr);
+  if (code != 0 && code != kExitSettings)
+    std::fprintf(stderr, "moemamba: mpirun ended with exit code %d%s; which rank, see above\n",
+                 code, code > 128 ? concat(" (signal ", code - 128, ")").c_str() : "");
+  return code;
+}
+
+Terminal find_terminal() {
+  Terminal terminal;
+  const char* inherited = std::getenv(kTerminalName);
+  if (isatty(STDERR_FILENO)) {
+    winsize size{};
+    ioctl(STDERR_FILENO, TIOCGWINSZ, &size);
+    const char* kind = std::getenv("TERM");
+    const bool dumb = !kind || std::strcmp(kind, "dumb") == 0;
+    terminal.present = !dumb;
+    terminal.color = !dumb && !std::getenv("NO_COLOR");
+    terminal.columns = size.ws_col;
+  } else if (inherited && started_rank() >= 0) {
+    terminal.present = true;
+    terminal.color = std::strstr(inherited, "color") != nullptr;
+    terminal.columns = std::atoi(inherited);
+  }
+  return terminal;
+}
+
+}  // namespace moemamba

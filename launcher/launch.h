@@ -1,0 +1,39 @@
+#pragma once
+#include <string>
+#include <vector>
+
+namespace CLI {
+class App;
+}
+
+namespace moemamba {
+
+constexpr int kExitRestart = 75;   // a rank was lost: start the same command again
+constexpr int kExitSettings = 2;   // settings or usage; nothing was begun
+
+// --ranks
+void add_ranks_option(CLI::App& app, int& ranks);
+
+// This process' rank if mpirun (or srun) has started it; -1 otherwise. Known before MPI starts.
+int started_rank();
+int started_ranks();  // how many; 1 without mpirun
+
+// True: `ranks` processes are wanted and this is none of them yet: launch() is due.
+bool must_launch(int ranks);
+
+// Runs this program with `words` (without --ranks) under mpirun, with what this machine needs: root,
+// more ranks than cores, no binding, one BLAS thread, copies that containers allow. Waits; SIGINT,
+// SIGTERM and SIGUSR1 are passed on; if this process dies, so do the ranks. Returns mpirun's exit
+// code, which is that of the first rank that failed; 128 + signal if a signal ended it.
+int launch(int ranks, const std::vector<std::string>& words);
+
+// Where progress goes.
+struct Terminal {
+  bool present = false;
+  bool color = false;
+  int columns = 0;
+};
+// Of standard error; ranks below launch() are told by it what it writes to.
+Terminal find_terminal();
+
+}  // namespace moemamba

@@ -1,0 +1,50 @@
+#include "launcher/machine.h"
+
+#include <hwloc.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "core/error.h"
+
+namespace moemamba {
+
+namespace {
+
+struct DestroyTopology {
+  void operator()(hwloc_topology_t topology) const { hwloc_topology_destroy(topology); }
+};
+struct FreeBitmap {
+  void operator()(hwloc_bitmap_t bitmap) const { hwloc_bitmap_free(bitmap); }
+};
+
+// Cores with at least one hardware thread in `set`.
+int cores_in(hwloc_topology_t topology, hwloc_const_bitmap_t set) {
+  int count = 0;
+  for (hwloc_obj_t core = nullptr;
+       (core = hwloc_get_next_obj_by_type(topology, HWLOC_OBJ_CORE, core));)
+    count += hwloc_bitmap_intersects(core->cpuset, set);
+  return count > 0 ? count : std::max(1, hwloc_bitmap_weight(set));  // no cores known: threads
+}
+
+}  // namespace
+
+int threads_per_rank(int ranks) {
+  hwloc_topology_t loaded = nullptr;
+  check(hwloc_topology_init(&loaded) == 0, "hwloc cannot start; set train.threads");
+  const std::unique_ptr<std::remove_pointer_t<hwloc_topology_t>, DestroyTopology> topology(loaded);
+  check(hwloc_topology_load(loaded) == 0,
+        "hwloc cannot read the machine's topology; set train.threads");
+  const std::unique_ptr<hwloc_bitmap_s, FreeBitmap> bound(hwloc_bitmap_alloc());
+  const hwloc_const_bitmap_t allowed = hwloc_topology_get_allowed_cpuset(loaded);
+  const int machine = cores_in(loaded, allowed);
+  const int share = std::max(1, machine / std::max(1, ranks));
+  if (hwloc_get_cpubind(loaded, bound.get(), HWLOC_CPUBIND_PROCESS) != 0) return share;
+  const int own = cores_in(loaded, bound.get());
+  // A binding to fewer cores may be this rank's alone or one that all ranks share (taskset around
+  // mpirun, a socket); the even share of the machine is never too many in the first case.
+  return std::max(1, std::min(own, share));
+}
+
+}  // namespace moemamba

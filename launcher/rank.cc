@@ -1,0 +1,38 @@
+#include "launcher/rank.h"
+
+#include "core/schema.h"
+#include "launcher/build_facts.h"
+#include "launcher/machine.h"
+
+namespace moemamba {
+
+namespace {
+
+Facts facts_of(const RunConfig& config) {
+  Facts facts;
+  for (const auto& [name, value] : build_facts()) facts.emplace_back("build " + name, value);
+  for (auto& [setting, value] : resolved_values(config)) facts.emplace_back(setting, value);
+  return facts;
+}
+
+}  // namespace
+
+void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
+  const std::chrono::milliseconds deadline(
+      int64_t(std::max(1.0, config.parallel().deadline_seconds() * 1e3)));
+  World world;
+  world.agree(facts_of(config), deadline);
+  const RankLayout layout(world.size(), config.parallel().expert(), config.model().experts());
+  ProcessGroups groups = world.make_groups(layout, deadline);
+  const int threads = config.train().threads() > 0 ? config.train().threads()
+                                                   : threads_per_rank(world.node_size());
+  Rank rank{world, groups, threads};
+  try {
+    work(rank);
+  } catch (const std::exception& error) {
+    groups.abort(error.what());
+    throw;  // to main, which prints it and chooses the exit code
+  }
+}
+
+}  // namespace moemamba

@@ -1,0 +1,108 @@
+#include "launcher/settings.h"
+
+#include <CLI/CLI.hpp>
+#include <numeric>
+
+#include "core/file.h"
+#include "core/schema.h"
+
+namespace moemamba {
+
+namespace {
+
+std::string divisors_text(int ranks) {
+  std::vector<int> divisors;
+  for (int d = 1; d <= ranks; ++d)
+    if (ranks % d == 0) divisors.push_back(d);
+  std::string text;
+  for (size_t i = 0; i < divisors.size(); ++i)
+    text += concat(i == 0 ? "" : i + 1 == divisors.size() ? " or " : ", ", divisors[i]);
+  return text;
+}
+
+void check_layout(Settings& settings, const RunConfig& config, int ranks) {
+  const int expert = config.parallel().expert(), experts = config.model().experts();
+  if (ranks % expert != 0)
+    settings.object("parallel.expert", concat("must divide the ", ranks, " ranks that were started;",
+                                              " try ", divisors_text(ranks)));
+  if (expert > std::max(1, experts))
+    settings.object("parallel.expert", concat(expert, " ranks cannot share ", experts,
+                                              " experts (model.experts); at least one each"));
+}
+
+void check_model(Settings& settings, const ModelConfig& model) {
+  if (model.experts() > 0 && model.top_k() > model.experts())
+    settings.object("model.top_k", concat("must be at most the ", model.experts(),
+                                          " experts (model.experts), found ", model.top_k()));
+}
+
+void check_training(Settings& settings, const RunConfig& config) {
+  const TrainConfig& train = config.train();
+  const auto whole_groups = [&](const char* setting, int sequences) {
+    if (sequences % train.routing_group() != 0)
+      settings.object(setting, concat(sequences, " sequences are not a multiple of the ",
+                                      train.routing_group(),
+                                      " of a routing group (train.routing_group)"));
+  };
+  whole_groups("train.global_batch_size", train.global_batch_size());
+  whole_groups("train.micro_batch_size", train.micro_batch_size());
+  if (train.warmup_steps() > train.steps())
+    settings.object("train.warmup_steps", concat("must be at most the ", train.steps(),
+                                                 " steps of the run (train.steps), found ",
+                                                 train.warmup_steps()));
+  if (config.data().train_size() == 0)
+    settings.object("data.train",
+                    "no token files to train on; give what `moemamba prepare` wrote: "
+                    "--data.train=FOLDER/train");
+  if (config.run().empty())
+    settings.object("run", "the run needs a folder; give --run=FOLDER");
+}
+
+}  // namespace
+
+void add_settings_options(CLI::App& app, SettingsSource& source) {
+  app.add_option("--config", source.files,
+                 "File with settings in protobuf text format; repeatable, later files win")
+      ->type_name("FILE")
+      ->allow_extra_args(false);
+  app.allow_extras();
+}
+
+void take_remaining(const CLI::App& app, SettingsSource& source) {
+  for (const std::string& word : app.remaining()) {
+    const bool open = !source.options.empty() && source.options.back().rfind("--", 0) == 0 &&
+                      source.options.back().find('=') == std::string::npos;
+    if (open && word.rfind("--", 0) != 0) source.options.back() += "=" + word;
+    else source.options.push_back(word);
+  }
+}
+
+RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks) {
+  RunConfig config;
+  Settings settings(config);
+  for (const std::string& file : source.files) settings.read_file(file);
+  for (const std::string& option : source.options) settings.read_option(option);
+  if (purpose == Purpose::use && settings.place_of("parallel.expert").rfind("--", 0) != 0)
+    config.mutable_parallel()->set_expert(std::gcd(config.parallel().expert(), ranks));
+  if (purpose != Purpose::show) {
+    check_layout(settings, config, ranks);
+    check_model(settings, config.model());
+  }
+  if (purpose == Purpose::train) check_training(settings, config);
+  settings.throw_problems();
+  return config;
+}
+
+RunConfig read_run_settings(const std::string& folder, const SettingsSource& source, int ranks) {
+  SettingsSource all = source;
+  const std::string file = join_path(folder, "config.textproto");
+  if (!file_exists(file))
+    throw BadSettings(concat("--run=", folder, ": no run is there (expected ", file,
+                             "); give the folder that `moemamba train` wrote"));
+  all.files.insert(all.files.begin(), file);
+  RunConfig config = read_settings(all, Purpose::use, ranks);
+  config.set_run(folder);
+  return config;
+}
+
+}  // namespace moemamba

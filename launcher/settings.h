@@ -1,0 +1,36 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "launcher/run_config.pb.h"
+
+namespace CLI {
+class App;
+}
+
+namespace moemamba {
+
+// Where a command's settings come from.
+struct SettingsSource {
+  std::vector<std::string> files;    // text format, later ones win
+  std::vector<std::string> options;  // "--model.experts=32", or in two words
+};
+
+// --config, and every word that no other option of `app` takes.
+void add_settings_options(CLI::App& app, SettingsSource& source);
+void take_remaining(const CLI::App& app, SettingsSource& source);
+
+// What a configuration must satisfy beyond its ranges.
+enum class Purpose {
+  show,   // nothing more
+  train,  // token files; sizes that fit each other and the ranks
+  use,    // of a trained model: fits the ranks (parallel.expert is made to, if left to the run)
+};
+
+// BadSettings lists every problem.
+RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks);
+
+// The settings that `folder` was trained with, below those of `source`.
+RunConfig read_run_settings(const std::string& folder, const SettingsSource& source, int ranks);
+
+}  // namespace moemamba
