@@ -31,7 +31,12 @@ void expect_equal_training(const TrainingCase& c, int ranks, int expert,
 
 void expect_all_layouts(const TrainingCase& c) {
   const TrainingResult reference = train(c, 1, 1);
-  EXPECT_LT(reference.records.back().ce, reference.records.front().ce) << "it does not learn";
+  double before = 0, after = 0;
+  for (size_t k = 0; k < 5; ++k) {
+    before += reference.records[k].ce;
+    after += reference.records[reference.records.size() - 1 - k].ce;
+  }
+  EXPECT_LT(after, 0.99 * before) << "it does not learn";
   for (auto [ranks, expert] : {std::pair{2, 1}, {2, 2}, {3, 1}, {3, 3}, {4, 1}, {4, 2}, {4, 4}})
     expect_equal_training(c, ranks, expert, reference);
 }

@@ -13,7 +13,7 @@ struct TrainingCase {
   double capacity_factor = 0, exchange_rows = 1.25;
   ModelConfig::ExpertActivation activation = ModelConfig::RELU;
   bool reset_at_documents = false;
-  float lr = 3e-3f;
+  float lr = 1e-2f;
   int64_t steps = 20;
   int threads = 1;
   float z_loss = 0;
