@@ -117,12 +117,15 @@ TEST(Safetensors, RefusesHostileHeaders) {
       "", "[]", "{", " {}", R"({"a":1})",
       R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})",  // hole at the end
       // overlap, hole, order of offsets, wrong size
-      R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[6,10]}})",
-      R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[5],"data_offsets":[5,10]}})",
+      R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+      R"("b":{"dtype":"BF16","shape":[2],"data_offsets":[6,10]}})",
+      R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},)"
+      R"("b":{"dtype":"U8","shape":[5],"data_offsets":[5,10]}})",
       R"({"a":{"dtype":"U8","shape":[10],"data_offsets":[10,0]}})",
       R"({"a":{"dtype":"F32","shape":[10],"data_offsets":[0,10]}})",
       // the same name twice, at both levels
-      R"({"a":{"dtype":"U8","shape":[5],"data_offsets":[0,5]},"a":{"dtype":"U8","shape":[5],"data_offsets":[5,10]}})",
+      R"({"a":{"dtype":"U8","shape":[5],"data_offsets":[0,5]},)"
+      R"("a":{"dtype":"U8","shape":[5],"data_offsets":[5,10]}})",
       R"({"a":{"dtype":"U8","dtype":"U8","shape":[10],"data_offsets":[0,10]}})",
       // numbers that are none, negative, overflowing, fractional
       R"({"a":{"dtype":"U8","shape":[-10],"data_offsets":[0,10]}})",
