@@ -54,10 +54,11 @@ ModelSizes model_sizes(const ModelConfig& c, int64_t vocabulary) {
   s.init_scale = float(c.init_scale());
   s.reset_at_documents = c.reset_at_documents();
   require(s.V > 0, "model.vocabulary: 0 means the tokenizer's, but there is no tokenizer; set it");
-  require(!c.vocabulary() || !vocabulary || c.vocabulary() == vocabulary,
-          concat("model.vocabulary: ", c.vocabulary(), ", but the tokenizer has ", vocabulary,
-                 " entries; leave it 0 to take the tokenizer's, or use the tokenizer that the model "
-                 "was trained with"));
+  require(
+      !c.vocabulary() || !vocabulary || c.vocabulary() == vocabulary,
+      concat("model.vocabulary: ", c.vocabulary(), ", but the tokenizer has ", vocabulary,
+             " entries; leave it 0 to take the tokenizer's, or use the tokenizer that the model "
+             "was trained with"));
   require(s.I >= 1, concat("model.expand: ", c.expand(), " x width ", s.D, " leaves no channel"));
   require(s.E == 0 || s.K <= s.E,
           concat("model.top_k: ", s.K, " experts per token, but there are ", s.E));

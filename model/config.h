@@ -10,9 +10,9 @@ namespace moemamba {
 
 // All sizes of a model, derived once from its settings. Letters as in docs/operators.md.
 struct ModelSizes {
-  int64_t V, D, blocks;      // vocabulary, width, blocks of (Mamba, MoE)
-  int64_t I, N, R, W;        // Mamba: inner width, states, dt rank, conv width
-  int64_t E, K, F;           // experts, experts per token, hidden width of an expert
+  int64_t V, D, blocks;  // vocabulary, width, blocks of (Mamba, MoE)
+  int64_t I, N, R, W;    // Mamba: inner width, states, dt rank, conv width
+  int64_t E, K, F;       // experts, experts per token, hidden width of an expert
   NormKind norm;
   float norm_eps;
   bool final_norm;

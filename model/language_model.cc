@@ -12,7 +12,9 @@ namespace moemamba {
 namespace {
 // Blocks of the store, in forward order: embedding, blocks, (final norm), head.
 constexpr int kEmbedding = 0;
-int block_index(int64_t block) { return int(block) + 1; }
+int block_index(int64_t block) {
+  return int(block) + 1;
+}
 
 void wait_for(Step& step, const ParameterStore& store, int block, GradientBuckets* weights) {
   if (!weights || step.stream.is_dry()) return;
@@ -137,7 +139,9 @@ void LanguageModel::backward(Step& step, const Tensor& ids, const Saved& saved,
     block_backward(step, blocks_[i], dstream, saved.blocks[i]);
     announce(step, block_index(int64_t(i)), ready);
   }
-  run(step.stream, EmbeddingBackward{.ids = ids, .dy = dstream, .dtable = embedding_->gradient,
+  run(step.stream, EmbeddingBackward{.ids = ids,
+                                     .dy = dstream,
+                                     .dtable = embedding_->gradient,
                                      .accumulate = step.accumulate});
   announce(step, kEmbedding, ready);
 }
@@ -154,8 +158,7 @@ std::vector<MambaState> LanguageModel::take_states(Arena& arena, int64_t sequenc
                       arena.take({sequences, sizes_.I, sizes_.N})});
     for (Tensor t : {states.back().conv, states.back().scan})
       if (t && !arena.measures())
-        for (int64_t r = 0; r < t.rows(); ++r)
-          std::fill_n(t.row<float>(r), t.stride, 0.f);
+        for (int64_t r = 0; r < t.rows(); ++r) std::fill_n(t.row<float>(r), t.stride, 0.f);
   }
   return states;
 }

@@ -27,11 +27,11 @@ struct Step {
   Arena& arena;  // a stack: what forward saves stays until the micro-batch ends; rest in Frames
   ExpertExchange* exchange = nullptr;
   RoutingFacts* facts = nullptr;
-  int64_t sequences = 1;   // B
-  Tensor starts;           // [T] u8, optional: tokens that begin a document
+  int64_t sequences = 1;  // B
+  Tensor starts;          // [T] u8, optional: tokens that begin a document
   int64_t routing_groups = 1;
-  bool accumulate = false;      // weight gradients are added: not the first micro-batch of a step
-  float balance_scale = 0;      // of each group's balance loss in the step's loss
+  bool accumulate = false;  // weight gradients are added: not the first micro-batch of a step
+  float balance_scale = 0;  // of each group's balance loss in the step's loss
   float z_scale = 0;
   // Recurrent decoding: states before this call, and after it (other memory); else null.
   const std::vector<MambaState>* initial = nullptr;

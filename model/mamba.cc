@@ -37,8 +37,8 @@ Tensor Mamba::forward(Step& step, Tensor x, Saved& saved) const {
   saved.c = step.arena.take({T, I}, x.dtype, "mamba conv output");
   saved.proj = step.arena.take({T, R + 2 * N}, x.dtype, "mamba dt, B, C");
   saved.dt = step.arena.take({T, I}, x.dtype, "mamba dt");
-  saved.states = step.arena.take({scan_state_elements(B, B ? T / B : 0, I, N)}, DType::f32,
-                                 "scan states");
+  saved.states =
+      step.arena.take({scan_state_elements(B, B ? T / B : 0, I, N)}, DType::f32, "scan states");
   saved.y = step.arena.take({T, I}, x.dtype, "scan output");
   Tensor out_rows = step.arena.take({T, out->shape[0]}, x.dtype, "mamba output");
   run(step.stream, Matmul{.a = x, .b = in->value, .out = saved.xz, .b_transposed = true});
@@ -50,7 +50,8 @@ Tensor Mamba::forward(Step& step, Tensor x, Saved& saved) const {
                                .y = saved.c,
                                .final = after ? after->conv : Tensor{},
                                .sequences = B});
-  run(step.stream, Matmul{.a = saved.c, .b = x_proj->value, .out = saved.proj, .b_transposed = true});
+  run(step.stream,
+      Matmul{.a = saved.c, .b = x_proj->value, .out = saved.proj, .b_transposed = true});
   run(step.stream, Matmul{.a = saved.proj.column_range(0, R),
                           .b = dt_proj->value,
                           .out = saved.dt,
@@ -113,14 +114,17 @@ void Mamba::backward(Step& step, Tensor dy, Tensor dx, const Saved& saved) const
   Tensor dproj = step.arena.take({T, R + 2 * N}, dy.dtype, "mamba gradient of dt, B, C");
   Tensor dxz = step.arena.take({T, 2 * I}, dy.dtype, "mamba gradient of x and z");
   run(stream, Matmul{.a = dy, .b = out->value, .out = dgated});
-  step.weight_work(Matmul{.a = dy, .b = saved.y, .out = out->gradient, .a_transposed = true,
-                          .accumulate = add});
+  step.weight_work(
+      Matmul{.a = dy, .b = saved.y, .out = out->gradient, .a_transposed = true, .accumulate = add});
   scan_backward(step, dgated, dc, ddt, dproj, dxz.column_range(I, 2 * I), saved);
-  step.weight_work(Matmul{.a = ddt, .b = saved.proj.column_range(0, R), .out = dt_proj->gradient,
-                          .a_transposed = true, .accumulate = add});
-  run(stream, Matmul{.a = ddt, .b = dt_proj->value, .out = dproj.column_range(0, R)});
-  step.weight_work(Matmul{.a = dproj, .b = saved.c, .out = x_proj->gradient, .a_transposed = true,
+  step.weight_work(Matmul{.a = ddt,
+                          .b = saved.proj.column_range(0, R),
+                          .out = dt_proj->gradient,
+                          .a_transposed = true,
                           .accumulate = add});
+  run(stream, Matmul{.a = ddt, .b = dt_proj->value, .out = dproj.column_range(0, R)});
+  step.weight_work(Matmul{
+      .a = dproj, .b = saved.c, .out = x_proj->gradient, .a_transposed = true, .accumulate = add});
   run(stream, Matmul{.a = dproj, .b = x_proj->value, .out = dc, .accumulate = true});
   run(stream, ConvBackward{.x = saved.xz.column_range(0, I),
                            .weight = conv->value,
@@ -135,8 +139,8 @@ void Mamba::backward(Step& step, Tensor dy, Tensor dx, const Saved& saved) const
                            .dinitial = {},
                            .sequences = step.sequences,
                            .accumulate = add});
-  step.weight_work(Matmul{.a = dxz, .b = saved.x, .out = in->gradient, .a_transposed = true,
-                          .accumulate = add});
+  step.weight_work(
+      Matmul{.a = dxz, .b = saved.x, .out = in->gradient, .a_transposed = true, .accumulate = add});
   run(stream, Matmul{.a = dxz, .b = in->value, .out = dx});
 }
 

@@ -10,16 +10,16 @@ namespace moemamba {
 //   [x, z] = in x';  c = silu(conv(x));  [dt, B, C] = x_proj c';  dt = dt_proj dt'
 //   y = out (scan(c, dt, A, B, C, D) * silu(z))'
 struct Mamba {
-  int index = 0;  // among the Mamba layers: which recurrent state is its own
-  const Parameter* in = nullptr;       // [2I, D]: x first, then z
-  const Parameter* conv = nullptr;     // [I, W]
+  int index = 0;                         // among the Mamba layers: which recurrent state is its own
+  const Parameter* in = nullptr;         // [2I, D]: x first, then z
+  const Parameter* conv = nullptr;       // [I, W]
   const Parameter* conv_bias = nullptr;  // [I]
-  const Parameter* x_proj = nullptr;   // [R + 2N, I]: dt, B, C
-  const Parameter* dt_proj = nullptr;  // [I, R]
-  const Parameter* dt_bias = nullptr;  // [I]
-  const Parameter* a_log = nullptr;    // [I, N]
-  const Parameter* skip = nullptr;     // [I]
-  const Parameter* out = nullptr;      // [D, I]
+  const Parameter* x_proj = nullptr;     // [R + 2N, I]: dt, B, C
+  const Parameter* dt_proj = nullptr;    // [I, R]
+  const Parameter* dt_bias = nullptr;    // [I]
+  const Parameter* a_log = nullptr;      // [I, N]
+  const Parameter* skip = nullptr;       // [I]
+  const Parameter* out = nullptr;        // [D, I]
 
   struct Saved {
     Tensor x;       // [T, D] the layer's input

@@ -39,12 +39,20 @@ MoE MoE::make(ParameterStore& store, const std::string& name, const ModelSizes& 
     return Initial{Kind::truncated_normal, std::sqrt(s.init_scale / double(fan_in)),
                    2.0 * s.init_scale};
   };
-  MoE moe{.index = index, .K = s.K, .capacity_factor = s.capacity_factor,
-          .renormalise = s.renormalise, .gated = s.gated()};
+  MoE moe{.index = index,
+          .K = s.K,
+          .capacity_factor = s.capacity_factor,
+          .renormalise = s.renormalise,
+          .gated = s.gated()};
   switch (s.activation) {
-    case ModelConfig::GELU: moe.activation = Activation::gelu; break;
-    case ModelConfig::SILU: moe.activation = Activation::silu; break;
-    default: moe.activation = Activation::relu;
+    case ModelConfig::GELU:
+      moe.activation = Activation::gelu;
+      break;
+    case ModelConfig::SILU:
+      moe.activation = Activation::silu;
+      break;
+    default:
+      moe.activation = Activation::relu;
   }
   moe.router = store.add(name + ".router.weight", {s.E, s.D}, normal(s.D));
   const Shape in{local_experts, s.F, s.D};
@@ -70,8 +78,8 @@ void MoE::route(Step& step, Saved& saved) const {
   Tensor balance = arena.take({G}, DType::f32, "balance loss");
   Tensor z = arena.take({G}, DType::f32, "z-loss");
   Tensor flag = arena.take({1}, DType::i32, "router flag");
-  run(step.stream, Matmul{.a = saved.x, .b = router->value, .out = saved.logits,
-                          .b_transposed = true});
+  run(step.stream,
+      Matmul{.a = saved.x, .b = router->value, .out = saved.logits, .b_transposed = true});
   run(step.stream, Route{.logits = saved.logits,
                          .probabilities = saved.probabilities,
                          .expert = saved.expert,
@@ -105,20 +113,29 @@ MoE::Chunk MoE::take_chunk(Step& step) const {
 void MoE::experts_forward(Step& step, const Chunk& chunk, Tensor out) const {
   const Tensor offsets = chunk.x.offsets;
   const Tensor rows = view(offsets.row<int32_t>(0) + offsets.cols() - 1, {1});
-  run(step.stream, GroupedMatmul{.a = chunk.x.values, .b = up->value, .offsets = offsets,
-                                 .out = chunk.up, .b_transposed = true});
+  run(step.stream, GroupedMatmul{.a = chunk.x.values,
+                                 .b = up->value,
+                                 .offsets = offsets,
+                                 .out = chunk.up,
+                                 .b_transposed = true});
   if (gated) {
-    run(step.stream, GroupedMatmul{.a = chunk.x.values, .b = gate->value, .offsets = offsets,
-                                   .out = chunk.gate, .b_transposed = true});
+    run(step.stream, GroupedMatmul{.a = chunk.x.values,
+                                   .b = gate->value,
+                                   .offsets = offsets,
+                                   .out = chunk.gate,
+                                   .b_transposed = true});
     run(step.stream,
         SwiGluForward{.gate = chunk.gate, .up = chunk.up, .rows = rows, .y = chunk.hidden});
   } else {
-    run(step.stream, ActivationForward{.x = chunk.up, .rows = rows, .y = chunk.hidden,
-                                       .kind = activation});
+    run(step.stream,
+        ActivationForward{.x = chunk.up, .rows = rows, .y = chunk.hidden, .kind = activation});
   }
   if (out)
-    run(step.stream, GroupedMatmul{.a = chunk.hidden, .b = down->value, .offsets = offsets,
-                                   .out = out, .b_transposed = true});
+    run(step.stream, GroupedMatmul{.a = chunk.hidden,
+                                   .b = down->value,
+                                   .offsets = offsets,
+                                   .out = out,
+                                   .b_transposed = true});
 }
 
 Tensor MoE::forward(Step& step, Tensor x, Saved& saved) const {
@@ -135,8 +152,9 @@ Tensor MoE::forward(Step& step, Tensor x, Saved& saved) const {
     Tensor rows = step.arena.take({T * K, D}, x.dtype, "rows to send");
     Tensor staging = step.arena.take({exchange.capacity(), D}, x.dtype, "exchange staging");
     Tensor outputs = step.arena.take({exchange.capacity(), D}, x.dtype, "expert outputs");
-    run(step.stream, Permute{.x = x, .source = saved.source, .offsets = saved.offsets,
-                             .rows = rows, .top_k = K});
+    run(step.stream,
+        Permute{
+            .x = x, .source = saved.source, .offsets = saved.offsets, .rows = rows, .top_k = K});
     for (int64_t i = 0; i < exchange.chunks(); ++i) {
       Frame again(step.arena);
       const Chunk chunk = i == 0 ? saved.first : take_chunk(step);
@@ -145,8 +163,9 @@ Tensor MoE::forward(Step& step, Tensor x, Saved& saved) const {
       exchange.combine(step.stream, i, {outputs, chunk.x.offsets}, saved.returned, staging);
     }
   }
-  run(step.stream, Unpermute{.rows = saved.returned, .position = saved.position,
-                             .weight = saved.weight, .y = out});
+  run(step.stream,
+      Unpermute{
+          .rows = saved.returned, .position = saved.position, .weight = saved.weight, .y = out});
   return out;
 }
 
@@ -155,23 +174,30 @@ void MoE::experts_backward(Step& step, const Chunk& chunk, Tensor dy, bool accum
   const Tensor rows = view(offsets.row<int32_t>(0) + offsets.cols() - 1, {1});
   Frame frame(step.arena);
   Tensor dhidden = step.arena.take(chunk.hidden.shape, DType::f32, "gradient of activations");
-  run(step.stream,
-      GroupedMatmul{.a = dy, .b = down->value, .offsets = offsets, .out = dhidden});
-  step.weight_work(GroupedOuter{.a = dy, .b = chunk.hidden, .offsets = offsets,
-                                .out = down->gradient, .accumulate = accumulate});
+  run(step.stream, GroupedMatmul{.a = dy, .b = down->value, .offsets = offsets, .out = dhidden});
+  step.weight_work(GroupedOuter{.a = dy,
+                                .b = chunk.hidden,
+                                .offsets = offsets,
+                                .out = down->gradient,
+                                .accumulate = accumulate});
   Tensor dgate;
   if (gated) {
     dgate = step.arena.take(chunk.hidden.shape, DType::f32, "gradient of the gate");
-    run(step.stream, SwiGluBackward{.gate = chunk.gate, .up = chunk.up, .dy = dhidden,
-                                    .rows = rows, .dgate = dgate, .dup = dhidden});
-    step.weight_work(GroupedOuter{.a = dgate, .b = x, .offsets = offsets, .out = gate->gradient,
-                                  .accumulate = accumulate});
+    run(step.stream, SwiGluBackward{.gate = chunk.gate,
+                                    .up = chunk.up,
+                                    .dy = dhidden,
+                                    .rows = rows,
+                                    .dgate = dgate,
+                                    .dup = dhidden});
+    step.weight_work(GroupedOuter{
+        .a = dgate, .b = x, .offsets = offsets, .out = gate->gradient, .accumulate = accumulate});
   } else {
-    run(step.stream, ActivationBackward{.x = chunk.up, .dy = dhidden, .rows = rows, .dx = dhidden,
-                                        .kind = activation});
+    run(step.stream,
+        ActivationBackward{
+            .x = chunk.up, .dy = dhidden, .rows = rows, .dx = dhidden, .kind = activation});
   }
-  step.weight_work(GroupedOuter{.a = dhidden, .b = x, .offsets = offsets, .out = up->gradient,
-                                .accumulate = accumulate});
+  step.weight_work(GroupedOuter{
+      .a = dhidden, .b = x, .offsets = offsets, .out = up->gradient, .accumulate = accumulate});
   run(step.stream, GroupedMatmul{.a = dhidden, .b = up->value, .offsets = offsets, .out = dy});
   if (gated) {
     Tensor more = step.arena.take(dy.shape, DType::f32, "gradient through the gate");
@@ -193,8 +219,11 @@ void MoE::route_backward(Step& step, Tensor dweight, Tensor dx, const Saved& sav
                                  .renormalise = renormalise,
                                  .balance_scale = step.balance_scale,
                                  .z_scale = step.z_scale});
-  step.weight_work(Matmul{.a = dlogits, .b = saved.x, .out = router->gradient,
-                          .a_transposed = true, .accumulate = step.accumulate});
+  step.weight_work(Matmul{.a = dlogits,
+                          .b = saved.x,
+                          .out = router->gradient,
+                          .a_transposed = true,
+                          .accumulate = step.accumulate});
   run(step.stream, Matmul{.a = dlogits, .b = router->value, .out = dx, .accumulate = true});
 }
 
@@ -204,16 +233,23 @@ void MoE::backward(Step& step, Tensor dy, Tensor dx, const Saved& saved) const {
   Frame frame(step.arena);
   Tensor dweight = step.arena.take({T, K}, DType::f32, "gradient of expert weights");
   Tensor drows = saved.returned;  // its last use: the gradient takes its place
-  run(step.stream, UnpermuteBackward{.dy = dy, .rows = saved.returned, .position = saved.position,
-                                     .weight = saved.weight, .drows = drows, .dweight = dweight});
+  run(step.stream, UnpermuteBackward{.dy = dy,
+                                     .rows = saved.returned,
+                                     .position = saved.position,
+                                     .weight = saved.weight,
+                                     .drows = drows,
+                                     .dweight = dweight});
   exchange.plan(step.stream, saved.offsets);
   const int64_t C = exchange.capacity();
   Tensor rows = step.arena.take({T * K, D}, dy.dtype, "gradient rows that come back");
   Tensor sent;
   if (exchange.chunks() > 1) {
     sent = step.arena.take({T * K, D}, dy.dtype, "rows to send again");
-    run(step.stream, Permute{.x = saved.x, .source = saved.source, .offsets = saved.offsets,
-                             .rows = sent, .top_k = K});
+    run(step.stream, Permute{.x = saved.x,
+                             .source = saved.source,
+                             .offsets = saved.offsets,
+                             .rows = sent,
+                             .top_k = K});
   }
   Tensor staging = step.arena.take({C, D}, dy.dtype, "exchange staging");
   Tensor dout = step.arena.take({C, D}, dy.dtype, "gradient of expert outputs");

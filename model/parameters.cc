@@ -11,7 +11,9 @@ namespace {
 
 // Tensors start on 64-byte borders of their bucket.
 constexpr int64_t kElementAlignment = 16;
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+int64_t round_up(int64_t value, int64_t to) {
+  return (value + to - 1) / to * to;
+}
 
 std::string expert_name(const std::string& pattern, int64_t expert) {
   const size_t at = pattern.find("{}");
@@ -38,21 +40,25 @@ void initialise(const Tensor& value, const Initial& initial, uint64_t seed,
                 const std::string& name) {
   const Random random(seed, name);
   const double low = initial.kind == Initial::Kind::truncated_normal
-                         ? 0.5 * std::erfc(initial.b / initial.a * M_SQRT1_2) : 0;
+                         ? 0.5 * std::erfc(initial.b / initial.a * M_SQRT1_2)
+                         : 0;
   uint64_t index = 0;
   for (int64_t r = 0; r < value.rows(); ++r) {
     float* row = value.row<float>(r);
     for (int64_t i = 0; i < value.cols(); ++i, ++index) {
       switch (initial.kind) {
-        case Initial::Kind::constant: row[i] = float(initial.a); break;
+        case Initial::Kind::constant:
+          row[i] = float(initial.a);
+          break;
         case Initial::Kind::uniform:
           row[i] = float((2 * random.uniform(index) - 1) * initial.a);
           break;
         case Initial::Kind::truncated_normal:
-          row[i] = float(initial.a *
-                         normal_quantile(low + (1 - 2 * low) * random.uniform(index)));
+          row[i] = float(initial.a * normal_quantile(low + (1 - 2 * low) * random.uniform(index)));
           break;
-        case Initial::Kind::log_arange: row[i] = float(std::log(double(i + 1))); break;
+        case Initial::Kind::log_arange:
+          row[i] = float(std::log(double(i + 1)));
+          break;
         case Initial::Kind::inverse_softplus_dt: {
           const double log_low = std::log(0.001), log_high = std::log(0.1);
           const double dt =
@@ -65,7 +71,9 @@ void initialise(const Tensor& value, const Initial& initial, uint64_t seed,
   }
 }
 
-void ParameterStore::begin_block(const std::string& name) { blocks_.push_back({name, {-1, -1}}); }
+void ParameterStore::begin_block(const std::string& name) {
+  blocks_.push_back({name, {-1, -1}});
+}
 
 const Parameter* ParameterStore::add(const std::string& name, Shape shape, Initial initial,
                                      Axis axis) {
@@ -79,8 +87,8 @@ const Parameter* ParameterStore::add(const std::string& name, Shape shape, Initi
     buckets_.push_back(std::move(made));
   }
   Bucket& home = buckets_[size_t(bucket)];
-  parameters_.push_back({block.name + "." + name, shape, initial, axis, bucket, home.elements, {},
-                         {}});
+  parameters_.push_back(
+      {block.name + "." + name, shape, initial, axis, bucket, home.elements, {}, {}});
   home.elements = round_up(home.elements + shape.elements(), kElementAlignment);
   return &parameters_.back();
 }

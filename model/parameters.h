@@ -10,7 +10,13 @@ namespace moemamba {
 
 // The distribution of a tensor's first values (reference: docs/operators.md, "initial values").
 struct Initial {
-  enum class Kind : uint8_t { constant, uniform, truncated_normal, log_arange, inverse_softplus_dt };
+  enum class Kind : uint8_t {
+    constant,
+    uniform,
+    truncated_normal,
+    log_arange,
+    inverse_softplus_dt
+  };
   Kind kind = Kind::constant;
   // constant: a. uniform: +-a. truncated_normal: deviation a, cut at +-b. log_arange: ln(1 .. last
   // extent) in every row. inverse_softplus_dt: softplus^-1(exp(U(ln 0.001, ln 0.1))).

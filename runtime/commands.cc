@@ -25,8 +25,8 @@ TrainerOptions trainer_options(const TrainRequest& request, const Tokenizer& tok
   options.data.sequence_length = train.sequence_length();
   options.data.global_batch = train.global_batch_size();
   options.data.seed = train.seed();
-  options.data.sampling = request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular
-                                                                          : Sampling::epochs;
+  options.data.sampling =
+      request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular : Sampling::epochs;
   options.micro_batch = train.micro_batch_size();
   options.routing_group = train.routing_group();
   options.exchange_rows = request.parallel.exchange_rows();
@@ -70,8 +70,8 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
   Session& session = trainer_.session();
   double bytes_per_token = 0;
   if (request.data.validation_size() > 0) {
-    HeldOut held_out = open_held_out({request.data.validation().begin(),
-                                      request.data.validation().end()});
+    HeldOut held_out =
+        open_held_out({request.data.validation().begin(), request.data.validation().end()});
     bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
     evaluator_.emplace(session, std::move(held_out), request.train.routing_group(),
                        request.train.eval_tokens());
@@ -83,15 +83,16 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
   metrics_.emplace(files, join_path(request.run, "metrics.jsonl"));
   if (request.train.progress() == TrainConfig::OFF) return;
   const ModelSizes& sizes = session.model.sizes();
-  progress_.emplace(stderr, ProgressOptions{
-      .steps = request.train.steps(),
-      .experts = sizes.moe_layers() * sizes.E,
-      .routed_rows = int64_t(request.train.global_batch_size()) *
-                     request.train.sequence_length() * sizes.K * sizes.moe_layers(),
-      .bytes_per_token = bytes_per_token,
-      .terminal = request.terminal || request.train.progress() == TrainConfig::ON,
-      .color = request.color,
-      .columns = request.columns});
+  progress_.emplace(
+      stderr,
+      ProgressOptions{.steps = request.train.steps(),
+                      .experts = sizes.moe_layers() * sizes.E,
+                      .routed_rows = int64_t(request.train.global_batch_size()) *
+                                     request.train.sequence_length() * sizes.K * sizes.moe_layers(),
+                      .bytes_per_token = bytes_per_token,
+                      .terminal = request.terminal || request.train.progress() == TrainConfig::ON,
+                      .color = request.color,
+                      .columns = request.columns});
 }
 
 void Run::introduce() {
@@ -99,8 +100,8 @@ void Run::introduce() {
   Session& session = trainer_.session();
   const ModelSizes& s = session.model.sizes();
   const RankLayout& layout = groups_.layout;
-  progress_->say(concat("model      ", s.blocks, " blocks of (Mamba, ", s.E, " experts x top-",
-                        s.K, "), width ", s.D, ", vocabulary ", s.V));
+  progress_->say(concat("model      ", s.blocks, " blocks of (Mamba, ", s.E, " experts x top-", s.K,
+                        "), width ", s.D, ", vocabulary ", s.V));
   progress_->say(concat("parameters ", s.parameters_total(), " in all, ", s.parameters_active(),
                         " active per token, and ", 2 * s.V * s.D, " in embedding and head"));
   std::string experts;
@@ -112,8 +113,8 @@ void Run::introduce() {
                         " MiB of activations per rank; exchange holds ",
                         session.exchange.capacity(), " rows"));
   progress_->say(concat("run        ", request_.run, ", ", request_.train.steps(), " steps of ",
-                        request_.train.global_batch_size(), " x ",
-                        request_.train.sequence_length(), " tokens"));
+                        request_.train.global_batch_size(), " x ", request_.train.sequence_length(),
+                        " tokens"));
 }
 
 void Run::evaluate(StepRecord& record) {
@@ -135,8 +136,8 @@ void Run::evaluate(StepRecord& record) {
 void Run::save(int64_t step) {
   trainer_.wait_weights();
   Session& session = trainer_.session();
-  save_weights(files_, join_path(request_.run, "weights"), session.store, groups_,
-               session.compute, request_.resolved_text, step);
+  save_weights(files_, join_path(request_.run, "weights"), session.store, groups_, session.compute,
+               request_.resolved_text, step);
   if (speaks() && tokenizer_.kind() == TokenizerKind::bpe)
     tokenizer_.save(files_, join_path(request_.run, "tokenizer.model"));
 }
@@ -147,7 +148,8 @@ void Run::after_step(StepRecord& record) {
   skipped_in_a_row_ = trainer_.skipped() ? skipped_in_a_row_ + 1 : 0;
   constexpr int64_t kMostSkipped = 10;
   check(skipped_in_a_row_ < kMostSkipped, "steps ", record.step - kMostSkipped + 1, " .. ",
-        record.step, ": loss or gradient is not finite; no parameter was changed by them. Try a "
+        record.step,
+        ": loss or gradient is not finite; no parameter was changed by them. Try a "
         "lower train.lr or a lower train.grad_clip");
   if (trainer_.skipped() && progress_)
     progress_->say(concat("step ", record.step, ": loss or gradient is not finite: not applied"));
@@ -165,8 +167,7 @@ void Run::finish() {
   if (progress_) progress_->finish();
   write_loss_svg(files_, request_.run);
   const int64_t experts = trainer_.session().model.sizes().E;
-  const std::vector<double>& counts =
-      evaluation_ ? evaluation_->counts : trainer_.expert_counts();
+  const std::vector<double>& counts = evaluation_ ? evaluation_->counts : trainer_.expert_counts();
   if (experts > 0)
     write_file(files_, join_path(request_.run, "experts.txt"), expert_table(counts, experts));
 }
@@ -211,10 +212,9 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
   Session session = open_session(groups, request, tokenizer.vocabulary(), share.micro_batch,
                                  request.train.sequence_length());
   load_weights(request.weights, session.store, groups);
-  Evaluator evaluator(session,
-                      open_held_out({request.data.validation().begin(),
-                                     request.data.validation().end()}),
-                      request.train.routing_group(), request.train.eval_tokens());
+  Evaluator evaluator(
+      session, open_held_out({request.data.validation().begin(), request.data.validation().end()}),
+      request.train.routing_group(), request.train.eval_tokens());
   return evaluator.run();
 }
 

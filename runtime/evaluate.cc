@@ -29,8 +29,7 @@ HeldOut open_held_out(const std::vector<std::string>& paths) {
   return held_out;
 }
 
-Evaluator::Evaluator(Session& session, HeldOut held_out, int64_t routing_group,
-                     int64_t most_tokens)
+Evaluator::Evaluator(Session& session, HeldOut held_out, int64_t routing_group, int64_t most_tokens)
     : session_(session), held_out_(std::move(held_out)), routing_group_(routing_group) {
   const int64_t L = session.length, T = session.sequences * L;
   const int64_t limit = most_tokens > 0 ? most_tokens : held_out_.tokens();
@@ -103,8 +102,8 @@ Evaluation Evaluator::run() {
   result.loss = facts_[0] / double(predicted_);
   result.counts.assign(facts_.begin() + 1, facts_.end());
   if (held_out_.bytes > 0) {
-    const double share = double(predicted_) /
-                         double(held_out_.tokens() - int64_t(held_out_.files.size()));
+    const double share =
+        double(predicted_) / double(held_out_.tokens() - int64_t(held_out_.files.size()));
     result.bits_per_byte = facts_[0] / M_LN2 / (double(held_out_.bytes) * share);
   }
   return result;

@@ -8,9 +8,9 @@
 namespace moemamba {
 
 struct Evaluation {
-  double loss = 0;      // cross-entropy, nats per token
-  int64_t tokens = 0;   // that were predicted
-  double loss_sum = 0;  // nats
+  double loss = 0;                      // cross-entropy, nats per token
+  int64_t tokens = 0;                   // that were predicted
+  double loss_sum = 0;                  // nats
   std::optional<double> bits_per_byte;  // where the text's length in bytes is known
   std::vector<double> counts;           // [layers, E] choices
 };

@@ -27,8 +27,8 @@ int32_t Sampler::choose(const float* logits, uint64_t index) {
   size_t kept = options_.top_k > 0 ? std::min(V, size_t(options_.top_k)) : V;
   double sum = 0;
   for (size_t i = 0; i < kept; ++i)
-    sum += weights_[i] = std::exp((double(order_[i].first) - order_[0].first) /
-                                  options_.temperature);
+    sum += weights_[i] =
+        std::exp((double(order_[i].first) - order_[0].first) / options_.temperature);
   double reached = 0;
   for (size_t i = 0; i < kept; ++i) {
     reached += weights_[i];

@@ -39,8 +39,7 @@ void describe_load(const std::vector<double>& counts, int64_t experts, StepRecor
       record.dead_experts += counts[e] == 0;
     }
     if (sum > 0)
-      record.load_max_over_mean =
-          std::max(record.load_max_over_mean, most * double(experts) / sum);
+      record.load_max_over_mean = std::max(record.load_max_over_mean, most * double(experts) / sum);
   }
 }
 
@@ -118,8 +117,8 @@ void Trainer::share_facts(StepRecord& record) {
   facts[kSquares] = squares_.as<double>()[0];
   std::copy(facts_.counts.begin(), facts_.counts.end(), facts + kFacts);
   all_reduce_sum(*session_.groups.control, session_.compute, facts_tensor_,
-                 view(gather_buffer_.data(), {session_.groups.layout.ranks(),
-                                              facts_tensor_.cols()}, DType::f64));
+                 view(gather_buffer_.data(), {session_.groups.layout.ranks(), facts_tensor_.cols()},
+                      DType::f64));
   const double groups = double(options_.data.global_batch / options_.routing_group);
   const double layers = double(std::max<int64_t>(1, options_.sizes.moe_layers()));
   record.ce = facts[kLoss] / double(options_.data.global_batch * options_.data.sequence_length);

@@ -67,7 +67,8 @@ std::vector<SafetensorsReader> open_all(const std::string& path) {
   const std::string index = join_path(folder, "model.safetensors.index.json");
   if (!file_exists(index)) {
     const std::string single = join_path(folder, "model.safetensors");
-    check(file_exists(single), path, ": no weights here; expected a run's folder, a folder with "
+    check(file_exists(single), path,
+          ": no weights here; expected a run's folder, a folder with "
           "model.safetensors or model.safetensors.index.json, or a .safetensors file");
     readers.emplace_back(single);
     return readers;
@@ -99,8 +100,8 @@ std::string differences(const ParameterStore& store, const RankLayout& layout, c
     if (at == found.end())
       text += concat("\n  ", name, ": missing; the model wants ", to_string(shape));
     else if (!(at->second.second->shape == shape))
-      text += concat("\n  ", name, ": ", to_string(at->second.second->shape),
-                     ", the model wants ", to_string(shape));
+      text += concat("\n  ", name, ": ", to_string(at->second.second->shape), ", the model wants ",
+                     to_string(shape));
   };
   for (const Parameter& p : store.parameters()) {
     const size_t at = p.name.find("{}");

@@ -23,9 +23,11 @@ void expect_equal_training(const TrainingCase& c, int ranks, int expert,
     for (size_t i = 0; i < result.counts[k].size(); ++i)
       flips += std::abs(result.counts[k][i] - reference.counts[k][i]) / 2;
   }
-  std::printf("experts %lld top-%lld batch %lld micro %lld, ranks %d expert %d: worst %.1e, "
-              "choices that differ %.0f\n", (long long)c.experts, (long long)c.top_k,
-              (long long)c.batch, (long long)c.micro_batch, ranks, expert, worst, flips);
+  std::printf(
+      "experts %lld top-%lld batch %lld micro %lld, ranks %d expert %d: worst %.1e, "
+      "choices that differ %.0f\n",
+      (long long)c.experts, (long long)c.top_k, (long long)c.batch, (long long)c.micro_batch, ranks,
+      expert, worst, flips);
   EXPECT_LE(worst, kBound);
 }
 
@@ -41,7 +43,9 @@ void expect_all_layouts(const TrainingCase& c) {
     expect_equal_training(c, ranks, expert, reference);
 }
 
-TEST(Equivalence, TopOneTrainsTheSameOnEveryLayout) { expect_all_layouts({.batch = 16}); }
+TEST(Equivalence, TopOneTrainsTheSameOnEveryLayout) {
+  expect_all_layouts({.batch = 16});
+}
 TEST(Equivalence, TopTwoTrainsTheSameOnEveryLayout) {
   expect_all_layouts({.top_k = 2, .batch = 13, .activation = ModelConfig::SWIGLU});
 }

@@ -12,9 +12,10 @@
 namespace moemamba {
 
 std::string synthetic_tokens(int64_t vocabulary) {
-  const std::string path = (std::filesystem::temp_directory_path() /
-                            ("moemamba_tokens_" + std::to_string(getpid()) + "_" +
-                             std::to_string(vocabulary) + ".bin")).string();
+  const std::string path =
+      (std::filesystem::temp_directory_path() /
+       ("moemamba_tokens_" + std::to_string(getpid()) + "_" + std::to_string(vocabulary) + ".bin"))
+          .string();
   if (std::filesystem::exists(path)) return path;
   const Random random(7, "synthetic");
   std::vector<uint16_t> tokens(20000);
