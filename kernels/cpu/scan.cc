@@ -44,13 +44,13 @@ Sizes check_inputs(const Op& op) {
 }
 
 template <class Op>
-ScanInputs inputs_of(const Op& op) {
+ScanInputs inputs_of(const Op& op, int64_t blocks_of_group) {
   const int64_t D = op.u.cols(), blocks = ceil_div(D, kScanLanes);
   return {.L = op.sequences ? op.u.rows() / op.sequences : 0,
           .D = D,
           .N = op.a_log.cols(),
           .blocks = blocks,
-          .groups = ceil_div(blocks, kScanBlocks),
+          .groups = ceil_div(blocks, blocks_of_group),
           .u = source(op.u),
           .dt = source(op.dt),
           .b = source(op.b),
@@ -198,7 +198,10 @@ void ScanBackward::check() const {
 
 void run_cpu(Stream& stream, const ScanForward& op, SimdLevel level) {
   const ScanKernels& kernels = scan_kernels(level);
-  ScanForwardCall call{.in = inputs_of(op),
+  // A row's memory is passed through best in large groups; no result depends on them.
+  const int64_t tasks_wanted = 4 * stream.threads(), blocks = ceil_div(op.u.cols(), kScanLanes);
+  const int64_t share = blocks * op.sequences / tasks_wanted;
+  ScanForwardCall call{.in = inputs_of(op, std::clamp<int64_t>(share, 4, kScanForwardBlocks)),
                        .y = target(op.y),
                        .states = floats(op.states),
                        .final = target(op.final)};
@@ -219,7 +222,7 @@ void run_cpu(Stream& stream, const ScanForward& op, SimdLevel level) {
 
 void run_cpu(Stream& stream, const ScanBackward& op, SimdLevel level) {
   const ScanKernels& kernels = scan_kernels(level);
-  ScanBackwardCall call{.in = inputs_of(op),
+  ScanBackwardCall call{.in = inputs_of(op, kScanBlocks),
                         .dy = source(op.dy),
                         .states = floats(op.states),
                         .dfinal = source(op.dfinal),

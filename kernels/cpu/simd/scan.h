@@ -8,11 +8,12 @@
 
 namespace moemamba {
 
-inline constexpr int kScanLanes = 16;   // channels of a block: one vector
-inline constexpr int kScanBlocks = 8;   // channel blocks of a group at most: one task's share
-inline constexpr int kScanSteps = 32;   // steps of a chunk: kScanChunk
-inline constexpr int kScanStates = 64;  // N at most
-inline constexpr int kScanWidth = 4;    // states that a pass keeps in registers
+inline constexpr int kScanLanes = 16;          // channels of a block: one vector
+inline constexpr int kScanBlocks = 8;          // channel blocks of a group in backward at most
+inline constexpr int kScanForwardBlocks = 32;  // likewise in forward
+inline constexpr int kScanSteps = 32;          // steps of a chunk: kScanChunk
+inline constexpr int kScanStates = 64;         // N at most
+inline constexpr int kScanWidth = 4;           // states that a pass keeps in registers
 
 struct ScanInputs {
   int64_t L, D, N;
@@ -52,7 +53,7 @@ struct alignas(64) ScanForwardScratch {
     float delta[kScanLanes], du[kScanLanes], p[kScanLanes];
   };
   Step steps[kScanSteps];
-  float state[kScanBlocks * kScanStates * kScanLanes];  // [block, n, lane]
+  float state[kScanForwardBlocks * kScanStates * kScanLanes];  // [block, n, lane]
 };
 
 struct alignas(64) ScanBackwardScratch {

@@ -9,24 +9,25 @@ namespace {
 
 using Scratch = ScanBackwardScratch;
 
-// delta, delta u and dp = dy silu(z) of a chunk; sums begin at zero, p at skip u.
+// What a chunk's pass over the states needs: delta, delta u and dp = dy silu(z); its sums begin at
+// zero, p at skip u.
 bool prepare(const ScanBackwardCall& call, const ScanPlace& place, const float* rates,
              Scratch::Step* steps) {
   const ScanInputs& in = call.in;
-  const Lanes skip = load_channels(in.skip + place.channel, place.channels);
   for (int t = 0; t < place.steps; ++t) {
-    const int64_t token = place.token + t;
-    Lanes dp = load_channels(at(call.dy, token, place.channel), place.channels);
+    const float* dy = at(call.dy, place.token + t, place.channel);
+    ask_for(call.dy, dy, -kScanSteps);
+    Lanes dp = load_channels(dy, place.channels);
     if (in.z.data) {
-      const Lanes z = load_channels(at(in.z, token, place.channel), place.channels);
-      dp = dp * (z * sigmoid(z));
+      const float* z = at(in.z, place.token + t, place.channel);
+      ask_for(in.z, z, -kScanSteps);
+      dp = dp * silu(load_channels(z, place.channels));
     }
     store(steps[t].dp, dp);
-    store(steps[t].p, skip * load_channels(at(in.u, token, place.channel), place.channels));
     store(steps[t].sum_gb, all(0.f));
     store(steps[t].sum_rate, all(0.f));
   }
-  return prepare_steps(in, place, rates, steps);
+  return prepare_steps<-kScanSteps>(in, place, rates, steps);
 }
 
 // The chunk's decays and states again, from the kept state; a decay at a start is zero.
@@ -42,7 +43,9 @@ void recompute(const ScanInputs& in, const ScanPlace& place, const float* rates,
   }
   const uint8_t* starts = in.starts ? in.starts + place.token : nullptr;
   const float* b = at(in.b, place.token, n);
-  for (int t = 0; t < place.steps; ++t, b += in.b.stride) {
+  const int64_t b_stride = in.b.stride;
+  const int count = place.steps;
+  for (int t = 0; t < count; ++t, b += b_stride) {
     const Lanes delta = load(steps[t].delta), du = load(steps[t].du);
     const bool start = starts && starts[t];
 #pragma GCC unroll 8
@@ -69,10 +72,11 @@ void reverse(const ScanInputs& in, const ScanPlace& place, const float* rates, i
     rate[i] = load(rates + (n + i) * kScanLanes);
     h[i] = load(states[place.steps].h[i]);
   }
-  for (int t = place.steps - 1; t >= 0; --t) {
+  const int64_t b_stride = in.b.stride, c_stride = in.c.stride;
+  const float* b = at(in.b, place.token + place.steps - 1, n);
+  const float* c = at(in.c, place.token + place.steps - 1, n);
+  for (int t = place.steps - 1; t >= 0; --t, b -= b_stride, c -= c_stride) {
     Scratch::Step& step = steps[t];
-    const float* b = at(in.b, place.token + t, n);
-    const float* c = at(in.c, place.token + t, n);
     const Lanes delta = load(step.delta), du = load(step.du), dp = load(step.dp);
     Lanes p = load(step.p), sum_gb = load(step.sum_gb), sum_rate = load(step.sum_rate);
 #pragma GCC unroll 8
@@ -141,6 +145,12 @@ void states_of_group(const GroupChunk& chunk, int64_t n, Scratch& s) {
     }
 }
 
+void write(const Target& to, int64_t token, const ScanPlace& place, Lanes value) {
+  float* row = at(to, token, place.channel);
+  store_channels(row, value, place.channels);
+  ask_for(to, row, -kScanSteps);
+}
+
 // du, ddt and dz of a chunk, from the sums over states.
 void finish(const ScanBackwardCall& call, const ScanPlace& place, const Scratch::Step* steps,
             float* sum_skip, float* sum_bias) {
@@ -154,19 +164,18 @@ void finish(const ScanBackwardCall& call, const ScanPlace& place, const Scratch:
     const Lanes dt = load_channels(at(in.dt, token, place.channel), place.channels);
     const Lanes dp = load(steps[t].dp), sum_gb = load(steps[t].sum_gb);
     const Lanes ddelta = fma(u, sum_gb, all(kLn2) * load(steps[t].sum_rate));
-    const Lanes ddt = ddelta * sigmoid(dt + bias);
+    const Lanes ddt = ddelta * logistic(dt + bias);
     const Lanes du = fma(load(steps[t].delta), sum_gb, skip * dp);
-    store_channels(at(call.ddt, token, place.channel), ddt, place.channels);
-    store_channels(at(call.du, token, place.channel), du, place.channels);
+    write(call.ddt, token, place, ddt);
+    write(call.du, token, place, du);
     dskip = fma(dp, u, dskip);
     dbias = dbias + ddt;
     if (!in.z.data) continue;
     const Lanes z = load_channels(at(in.z, token, place.channel), place.channels);
     const Lanes dy = load_channels(at(call.dy, token, place.channel), place.channels);
-    const Lanes s = sigmoid(z);
+    const Lanes s = logistic(z);
     const Lanes slope = s * fma(z, all(1.f) - s, all(1.f));
-    const Lanes dz = dy * load(steps[t].p) * slope;
-    store_channels(at(call.dz, token, place.channel), dz, place.channels);
+    write(call.dz, token, place, dy * load(steps[t].p) * slope);
   }
   store(sum_skip, dskip);
   store(sum_bias, dbias);

@@ -20,7 +20,9 @@ void pass(const ScanInputs& in, const ScanPlace& place, const float* rates, int6
   const uint8_t* starts = in.starts ? in.starts + place.token : nullptr;
   const float* b = at(in.b, place.token, n);
   const float* c = at(in.c, place.token, n);
-  for (int t = 0; t < place.steps; ++t, b += in.b.stride, c += in.c.stride) {
+  const int64_t b_stride = in.b.stride, c_stride = in.c.stride;
+  const int count = place.steps;
+  for (int t = 0; t < count; ++t, b += b_stride, c += c_stride) {
     if (starts && starts[t])
 #pragma GCC unroll 8
       for (int i = 0; i < kWidth; ++i) h[i] = all(0.f);
@@ -49,26 +51,22 @@ void all_states(const ScanInputs& in, const ScanPlace& place, const float* rates
 void chunk(const ScanForwardCall& call, const ScanPlace& place, const float* rates, Step* steps,
            float* state) {
   const ScanInputs& in = call.in;
-  const bool steep = prepare_steps(in, place, rates, steps);
-  const Lanes skip = load_channels(in.skip + place.channel, place.channels);
-  for (int t = 0; t < place.steps; ++t) {
-    const float* u = at(in.u, place.token + t, place.channel);
-    store(steps[t].p, skip * load_channels(u, place.channels));
-  }
+  const bool steep = prepare_steps<kScanSteps>(in, place, rates, steps);
   if (steep)
     all_states<true>(in, place, rates, steps, state);
   else
     all_states<false>(in, place, rates, steps, state);
   for (int t = 0; t < place.steps; ++t) {
     Lanes y = load(steps[t].p);
-    __builtin_prefetch(at(call.y, place.token + t + kScanSteps, place.channel), 1, 2);
     if (in.z.data) {
       const float* row = at(in.z, place.token + t, place.channel);
-      ask_for(row, in.z.stride, kScanSteps);
+      ask_for(in.z, row, kScanSteps);
       const Lanes z = load_channels(row, place.channels);
-      y = y * (z * sigmoid(z));
+      y = y * silu(z);
     }
-    store_channels(at(call.y, place.token + t, place.channel), y, place.channels);
+    float* row = at(call.y, place.token + t, place.channel);
+    store_channels(row, y, place.channels);
+    ask_for(call.y, row, kScanSteps);
   }
 }
 
@@ -79,7 +77,7 @@ void scan_rates(const Source& a_log, int64_t D, int64_t N, int64_t block, float*
     float column[kScanLanes] = {};
     for (int lane = 0; lane < kScanLanes && channel + lane < D; ++lane)
       column[lane] = *at(a_log, channel + lane, n);
-    const Lanes size = exp(load(column)) * all(kLog2e);
+    const Lanes size = exp_within_range(load(column)) * all(kLog2e);
     store(rates + n * kScanLanes, all(0.f) - size);
     steepest = max(steepest, size);
   }

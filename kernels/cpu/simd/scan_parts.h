@@ -12,22 +12,30 @@ inline constexpr float kLog2e = 1.44269504f;
 inline constexpr float kLn2 = 0.69314718f;
 inline constexpr float kSteepest = 125.f;  // decays below 2^-125 are taken as 2^-125
 
-// p 2^i, where `shifted` = i + 1.5 * 2^23, whose low bits are i; REQUIRES: a normal result.
+// 2^(j / 8) from a table, where `shifted` = kShift + j / 8, whose low bits are j. The table's
+// entries lack what adding j 2^20 to their bits puts into the fraction.
+inline constexpr float kShift = 1572864.f;  // 1.5 * 2^20: adding it rounds to a multiple of 1/8
+alignas(64) inline constexpr uint32_t kEighths[16] = {
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 #if defined(__AVX512F__)
-inline Lanes scale_by_power(Lanes p, Lanes shifted) {
-  const __m512i i = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), i))};
+inline Lanes power_of_eighths(Lanes shifted) {
+  const __m512i j = _mm512_castps_si512(shifted.v);
+  const __m512i root = _mm512_permutexvar_epi32(j, _mm512_load_si512(kEighths));
+  return {_mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(j, 20)))};
 }
 inline __m256 low_half_plus_high(Lanes a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
 }
 #else
-inline __m256 scale_by_power(__m256 p, __m256 shifted) {
-  const __m256i i = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), i));
+inline __m256 power_of_eighths(__m256 shifted) {
+  const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEighths));
+  const __m256i j = _mm256_castps_si256(shifted);
+  const __m256i root = _mm256_permutevar8x32_epi32(table, j);
+  return _mm256_castsi256_ps(_mm256_add_epi32(root, _mm256_slli_epi32(j, 20)));
 }
-inline Lanes scale_by_power(Lanes p, Lanes shifted) {
-  return {scale_by_power(p.lo, shifted.lo), scale_by_power(p.hi, shifted.hi)};
+inline Lanes power_of_eighths(Lanes shifted) {
+  return {power_of_eighths(shifted.lo), power_of_eighths(shifted.hi)};
 }
 inline __m256 low_half_plus_high(Lanes a) {
   return _mm256_add_ps(a.lo, a.hi);
@@ -42,18 +50,14 @@ inline float sum_lanes(Lanes a) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-// 2^(i + r): `shifted` as above, |r| <= 1/2. The polynomial of degree 5 is 1 + r q(r), q
-// interpolated at Chebyshev points: off by at most 2e-7, and by 3.2e-7 |r| near 0, so that a decay
-// near 1 keeps the precision of 1 - decay.
+// 2^(j / 8 + r), |r| <= 1/16: 2^(j / 8) (1 + r q(r)), q interpolated at Chebyshev points. Off by at
+// most 4e-8 before rounding, and by 6e-7 |r| near r = 0, so that a decay near 1 keeps the precision
+// of 1 - decay. The multiply units bind the scan: this takes 4 of them, a polynomial alone 5.
 inline Lanes power_of_sum(Lanes shifted, Lanes r) {
-  Lanes p = fma(all(0.00133813021f), r, all(0.00966636837f));
-  p = fma(p, r, all(0.0555038117f));
-  p = fma(p, r, all(0.240223497f));
-  p = fma(p, r, all(0.693147182f));
-  p = fma(p, r, all(1.f));
-  return scale_by_power(p, shifted);
+  const Lanes power = power_of_eighths(shifted);
+  const Lanes q = fma(fma(all(0.0555080138f), r, all(0.240254685f)), r, all(0.693147182f));
+  return fma(power * r, q, power);
 }
-inline constexpr float kShift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
 
 // 2^(delta rate). Unless kSteep, REQUIRES: -125 <= delta rate <= 125.
 template <bool kSteep>
@@ -64,12 +68,19 @@ inline Lanes decay(Lanes delta, Lanes rate) {
   return power_of_sum(shifted, x - (shifted - all(kShift)));
 }
 
-// e^x for x <= 0 to 2e-7, even where x is large; below 2^-125: 2^-125.
-inline Lanes exp_of_negative(Lanes x) {
-  x = max(x, all(-86.6f));
+// e^x to 2e-7, even where |x| is large; x is taken as -86.6 .. 86.6.
+inline Lanes exp_within_range(Lanes x) {
+  x = min(max(x, all(-86.6f)), all(86.6f));
   const Lanes shifted = fma(x, all(kLog2e), all(kShift));
-  const Lanes i = shifted - all(kShift);
-  return power_of_sum(shifted, fma(x, all(1.92596299e-8f), fma(x, all(kLog2e), all(0.f) - i)));
+  const Lanes eighths = shifted - all(kShift);
+  const Lanes lost = all(1.92596299e-8f);  // log2(e) - kLog2e
+  return power_of_sum(shifted, fma(x, lost, fma(x, all(kLog2e), all(0.f) - eighths)));
+}
+inline Lanes logistic(Lanes x) {
+  return all(1.f) / (all(1.f) + exp_within_range(all(0.f) - x));
+}
+inline Lanes silu(Lanes x) {
+  return x / (all(1.f) + exp_within_range(all(0.f) - x));
 }
 
 // log(1 + e^x), relatively exact also where it is tiny:
@@ -77,7 +88,7 @@ inline Lanes exp_of_negative(Lanes x) {
 // From x = 17 on, e^-x is lost in f32 and the result is x.
 inline Lanes softplus(Lanes x) {
   const Lanes zero = all(0.f);
-  const Lanes w = exp_of_negative(min(x, zero - x));
+  const Lanes w = exp_within_range(min(x, zero - x));
   const Lanes s = w / (all(2.f) + w);
   const Lanes s2 = s * s;
   Lanes q = fma(all(0.134257495f), s2, all(0.141183093f));
@@ -120,27 +131,38 @@ inline void store_states(const ScanInputs& in, const float* from, int64_t sequen
   }
 }
 
-// Asks for a block's part of a row one chunk ahead (forward) or back: rows lie far apart, which the
-// processor's own prefetching does not see through.
-inline void ask_for(const float* row, int64_t stride, int64_t tokens) {
-  __builtin_prefetch(row + stride * tokens, 0, 2);
+// Asks for the same channels some tokens away (past the ends it does nothing): a block's rows lie
+// far apart, which the processor's own prefetching does not see through.
+inline const void* tokens_away(const float* row, int64_t stride, int64_t tokens) {
+  const int64_t bytes = stride * tokens * int64_t(sizeof(float));
+  return reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(row) + bytes);
+}
+inline void ask_for(const Source& rows, const float* row, int64_t tokens) {
+  __builtin_prefetch(tokens_away(row, rows.stride, tokens), 0, 2);
+}
+inline void ask_for(const Target& rows, const float* row, int64_t tokens) {
+  __builtin_prefetch(tokens_away(row, rows.stride, tokens), 1, 2);
 }
 
-// delta and delta u of a chunk. True where a decay may fall below 2^-125.
-template <class Step>
+// delta, delta u and skip u (where p begins) of a chunk; asks for the chunk `ahead` tokens away.
+// True where a decay may fall below 2^-125.
+template <int ahead, class Step>
 inline bool prepare_steps(const ScanInputs& in, const ScanPlace& place, const float* rates,
                           Step* steps) {
   const Lanes bias = load_channels(in.dt_bias + place.channel, place.channels);
+  const Lanes skip = load_channels(in.skip + place.channel, place.channels);
   Lanes largest = all(0.f);
   for (int t = 0; t < place.steps; ++t) {
     const float* dt = at(in.dt, place.token + t, place.channel);
     const float* u = at(in.u, place.token + t, place.channel);
-    ask_for(dt, in.dt.stride, kScanSteps);
-    ask_for(u, in.u.stride, kScanSteps);
+    ask_for(in.dt, dt, ahead);
+    ask_for(in.u, u, ahead);
     const Lanes delta = softplus(load_channels(dt, place.channels) + bias);
+    const Lanes input = load_channels(u, place.channels);
     largest = max(delta, largest);
     store(steps[t].delta, delta);
-    store(steps[t].du, delta * load_channels(u, place.channels));
+    store(steps[t].du, delta * input);
+    store(steps[t].p, skip * input);
   }
   const Lanes steepest = largest * load(rates + in.N * kScanLanes);
   return sum_lanes(select_greater(steepest, all(kSteepest), all(1.f), all(0.f))) > 0;
