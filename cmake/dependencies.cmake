@@ -8,6 +8,7 @@ find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 find_package(Boost 1.74 REQUIRED)
 find_package(MPI 3.1 REQUIRED COMPONENTS C)
+set(Protobuf_USE_STATIC_LIBS ON)  # why: CMakeLists.txt
 find_package(Protobuf CONFIG QUIET)
 if(NOT Protobuf_FOUND)
   find_package(Protobuf 3.21 REQUIRED)  # Debian ships no CMake files of its own

@@ -1,14 +1,12 @@
-# What the launcher knows of its own build: the schema of its settings with all comments, and how it
-# was compiled. As a script (-D from= to= -P): writes a file's bytes as a C++ function.
+# What the launcher knows of its own build: the schema of its settings with all comments, and how
+# it was compiled. As a script (-D from= to= -P): writes a file's bytes as a C++ function.
 if(CMAKE_SCRIPT_MODE_FILE)
   file(READ ${from} bytes HEX)
-  string(REGEX REPLACE "([0-9a-f][0-9a-f])" "0x\\1," bytes "${bytes}")
-  string(REGEX REPLACE "(................................................................................)"
-         "\\1\n" bytes "${bytes}")
+  string(REGEX REPLACE "([0-9a-f][0-9a-f])" "0x\\1,\n" bytes "${bytes}")
   file(WRITE ${to} "#include \"launcher/build_facts.h\"\n\nnamespace moemamba {\n\n"
     "std::string_view run_config_descriptors() {\n"
     "static constexpr unsigned char kBytes[] = {\n${bytes}};\n"
-    "return {reinterpret_cast<const char*>(kBytes), sizeof kBytes};\n}\n\n}  // namespace moemamba\n")
+    "return {reinterpret_cast<const char*>(kBytes), sizeof kBytes};\n}\n\n}\n")
   return()
 endif()
 

@@ -75,7 +75,8 @@ std::string Settings::assign_option(const std::string& path, const std::string& 
 void Settings::object(const std::string& setting, const std::string& message) {
   const std::string place = place_of(setting);
   const bool option = place.rfind("--", 0) == 0;
-  problems_.push_back(concat(place, place.empty() ? "" : ": ", option ? "" : setting + ": ", message));
+  problems_.push_back(
+      concat(place, place.empty() ? "" : ": ", option ? "" : setting + ": ", message));
 }
 
 std::string Settings::place_of(const std::string& setting) const {

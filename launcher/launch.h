@@ -21,10 +21,11 @@ int started_ranks();  // how many; 1 without mpirun
 // True: `ranks` processes are wanted and this is none of them yet: launch() is due.
 bool must_launch(int ranks);
 
-// Runs this program with `words` (without --ranks) under mpirun, with what this machine needs: root,
-// more ranks than cores, no binding, one BLAS thread, copies that containers allow. Waits; SIGINT,
-// SIGTERM and SIGUSR1 are passed on; if this process dies, so do the ranks. Returns mpirun's exit
-// code, which is that of the first rank that failed; 128 + signal if a signal ended it.
+// Runs this program with `words` (without --ranks) under mpirun, with what this machine needs:
+// root, more ranks than cores, no binding, one BLAS thread, copies that containers allow. Waits;
+// SIGINT, SIGTERM and SIGUSR1 are passed on; if this process dies, so do the ranks. Returns
+// mpirun's exit code, which is that of the first rank that failed; 128 + signal if a signal ended
+// it.
 int launch(int ranks, const std::vector<std::string>& words);
 
 // Where progress goes.

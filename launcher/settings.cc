@@ -23,8 +23,8 @@ std::string divisors_text(int ranks) {
 void check_layout(Settings& settings, const RunConfig& config, int ranks) {
   const int expert = config.parallel().expert(), experts = config.model().experts();
   if (ranks % expert != 0)
-    settings.object("parallel.expert", concat("must divide the ", ranks, " ranks that were started;",
-                                              " try ", divisors_text(ranks)));
+    settings.object("parallel.expert", concat("must divide the ", ranks, " ranks that were ",
+                                              "started; try ", divisors_text(ranks)));
   if (expert > std::max(1, experts))
     settings.object("parallel.expert", concat(expert, " ranks cannot share ", experts,
                                               " experts (model.experts); at least one each"));

@@ -9,8 +9,8 @@
 namespace moemamba {
 
 Command add_settings(CLI::App& app, const Words&) {
-  CLI::App* command =
-      app.add_subcommand("settings", "Print the reference of all settings, or what they resolve to");
+  CLI::App* command = app.add_subcommand(
+      "settings", "Print the reference of all settings, or what they resolve to");
   auto source = std::make_shared<SettingsSource>();
   add_settings_options(*command, *source);
   command->footer(

@@ -28,12 +28,12 @@ std::string claim_run_folder(FileSystem& files, const std::string& folder,
   files.make_folders(folder);
   const std::string config = join_path(folder, kConfigName);
   if (file_exists(config)) {
-    check(overwrite, folder, " already holds a run; choose another run.folder or set ",
-          "run.overwrite to replace it");
+    check(overwrite, folder, " already holds a run; choose another --run or set ",
+          "--overwrite=true to replace it");
     empty_folder(files, folder);
   }
   check(std::filesystem::is_empty(folder), folder, " holds files that are no run's (there is no ",
-        kConfigName, "); choose another run.folder or empty it yourself");
+        kConfigName, "); choose another --run or empty it yourself");
   write_file(files, config, config_text);
   return folder;
 }
