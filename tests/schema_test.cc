@@ -207,7 +207,8 @@ TEST(Schema, RefusesBrokenOptions) {
 TEST(Schema, LaterSourcesReplaceLists) {
   RunConfig config;
   Settings settings(config);
-  settings.read_text("one", R"(data { train: "a" train: "b" validation: "v" } model { width: 64 })");
+  settings.read_text("one",
+                     R"(data { train: "a" train: "b" validation: "v" } model { width: 64 })");
   settings.read_text("two", R"(data { train: ["c", "d"] } model { blocks: 2 })");
   EXPECT_EQ(config.data().train_size(), 2);
   EXPECT_EQ(config.data().train(0), "c");
