@@ -46,6 +46,15 @@ class Task {
 
 class Stream;
 
+// Told of an immediate stream's work by the thread that submits it; work may hold other work.
+// Measures, and changes nothing.
+class StreamObserver {
+ public:
+  virtual ~StreamObserver() = default;
+  virtual void begin(const char* work) = 0;
+  virtual void end() = 0;
+};
+
 // A point in a stream's work. Default-made: long past.
 struct Event {
   Stream* stream = nullptr;
@@ -86,12 +95,32 @@ class Stream {
   // operator asks for depends on capacities alone, so nothing grows after step one.
   std::byte* workspace(size_t bytes);
 
+  void observe(StreamObserver* observer) { observer_ = observer; }  // null: nobody (as at first)
+  StreamObserver* observer() const { return observer_; }
+
  private:
   struct Impl;
   explicit Stream(std::unique_ptr<Impl> impl);
   bool runs_at_once() const;
   void enqueue(Task task);
   std::unique_ptr<Impl> impl_;
+  StreamObserver* observer_ = nullptr;
+};
+
+// Work that a stream's observer is told of, from here to the end of the scope.
+class Observed {
+ public:
+  Observed(const Stream& stream, const char* work) : observer_(stream.observer()) {
+    if (observer_) observer_->begin(work);
+  }
+  ~Observed() {
+    if (observer_) observer_->end();
+  }
+  Observed(const Observed&) = delete;
+  Observed& operator=(const Observed&) = delete;
+
+ private:
+  StreamObserver* observer_;
 };
 
 void copy(Stream& stream, const Tensor& from, const Tensor& to);  // same shape and dtype

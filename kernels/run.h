@@ -14,6 +14,7 @@ template <class Op>
 void run(Stream& stream, const Op& op) {
   op.check();
   if (stream.is_dry()) return;
+  const Observed observed(stream, op.name);
   run_cpu(stream, op);
 }
 

@@ -26,6 +26,7 @@ struct Tile {
 // a token that is not counted.
 void softmax_tile(Stream& stream, const HeadCrossEntropy& op, const Tile& tile) {
   constexpr int64_t kTokens = 32;  // of one call below
+  const Observed observed(stream, "cross_entropy");
   const RowKernels& rows = row_kernels(simd_level());
   const int64_t V = op.weight.rows();
   const auto* targets = op.targets.as<int32_t>() + tile.begin;

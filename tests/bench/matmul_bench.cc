@@ -1,36 +1,16 @@
-#include <benchmark/benchmark.h>
-#include <cblas.h>
-
 #include "kernels/cross_entropy.h"
 #include "kernels/matmul.h"
 #include "kernels/routing.h"
+#include "tests/bench/bench.h"
 #include "tests/support/cases.h"
 
-// One core. The ceiling of every line is Sgemm/2048: the BLAS alone on a large square product.
 namespace moemamba {
 namespace {
-
-void report(benchmark::State& state, double flops) {
-  state.counters["GFLOP/s"] = benchmark::Counter(flops * 1e-9 * double(state.iterations()),
-                                                 benchmark::Counter::kIsRate);
-}
-
-void Sgemm(benchmark::State& state) {
-  openblas_set_num_threads(1);
-  const int n = int(state.range(0));
-  const std::vector<float> a(size_t(n * n), 0.5f), b(size_t(n * n), 0.25f);
-  std::vector<float> out(size_t(n * n));
-  for (auto _ : state)
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, n, n, 1, a.data(), n, b.data(), n, 0,
-                out.data(), n);
-  report(state, 2.0 * n * n * n);
-}
-BENCHMARK(Sgemm)->Arg(2048)->Unit(benchmark::kMillisecond);
 
 // The three products of a linear layer y[T, F] = x[T, D] W': y, dx and dW.
 enum Product { kForward, kInput, kWeight };
 
-void Linear(benchmark::State& state) {
+void run_linear(benchmark::State& state, const Ceiling& ceiling) {
   const int64_t T = state.range(0), D = state.range(1), F = state.range(2);
   Case c(1);
   Stream stream = Stream::immediate();
@@ -40,14 +20,9 @@ void Linear(benchmark::State& state) {
       : state.range(3) == kInput ? Matmul{.a = y, .b = w, .out = x}
                                  : Matmul{.a = y, .b = x, .out = w, .a_transposed = true};
   for (auto _ : state) run(stream, op);
-  report(state, 2.0 * double(T * D * F));
+  report_flops(state, 2.0 * double(T * D * F), ceiling);
 }
-BENCHMARK(Linear)
-    ->ArgNames({"T", "D", "F", "product"})
-    ->ArgsProduct({{2048, 8192}, {192, 256}, {512, 1024, 4096}, {kForward, kInput, kWeight}})
-    ->Unit(benchmark::kMillisecond);
-
-void Experts(benchmark::State& state) {
+void run_experts(benchmark::State& state, const Ceiling& ceiling) {
   constexpr int64_t E = 8;
   const int64_t R = state.range(0), D = state.range(1), F = state.range(2);
   Case c(2);
@@ -66,14 +41,9 @@ void Experts(benchmark::State& state) {
     else
       run(stream, GroupedOuter{.a = y, .b = x, .offsets = offsets, .out = w});
   }
-  report(state, 2.0 * double(R * D * F));
+  report_flops(state, 2.0 * double(R * D * F), ceiling);
 }
-BENCHMARK(Experts)
-    ->ArgNames({"R", "D", "F", "product"})
-    ->ArgsProduct({{2048, 4096, 8192}, {192, 256}, {512, 1024}, {kForward, kInput, kWeight}})
-    ->Unit(benchmark::kMillisecond);
-
-void Head(benchmark::State& state) {
+void run_head(benchmark::State& state, const Ceiling& ceiling) {
   const int64_t T = state.range(0), D = state.range(1), V = state.range(2);
   Case c(3);
   Stream stream = Stream::immediate();
@@ -84,15 +54,10 @@ void Head(benchmark::State& state) {
                             .dx = c.empty({T, D}),
                             .dweight = c.empty({V, D})};
   for (auto _ : state) run(stream, op);
-  report(state, 6.0 * double(T * D * V));
+  report_flops(state, 6.0 * double(T * D * V), ceiling);
 }
-BENCHMARK(Head)
-    ->ArgNames({"T", "D", "V"})
-    ->ArgsProduct({{2048, 8192}, {192, 256}, {4096}})
-    ->Unit(benchmark::kMillisecond);
-
 // Route, permute, un-permute and their gradients: everything of a MoE layer that is no product.
-void Routing(benchmark::State& state) {
+void run_routing(benchmark::State& state) {
   const int64_t T = state.range(0), E = state.range(1), K = state.range(2), D = 192;
   Case c(4);
   Stream stream = Stream::immediate();
@@ -127,12 +92,27 @@ void Routing(benchmark::State& state) {
   state.counters["tokens/s"] =
       benchmark::Counter(double(T * state.iterations()), benchmark::Counter::kIsRate);
 }
-BENCHMARK(Routing)
-    ->ArgNames({"T", "E", "K"})
-    ->Args({4096, 8, 1})
-    ->Args({4096, 8, 2})
-    ->Args({4096, 42, 1})
-    ->Unit(benchmark::kMillisecond);
-
 }  // namespace
+
+void add_matmul_benchmarks(Ceiling& ceiling) {
+  benchmark::RegisterBenchmark("Linear", [&](benchmark::State& state) { run_linear(state, ceiling); })
+      ->ArgNames({"T", "D", "F", "product"})
+      ->ArgsProduct({{2048, 8192}, {192, 256}, {512, 1024, 4096}, {kForward, kInput, kWeight}})
+      ->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark("Experts", [&](benchmark::State& state) { run_experts(state, ceiling); })
+      ->ArgNames({"R", "D", "F", "product"})
+      ->ArgsProduct({{2048, 4096, 8192}, {192, 256}, {512, 1024}, {kForward, kInput, kWeight}})
+      ->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark("Head", [&](benchmark::State& state) { run_head(state, ceiling); })
+      ->ArgNames({"T", "D", "V"})
+      ->ArgsProduct({{2048, 8192}, {192, 256}, {4096}})
+      ->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark("Routing", run_routing)
+      ->ArgNames({"T", "E", "K"})
+      ->Args({4096, 8, 1})
+      ->Args({4096, 8, 2})
+      ->Args({4096, 42, 1})
+      ->Unit(benchmark::kMillisecond);
+}
+
 }  // namespace moemamba

@@ -1,11 +1,10 @@
-#include <benchmark/benchmark.h>
-
 #include "kernels/cpu/conv.h"
 #include "kernels/cpu/scan.h"
+#include "tests/bench/bench.h"
 #include "tests/support/cases.h"
 
-// One core. Items are (b, l, d) elements. The ceiling of the scan is that of the multiply units:
-// 8 operations on 16 lanes a state and step forward, 16 backward, and the memory's for the rest.
+// One core. Items are (b, l, d) elements. The ceiling of the scan is that of the multiply units,
+// which SGEMM keeps busy: a state and step takes 8 of their operations forward, 16 backward.
 namespace moemamba {
 namespace {
 
@@ -63,19 +62,28 @@ void run_elements(benchmark::State& state, const Op& op) {
   state.SetItemsProcessed(state.iterations() * T * D);
 }
 
-void ScanForwardElements(benchmark::State& state) {
-  const ScanCase test(state.range(1));
-  run_elements(state, test.forward);
+// Multiply-unit operations a second beside those of SGEMM, 2 FLOPs each.
+void report_multiplies(benchmark::State& state, int64_t per_state, const Ceiling& ceiling) {
+  const double flops = 2.0 * double(T * D * state.range(1) * per_state * state.iterations());
+  state.counters["of_multiply_units"] =
+      benchmark::Counter(flops / ceiling.rate(), benchmark::Counter::kIsRate);
 }
 
-void ScanBackwardElements(benchmark::State& state) {
+void scan_forward(benchmark::State& state, const Ceiling& ceiling) {
+  const ScanCase test(state.range(1));
+  run_elements(state, test.forward);
+  report_multiplies(state, 8, ceiling);
+}
+
+void scan_backward(benchmark::State& state, const Ceiling& ceiling) {
   const ScanCase test(state.range(1));
   Stream stream = Stream::immediate();
   run(stream, test.forward);
   run_elements(state, test.backward);
+  report_multiplies(state, 16, ceiling);
 }
 
-void ConvForwardElements(benchmark::State& state) {
+void conv_forward(benchmark::State& state) {
   Case c(2);
   run_elements(state, ConvForward{.x = rows(c),
                                   .weight = c.normal({D, W}),
@@ -84,7 +92,7 @@ void ConvForwardElements(benchmark::State& state) {
                                   .sequences = B});
 }
 
-void ConvBackwardElements(benchmark::State& state) {
+void conv_backward(benchmark::State& state) {
   Case c(3);
   run_elements(state, ConvBackward{.x = rows(c),
                                    .weight = c.normal({D, W}),
@@ -96,18 +104,25 @@ void ConvBackwardElements(benchmark::State& state) {
                                    .sequences = B});
 }
 
-void for_levels(benchmark::internal::Benchmark* bench) {
-  bench->ArgName("avx512")->DenseRange(0, int64_t(simd_level()));
+// `run` for each set of vector instructions that this machine has.
+template <class Run>
+void add(const char* name, Run run, std::vector<int64_t> states = {}) {
+  auto* bench = benchmark::RegisterBenchmark(name, run)->Unit(benchmark::kMillisecond);
+  bench->ArgNames(states.empty() ? std::vector<std::string>{"avx512"}
+                                 : std::vector<std::string>{"avx512", "N"});
+  for (int64_t level = 0; level <= int64_t(simd_level()); ++level) {
+    if (states.empty()) bench->Arg(level);
+    for (int64_t N : states) bench->Args({level, N});
+  }
 }
-void for_levels_and_states(benchmark::internal::Benchmark* bench) {
-  bench->ArgNames({"avx512", "N"});
-  for (int64_t level = 0; level <= int64_t(simd_level()); ++level)
-    for (int64_t N : {16, 64}) bench->Args({level, N});
-}
-BENCHMARK(ScanForwardElements)->Apply(for_levels_and_states);
-BENCHMARK(ScanBackwardElements)->Apply(for_levels_and_states);
-BENCHMARK(ConvForwardElements)->Apply(for_levels);
-BENCHMARK(ConvBackwardElements)->Apply(for_levels);
 
 }  // namespace
+
+void add_scan_benchmarks(Ceiling& ceiling) {
+  add("ScanForward", [&](benchmark::State& state) { scan_forward(state, ceiling); }, {16, 64});
+  add("ScanBackward", [&](benchmark::State& state) { scan_backward(state, ceiling); }, {16, 64});
+  add("ConvForward", conv_forward);
+  add("ConvBackward", conv_backward);
+}
+
 }  // namespace moemamba

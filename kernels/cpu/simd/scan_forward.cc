@@ -7,7 +7,7 @@ namespace {
 using Step = ScanForwardScratch::Step;
 
 // kWidth states from n on over the chunk: state in registers, time in order, p added up over n.
-// Bound by the multiply units: 9 of about 16 operations a state and step.
+// Bound by the multiply units: 8 of about 16 operations a state and step.
 template <int kWidth, bool kSteep>
 void pass(const ScanInputs& in, const ScanPlace& place, const float* rates, int64_t n, Step* steps,
           float* state) {
