@@ -68,6 +68,14 @@ Trainer::Trainer(ProcessGroups& groups, const TrainerOptions& options)
   session_.store.initialise(options.seed);
 }
 
+Trainer::~Trainer() {
+  try {
+    session_.communication.synchronize();
+  } catch (const std::exception&) {
+    // Came out of step() before.
+  }
+}
+
 void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const int64_t L = options_.data.sequence_length;
   const int64_t before = index * share_.micro_batch;
@@ -142,6 +150,15 @@ void Trainer::judge(StepRecord& record) {
 }
 
 StepRecord Trainer::step(int64_t k) {
+  try {
+    return take_step(k);
+  } catch (const std::exception& error) {
+    session_.groups.abort(error.what());
+    throw;
+  }
+}
+
+StepRecord Trainer::take_step(int64_t k) {
   const auto start = Clock::now();
   StepRecord record;
   record.step = k;

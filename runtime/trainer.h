@@ -22,9 +22,11 @@ OptimizerSettings optimizer_settings(const TrainConfig& config);
 class Trainer {
  public:
   Trainer(ProcessGroups& groups, const TrainerOptions& options);
+  ~Trainer();  // waits for what is on its way
 
   // Step k, counted from 0. The same record on every rank. Where a gradient, a loss or a router's
-  // logit is not finite on any rank, no rank changes anything and skipped() is true.
+  // logit is not finite on any rank, no rank changes anything and skipped() is true. A rank that
+  // throws has aborted its groups before, for its own communication stream waits for the others.
   StepRecord step(int64_t k);
   bool skipped() const { return skipped_; }
 
@@ -36,6 +38,7 @@ class Trainer {
   const BatchShare& share() const { return share_; }
 
  private:
+  StepRecord take_step(int64_t k);
   void micro_batch(int64_t k, int64_t index, StepSeconds& seconds);
   void share_facts(StepRecord& record);
   void judge(StepRecord& record);

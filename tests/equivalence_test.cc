@@ -1,6 +1,5 @@
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <cstdio>
 
 #include "tests/support/training.h"
@@ -8,39 +7,49 @@
 namespace moemamba {
 namespace {
 
-// Stated bound of f32 losses over 20 steps between layouts (docs/testing.md): sums over ranks,
-// micro-batches and tiles are added in another order, nothing else differs.
-constexpr double kBound = 2e-5;
+// Stated bound of f32 losses over 20 steps between layouts (docs/testing.md), about 30 times the
+// worst seen: sums over ranks, micro-batches and tiles are added in another order, nothing else
+// differs. Expert choices are the same, all of them.
+constexpr double kBound = 1e-6;
 
 void expect_equal_training(const TrainingCase& c, int ranks, int expert,
                            const TrainingResult& reference) {
   const TrainingResult result = train(c, ranks, expert);
-  double worst = 0;
-  double flips = 0;
-  for (size_t k = 0; k < result.records.size(); ++k) {
-    worst = std::max(worst, std::abs(result.records[k].loss - reference.records[k].loss) /
-                                reference.records[k].loss);
-    for (size_t i = 0; i < result.counts[k].size(); ++i)
-      flips += std::abs(result.counts[k][i] - reference.counts[k][i]) / 2;
-  }
+  const TrainingDifference found = difference(result, reference);
   std::printf(
       "experts %lld top-%lld batch %lld micro %lld, ranks %d expert %d: worst %.1e, "
       "choices that differ %.0f\n",
       (long long)c.experts, (long long)c.top_k, (long long)c.batch, (long long)c.micro_batch, ranks,
-      expert, worst, flips);
-  EXPECT_LE(worst, kBound);
+      expert, found.loss, found.choices);
+  EXPECT_TRUE(result.ranks_agree);
+  EXPECT_LE(found.loss, kBound);
+  EXPECT_EQ(found.choices, 0);
 }
 
-void expect_all_layouts(const TrainingCase& c) {
+TrainingResult learnt(const TrainingCase& c) {
   const TrainingResult reference = train(c, 1, 1);
   double before = 0, after = 0;
   for (size_t k = 0; k < 5; ++k) {
-    before += reference.records[k].ce;
-    after += reference.records[reference.records.size() - 1 - k].ce;
+    before += reference.records[k].ce / 5;
+    after += reference.records[reference.records.size() - 1 - k].ce / 5;
   }
-  EXPECT_LT(after, 0.99 * before) << "it does not learn";
-  for (auto [ranks, expert] : {std::pair{2, 1}, {2, 2}, {3, 1}, {3, 3}, {4, 1}, {4, 2}, {4, 4}})
+  std::printf("one rank: cross-entropy from %.3f to %.3f\n", before, after);
+  EXPECT_LT(after, 0.9 * before) << "it does not learn";
+  return reference;
+}
+
+void expect_all_layouts(const TrainingCase& c) {
+  const TrainingResult reference = learnt(c);
+  for (auto [ranks, expert] : layouts(4, c.experts))
     expect_equal_training(c, ranks, expert, reference);
+}
+
+// The case with `times` micro-batches a step, empty ones included, on each of `ranks` ranks.
+TrainingCase accumulated(TrainingCase c, int ranks, int64_t times) {
+  const int64_t share = (c.batch + ranks - 1) / ranks;
+  c.micro_batch = (share + times - 1) / times;
+  EXPECT_EQ((share + c.micro_batch - 1) / c.micro_batch, times);
+  return c;
 }
 
 TEST(Equivalence, TopOneTrainsTheSameOnEveryLayout) {
@@ -50,7 +59,8 @@ TEST(Equivalence, TopTwoTrainsTheSameOnEveryLayout) {
   expect_all_layouts({.top_k = 2, .batch = 13, .activation = ModelConfig::SWIGLU});
 }
 TEST(Equivalence, FortyTwoExpertsTrainTheSameOnEveryLayout) {
-  expect_all_layouts({.experts = 42, .top_k = 2, .batch = 16, .micro_batch = 2});
+  expect_all_layouts({.experts = 42, .batch = 13});
+  expect_all_layouts({.experts = 42, .top_k = 2, .batch = 16});
 }
 TEST(Equivalence, FewerSequencesThanRanksTrainTheSame) {
   expect_all_layouts({.experts = 4, .batch = 3});
@@ -62,13 +72,16 @@ TEST(Equivalence, DocumentStartsResetOnEveryLayout) {
   expect_all_layouts({.experts = 4, .batch = 8, .reset_at_documents = true, .z_loss = 1e-3f});
 }
 TEST(Equivalence, AccumulationChangesNothingButRounding) {
-  const TrainingCase whole{.experts = 42, .batch = 12};
-  const TrainingResult reference = train(whole, 1, 1);
-  for (int64_t micro : {12, 6, 4}) {
-    TrainingCase c = whole;
-    c.micro_batch = micro;
-    expect_equal_training(c, 1, 1, reference);
-    expect_equal_training(c, 2, 2, reference);
+  // Shares of four ranks: 4 sequences of 13 or 16, which make no three micro-batches, and 5 of 20.
+  for (const TrainingCase& whole : {TrainingCase{.batch = 13},
+                                    {.experts = 42, .top_k = 2, .batch = 16},
+                                    {.experts = 42, .batch = 20}}) {
+    const TrainingResult reference = train(whole, 1, 1);
+    for (int64_t times : {2, 3})
+      for (auto [ranks, expert] : {std::pair{1, 1}, {2, 2}, {3, 1}, {3, 3}, {4, 2}}) {
+        if (times == 3 && ranks == 4 && whole.batch < 20) continue;
+        expect_equal_training(accumulated(whole, ranks, times), ranks, expert, reference);
+      }
   }
 }
 TEST(Equivalence, SmallExchangeBuffersCostTimeAlone) {

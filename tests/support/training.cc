@@ -2,27 +2,49 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
-#include <mutex>
 
 #include "core/random.h"
 #include "tests/support/in_world.h"
 
 namespace moemamba {
 
+namespace {
+
+// Files of this process, removed when it ends.
+class TokenFolder {
+ public:
+  TokenFolder()
+      : path_(std::filesystem::temp_directory_path() /
+              ("moemamba-tokens-" + std::to_string(getpid()))) {
+    std::filesystem::create_directories(path_);
+  }
+  ~TokenFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+}  // namespace
+
 std::string synthetic_tokens(int64_t vocabulary) {
-  const std::string path =
-      (std::filesystem::temp_directory_path() /
-       ("moemamba_tokens_" + std::to_string(getpid()) + "_" + std::to_string(vocabulary) + ".bin"))
-          .string();
+  static const TokenFolder folder;
+  const std::string path = (folder.path() / (std::to_string(vocabulary) + ".bin")).string();
   if (std::filesystem::exists(path)) return path;
   const Random random(7, "synthetic");
   std::vector<uint16_t> tokens(20000);
   for (size_t i = 0; i < tokens.size(); ++i) {
-    const bool noise = i < 2 || random.uniform(i) < 0.2;
-    tokens[i] = noise ? uint16_t(random.integer(i + 1'000'000, uint64_t(vocabulary)))
-                      : uint16_t((3 * tokens[i - 1] + tokens[i - 2] + 1) % vocabulary);
+    const double u = random.uniform(i + 1'000'000);
+    const bool follows = i > 0 && random.uniform(i) < 0.5;
+    tokens[i] = uint16_t(follows ? (5 * tokens[i - 1] + 1) % std::min<int64_t>(16, vocabulary)
+                                 : int64_t(double(vocabulary) * u * u * u));
   }
   std::ofstream(path, std::ios::binary)
       .write(reinterpret_cast<const char*>(tokens.data()), std::streamsize(tokens.size() * 2));
@@ -61,24 +83,47 @@ TrainerOptions trainer_options(const TrainingCase& c) {
   return options;
 }
 
-TrainingResult train(const TrainingCase& c, int ranks, int expert) {
+TrainingResult train(const TrainingCase& c, int ranks, int expert, const TrainingHooks& hooks) {
   const TrainerOptions options = trainer_options(c);
   std::vector<TrainingResult> results(static_cast<size_t>(ranks));
   in_world(RankLayout(ranks, expert, int(c.experts)), [&](ProcessGroups& groups) {
+    if (hooks.wire) hooks.wire(groups);
     Trainer trainer(groups, options);
+    if (hooks.start) hooks.start(trainer);
     TrainingResult& result = results[size_t(groups.rank)];
     for (int64_t k = 0; k < c.steps; ++k) {
       result.records.push_back(trainer.step(k));
       result.counts.push_back(trainer.expert_counts());
     }
     trainer.wait_weights();
+    if (hooks.end) hooks.end(trainer);
   });
   for (const TrainingResult& result : results)
     for (size_t k = 0; k < result.records.size(); ++k)
-      check(result.records[k].loss == results[0].records[k].loss &&
-                result.records[k].grad_norm == results[0].records[k].grad_norm,
-            "step ", k, ": ranks report different losses");
+      results[0].ranks_agree &= result.records[k].loss == results[0].records[k].loss &&
+                                result.records[k].grad_norm == results[0].records[k].grad_norm;
   return results[0];
+}
+
+TrainingDifference difference(const TrainingResult& a, const TrainingResult& b) {
+  check(a.records.size() == b.records.size(), "trainings of ", a.records.size(), " and ",
+        b.records.size(), " steps");
+  TrainingDifference worst;
+  for (size_t k = 0; k < a.records.size(); ++k) {
+    worst.loss =
+        std::max(worst.loss, std::abs(a.records[k].loss - b.records[k].loss) / b.records[k].loss);
+    for (size_t i = 0; i < a.counts[k].size(); ++i)
+      worst.choices += std::abs(a.counts[k][i] - b.counts[k][i]) / 2;
+  }
+  return worst;
+}
+
+std::vector<std::pair<int, int>> layouts(int most_ranks, int64_t experts) {
+  std::vector<std::pair<int, int>> list;
+  for (int ranks = 2; ranks <= most_ranks; ++ranks)
+    for (int expert = 1; expert <= ranks && expert <= experts; ++expert)
+      if (ranks % expert == 0) list.emplace_back(ranks, expert);
+  return list;
 }
 
 }  // namespace moemamba

@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -21,13 +22,31 @@ struct TrainingCase {
 TrainerOptions trainer_options(const TrainingCase& c);
 
 struct TrainingResult {
-  std::vector<StepRecord> records;
-  std::vector<std::vector<double>> counts;  // of every step
+  std::vector<StepRecord> records;          // of rank 0
+  std::vector<std::vector<double>> counts;  // of every step: choices by layer and expert
+  bool ranks_agree = true;                  // all ranks reported the same losses and gradient norms
 };
-// Trains on `ranks` threads; the records of rank 0 (all ranks' are compared: they must be equal).
-TrainingResult train(const TrainingCase& c, int ranks, int expert);
+// What a test changes on every rank, each with that rank's own object; either may be empty.
+struct TrainingHooks {
+  std::function<void(ProcessGroups&)> wire;  // before the trainer is made
+  std::function<void(Trainer&)> start;       // before step 0
+  std::function<void(Trainer&)> end;         // after the last step, when the weights are there
+};
+// Trains on `ranks` threads.
+TrainingResult train(const TrainingCase& c, int ranks, int expert, const TrainingHooks& hooks = {});
 
-// A token file of learnable text (a noisy second-order pattern), written once per process.
+// How far apart two trainings are.
+struct TrainingDifference {
+  double loss = 0;     // worst relative difference of a step's loss
+  double choices = 0;  // (token, expert) choices that differ, over all steps
+};
+TrainingDifference difference(const TrainingResult& a, const TrainingResult& b);
+
+// Every layout of 2 to `most_ranks` ranks that holds `experts` experts: (ranks, expert ranks).
+std::vector<std::pair<int, int>> layouts(int most_ranks, int64_t experts);
+
+// A token file that a small model learns something of in twenty steps: low ids are more frequent,
+// and half of all tokens follow from the one before. Written once per process, gone at its end.
 std::string synthetic_tokens(int64_t vocabulary);
 
 }  // namespace moemamba
