@@ -55,6 +55,12 @@ void write_index(FileSystem& files, const std::string& folder, int shards) {
   write_file(files, join_path(folder, "model.safetensors.index.json"), index.dump(1) + "\n");
 }
 
+// A crash between the two renames of save_weights leaves the weights before under their old name.
+std::string whole_folder(const std::string& folder) {
+  const std::string old = folder + ".old";
+  return !fs::exists(folder) && fs::is_directory(old) ? old : folder;
+}
+
 // The folder's files: a folder of weights, a run's folder, or one file.
 std::vector<SafetensorsReader> open_all(const std::string& path) {
   std::vector<SafetensorsReader> readers;
@@ -62,8 +68,8 @@ std::vector<SafetensorsReader> open_all(const std::string& path) {
     readers.emplace_back(path);
     return readers;
   }
-  const std::string inner = join_path(path, "weights");
-  const std::string folder = fs::is_directory(inner) ? inner : path;
+  const std::string inner = whole_folder(join_path(path, "weights"));
+  const std::string folder = fs::is_directory(inner) ? inner : whole_folder(path);
   const std::string index = join_path(folder, "model.safetensors.index.json");
   if (!file_exists(index)) {
     const std::string single = join_path(folder, "model.safetensors");
@@ -138,8 +144,10 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
   if (groups.rank == 0) {
     if (shards > 1) write_index(files, temporary, shards);
     files.sync_folder(temporary);
-    fs::remove_all(old);
-    if (fs::exists(folder)) files.rename(folder, old);
+    if (fs::exists(folder)) {  // else `old` may be all there is
+      fs::remove_all(old);
+      files.rename(folder, old);
+    }
     files.rename(temporary, folder);
     files.sync_folder(folder_of(folder));
     fs::remove_all(old);

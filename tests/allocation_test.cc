@@ -1,0 +1,131 @@
+#include <gtest/gtest.h>
+#include <link.h>
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "tests/support/in_world.h"
+#include "tests/support/training.h"
+
+// glibc's own allocator, under the names that it keeps for programs that replace malloc().
+extern "C" void* __libc_malloc(size_t bytes);
+extern "C" void* __libc_calloc(size_t count, size_t bytes);
+extern "C" void* __libc_realloc(void* old, size_t bytes);
+extern "C" void* __libc_memalign(size_t alignment, size_t bytes);
+
+namespace moemamba {
+namespace {
+
+// Every allocation of the process while it is on, but for OpenBLAS' own: for some processors its
+// kernels of small products take and free a buffer in each call.
+struct Counter {
+  std::atomic<bool> on{false};
+  std::atomic<int64_t> calls{0};
+  std::atomic<int64_t> bytes{0};
+  uintptr_t blas_begin = 0, blas_end = 0;
+  void count(size_t size, const void* caller) {
+    if (!on.load(std::memory_order_relaxed)) return;
+    const auto at = reinterpret_cast<uintptr_t>(caller);
+    if (at >= blas_begin && at < blas_end) return;
+    ++calls;
+    bytes += int64_t(size);
+  }
+};
+constinit Counter counter;  // malloc() has no arguments to pass it in
+
+}  // namespace
+}  // namespace moemamba
+
+// operator new calls malloc, Buffer aligned_alloc.
+extern "C" __attribute__((visibility("default"))) void* malloc(size_t bytes) {
+  moemamba::counter.count(bytes, __builtin_return_address(0));
+  return __libc_malloc(bytes);
+}
+extern "C" __attribute__((visibility("default"))) void* calloc(size_t count, size_t bytes) {
+  moemamba::counter.count(count * bytes, __builtin_return_address(0));
+  return __libc_calloc(count, bytes);
+}
+extern "C" __attribute__((visibility("default"))) void* realloc(void* old, size_t bytes) {
+  moemamba::counter.count(bytes, __builtin_return_address(0));
+  return __libc_realloc(old, bytes);
+}
+extern "C" __attribute__((visibility("default"))) void* aligned_alloc(size_t alignment,
+                                                                      size_t bytes) {
+  moemamba::counter.count(bytes, __builtin_return_address(0));
+  return __libc_memalign(alignment, bytes);
+}
+extern "C" __attribute__((visibility("default"))) int posix_memalign(void** out, size_t alignment,
+                                                                     size_t bytes) {
+  moemamba::counter.count(bytes, __builtin_return_address(0));
+  *out = __libc_memalign(alignment, bytes);
+  return *out ? 0 : ENOMEM;
+}
+
+namespace moemamba {
+namespace {
+
+void find_blas() {
+  const auto visit = [](dl_phdr_info* library, size_t, void*) {
+    if (!std::strstr(library->dlpi_name, "libopenblas")) return 0;
+    counter.blas_begin = library->dlpi_addr;
+    for (int i = 0; i < library->dlpi_phnum; ++i) {
+      const auto& part = library->dlpi_phdr[i];
+      counter.blas_end =
+          std::max(counter.blas_end, uintptr_t(library->dlpi_addr + part.p_vaddr + part.p_memsz));
+    }
+    return 1;
+  };
+  EXPECT_EQ(dl_iterate_phdr(visit, nullptr), 1) << "no library called libopenblas is loaded";
+}
+
+// What steps 2 .. 6 of a training allocate, over all ranks and threads.
+void expect_nothing_after_step_one(const TrainingCase& c, int ranks, int expert) {
+  const TrainerOptions options = trainer_options(c);
+  std::barrier<> meet(ranks);
+  in_world(RankLayout(ranks, expert, int(c.experts)), [&](ProcessGroups& groups) {
+    Trainer trainer(groups, options);
+    trainer.step(0);
+    trainer.wait_weights();
+    meet.arrive_and_wait();
+    if (groups.rank == 0) counter.calls = counter.bytes = 0, counter.on = true;
+    meet.arrive_and_wait();
+    for (int64_t k = 1; k < 6; ++k) trainer.step(k);
+    trainer.wait_weights();
+    meet.arrive_and_wait();
+    counter.on = false;
+  });
+  EXPECT_EQ(counter.calls, 0) << counter.bytes << " bytes; " << ranks << " ranks, " << c.threads
+                              << " threads each";
+}
+
+TEST(Allocation, IsCounted) {
+  counter.calls = 0, counter.on = true;
+  ::operator delete(::operator new(100));
+  Buffer buffer(DeviceKind::cpu, 100);
+  counter.on = false;
+  EXPECT_EQ(counter.calls, 2);
+}
+
+TEST(Allocation, EndsWithStepOne) {
+  find_blas();
+  for (int threads : {1, 3})
+    for (auto [ranks, expert] : {std::pair{1, 1}, {2, 1}, {2, 2}}) {
+      expect_nothing_after_step_one({.batch = 8, .threads = threads}, ranks, expert);
+      expect_nothing_after_step_one({.top_k = 2,
+                                     .batch = 8,
+                                     .micro_batch = 2,
+                                     .exchange_rows = 0.3,
+                                     .activation = ModelConfig::SWIGLU,
+                                     .reset_at_documents = true,
+                                     .threads = threads},
+                                    ranks, expert);
+    }
+}
+
+}  // namespace
+}  // namespace moemamba
