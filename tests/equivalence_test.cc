@@ -7,11 +7,6 @@
 namespace moemamba {
 namespace {
 
-// Stated bound of f32 losses over 20 steps between layouts (docs/testing.md), about 30 times the
-// worst seen: sums over ranks, micro-batches and tiles are added in another order, nothing else
-// differs. Expert choices are the same, all of them.
-constexpr double kBound = 1e-6;
-
 void expect_equal_training(const TrainingCase& c, int ranks, int expert,
                            const TrainingResult& reference) {
   const TrainingResult result = train(c, ranks, expert);
@@ -22,7 +17,7 @@ void expect_equal_training(const TrainingCase& c, int ranks, int expert,
       (long long)c.experts, (long long)c.top_k, (long long)c.batch, (long long)c.micro_batch, ranks,
       expert, found.loss, found.choices);
   EXPECT_TRUE(result.ranks_agree);
-  EXPECT_LE(found.loss, kBound);
+  EXPECT_LE(found.loss, kLossBound);
   EXPECT_EQ(found.choices, 0);
 }
 

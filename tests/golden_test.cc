@@ -69,15 +69,23 @@ std::vector<double> read_losses(const fs::path& path) {
   return values;
 }
 
-// The file of this machine's kind; else any other, whose losses agree to kOtherKernels alone.
+// The file of this machine's kind; else the one whose name agrees longest, to kOtherKernels alone.
 fs::path nearest_golden() {
-  const fs::path own = golden_folder() / golden_name();
-  if (fs::exists(own)) return own;
-  std::vector<fs::path> others;
-  for (const auto& entry : fs::directory_iterator(golden_folder())) others.push_back(entry.path());
-  check(!others.empty(), golden_folder().string(),
+  const std::string own = golden_name();
+  fs::path nearest;
+  long longest = -1;
+  for (const auto& entry : fs::directory_iterator(golden_folder())) {
+    const std::string name = entry.path().filename().string();
+    const auto end = std::ranges::mismatch(name, own).in1;
+    const bool better = end - name.begin() > longest;
+    const bool equal = end - name.begin() == longest && entry.path() < nearest;
+    if (!better && !equal) continue;
+    longest = end - name.begin();
+    nearest = entry.path();
+  }
+  check(!nearest.empty(), golden_folder().string(),
         ": no golden losses; write them with golden_test --write-golden");
-  return *std::min_element(others.begin(), others.end());
+  return nearest;
 }
 
 // Rounding of other BLAS kernels, grown over fifty steps.

@@ -22,8 +22,7 @@ struct LeftOut {
 
 constexpr TrainingCase kCase{.experts = 6, .batch = 8, .steps = 6};
 constexpr int kRanks = 4, kExpert = 2;
-// Of equivalence_test; what is left out must stand out by far.
-constexpr double kBound = 1e-6, kClear = 10 * kBound;
+constexpr double kClear = 10 * kLossBound;  // what is left out must stand out
 
 // Buckets become ready from the last block to the first; weights are gathered from the first to
 // the last. Two blocks: head, block 1, block 0, embedding.
@@ -67,7 +66,7 @@ TrainingResult train_without(const LeftOut& reduction) {
 TEST(Reductions, EachOfThemLeftOutMakesTheComparisonFail) {
   const TrainingResult reference = train(kCase, 1, 1);
   const TrainingResult whole = train(kCase, kRanks, kExpert);
-  EXPECT_LE(difference(whole, reference).loss, kBound);
+  EXPECT_LE(difference(whole, reference).loss, kLossBound);
   for (const LeftOut& reduction : kReductions) {
     const TrainingDifference found = difference(train_without(reduction), reference);
     std::printf("without %s: worst %.1e, choices that differ %.0f\n", reduction.what, found.loss,
