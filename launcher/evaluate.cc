@@ -42,7 +42,7 @@ int evaluate(const TrainedModelOptions& options, const Words& words) {
   const bool launches = must_launch(options.ranks);
   const RunConfig config =
       read_trained_model(options, launches ? options.ranks : started_ranks());
-  if (launches) return launch(options.ranks, words);
+  if (launches) return launch(options.ranks, words, OnSignal::end);
   run_rank(config, [&](Rank& rank) {
     const Evaluation evaluation =
         run_evaluation(rank.groups, use_request(config, options, rank.threads));

@@ -20,7 +20,7 @@ int generate(const GenerateOptions& options, const Words& words) {
   const bool launches = must_launch(options.model.ranks);
   const RunConfig config =
       read_trained_model(options.model, launches ? options.model.ranks : started_ranks());
-  if (launches) return launch(options.model.ranks, words);
+  if (launches) return launch(options.model.ranks, words, OnSignal::end);
   run_rank(config, [&](Rank& rank) {
     run_generation(rank.groups, use_request(config, options.model, rank.threads), options.prompt,
                    options.sampling, stdout);

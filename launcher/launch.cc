@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "core/schema.h"
+#include "launcher/stop_signals.h"
 
 namespace moemamba {
 
@@ -89,17 +90,49 @@ std::vector<std::string> command_of(int ranks, const std::vector<std::string>& w
   _exit(127);
 }
 
-// Passes signals on until `child` ends; returns its exit code.
-int wait_for(pid_t child, const sigset_t& signals) {
+struct Ended {
+  int code = 0;    // of mpirun; 128 + signal if one ended it or one of its ranks
+  int signal = 0;  // the latest that this process got
+};
+
+// SIGTERM makes mpirun end its ranks: SIGTERM to each, SIGKILL a second later. SIGUSR1 it hands on
+// at once and goes on waiting.
+Ended wait_for(pid_t child, const sigset_t& signals, OnSignal on_signal) {
+  Ended ended;
   for (;;) {
     int status = 0;
-    const pid_t ended = waitpid(child, &status, WNOHANG);
-    if (ended == child && WIFEXITED(status)) return WEXITSTATUS(status);
-    if (ended == child && WIFSIGNALED(status)) return 128 + WTERMSIG(status);
-    check(ended >= 0, "waiting for mpirun: ", std::strerror(errno));
+    const pid_t found = waitpid(child, &status, WNOHANG);
+    check(found >= 0, "waiting for mpirun: ", std::strerror(errno));
+    if (found == child && (WIFEXITED(status) || WIFSIGNALED(status))) {
+      ended.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+      return ended;
+    }
     const int signal = sigwaitinfo(&signals, nullptr);
-    if (signal > 0 && signal != SIGCHLD) kill(child, signal);
+    if (signal <= 0 || signal == SIGCHLD) continue;
+    const bool asks = on_signal == OnSignal::ask && ended.signal == 0;
+    kill(child, asks ? SIGUSR1 : SIGTERM);
+    ended.signal = signal;
   }
+}
+
+// What the ranks' end means, said and as an exit code.
+int explain(const Ended& ended) {
+  if (ended.signal != 0) {
+    if (ended.code != 0)
+      std::fprintf(stderr, "moemamba: %s: the ranks were ended\n", signal_name(ended.signal));
+    return ended.code == 0 && ended.signal == SIGUSR1 ? 0 : 128 + ended.signal;
+  }
+  if (ended.code <= 128) {
+    if (ended.code != 0 && ended.code != kExitSettings)
+      std::fprintf(stderr, "moemamba: the ranks ended with exit code %d; which and why, see above\n",
+                   ended.code);
+    return ended.code;
+  }
+  std::fprintf(stderr,
+               "moemamba: a rank was lost (signal %d: %s); which, see above. Start the same "
+               "command again\n",
+               ended.code - 128, strsignal(ended.code - 128));
+  return kExitRestart;
 }
 
 }  // namespace
@@ -124,22 +157,18 @@ bool must_launch(int ranks) {
   return false;
 }
 
-int launch(int ranks, const std::vector<std::string>& words) {
+int launch(int ranks, const std::vector<std::string>& words, OnSignal on_signal) {
   const std::vector<std::string> command = command_of(ranks, words);
-  sigset_t signals, before;
-  sigemptyset(&signals);
-  for (int signal : {SIGINT, SIGTERM, SIGUSR1, SIGCHLD}) sigaddset(&signals, signal);
+  sigset_t signals = stop_signals(), before;
+  sigaddset(&signals, SIGCHLD);
   sigprocmask(SIG_BLOCK, &signals, &before);
   const pid_t parent = getpid();
   const pid_t child = fork();
   check(child >= 0, "cannot start mpirun: ", std::strerror(errno));
   if (child == 0) become(command, before, parent);
-  const int code = wait_for(child, signals);
+  const Ended ended = wait_for(child, signals, on_signal);
   sigprocmask(SIG_SETMASK, &before, nullptr);
-  if (code != 0 && code != kExitSettings)
-    std::fprintf(stderr, "moemamba: mpirun ended with exit code %d%s; which rank, see above\n",
-                 code, code > 128 ? concat(" (signal ", code - 128, ")").c_str() : "");
-  return code;
+  return explain(ended);
 }
 
 Terminal find_terminal() {

@@ -21,12 +21,18 @@ int started_ranks();  // how many; 1 without mpirun
 // True: `ranks` processes are wanted and this is none of them yet: launch() is due.
 bool must_launch(int ranks);
 
+// What the first SIGINT, SIGTERM or SIGUSR1 does to the ranks.
+enum class OnSignal {
+  end,  // ends them
+  ask,  // reaches them as SIGUSR1, which mpirun hands on (StopSignals); the second one ends them
+};
+
 // Runs this program with `words` (without --ranks) under mpirun, with what this machine needs:
 // root, more ranks than cores, no binding, one BLAS thread, copies that containers allow. Waits;
-// SIGINT, SIGTERM and SIGUSR1 are passed on; if this process dies, so do the ranks. Returns
-// mpirun's exit code, which is that of the first rank that failed; 128 + signal if a signal ended
-// it.
-int launch(int ranks, const std::vector<std::string>& words);
+// if this process dies, so do the ranks. Returns mpirun's exit code, which is that of the first
+// rank that failed, but 128 + n after signal n (SIGUSR1 asks for no more than it gets: 0), and
+// kExitRestart if a rank was killed.
+int launch(int ranks, const std::vector<std::string>& words, OnSignal on_signal);
 
 // Where progress goes.
 struct Terminal {

@@ -6,6 +6,7 @@
 #include "launcher/launch.h"
 #include "launcher/rank.h"
 #include "launcher/settings.h"
+#include "launcher/stop_signals.h"
 #include "runtime/commands.h"
 
 namespace moemamba {
@@ -33,16 +34,28 @@ TrainRequest request_of(const RunConfig& config, int threads) {
           .columns = terminal.columns};
 }
 
+// What the one that speaks for all ranks says when a signal asks the run to stop.
+std::string notice() {
+  if (started_rank() > 0) return "";
+  return concat(find_terminal().present ? "\n" : "",  // the progress line is still open there
+                "moemamba: ending after this step; the next signal ends it at once\n");
+}
+
 int train(const TrainOptions& options, const Words& words) {
   const bool launches = must_launch(options.ranks);
   const RunConfig config = read_settings(options.source, Purpose::train,
                                          launches ? options.ranks : started_ranks());
-  if (launches) return launch(options.ranks, words);
+  if (launches) return launch(options.ranks, words, OnSignal::ask);
+  const StopSignals signals(notice());
   run_rank(config, [&](Rank& rank) {
     PosixFileSystem files;
-    run_training(files, rank.groups, request_of(config, rank.threads));
+    TrainRequest request = request_of(config, rank.threads);
+    request.stop_wanted = [&signals] { return signals.received() != 0; };
+    run_training(files, rank.groups, request);
   });
-  return 0;
+  // Under mpirun a rank that has done as it was asked has not failed.
+  const int signal = started_rank() < 0 ? signals.received() : 0;
+  return signal == 0 || signal == SIGUSR1 ? 0 : 128 + signal;
 }
 
 }  // namespace
@@ -54,7 +67,10 @@ Command add_train(CLI::App& app, const Words& words) {
   add_settings_options(*command, options->source);
   command->footer([] {
     return "Leaves settings, metrics.jsonl, loss.svg and weights in the run's folder.\n"
-           "Exit codes: 0 done; 1 failed; 2 settings are wrong; 75 a rank was lost, start again.\n"
+           "Ctrl-C (SIGINT), SIGTERM and SIGUSR1 end the run after the step at hand, with its weights;\n"
+           "the next one ends it at once.\n"
+           "Exit codes: 0 done; 1 failed; 2 settings are wrong; 75 a rank was lost, start again;\n"
+           "128 + n ended by signal n.\n"
            "\nSettings, with their defaults:\n" +
            settings_help(run_config_descriptors(), "moemamba.RunConfig");
   });

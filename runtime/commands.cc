@@ -7,6 +7,7 @@
 #include "runtime/plot.h"
 #include "runtime/progress.h"
 #include "runtime/run_folder.h"
+#include "runtime/token_check.h"
 #include "runtime/trainer.h"
 #include "runtime/weights.h"
 
@@ -14,12 +15,16 @@ namespace moemamba {
 
 namespace {
 
+std::vector<std::string> list(const google::protobuf::RepeatedPtrField<std::string>& values) {
+  return {values.begin(), values.end()};
+}
+
 TrainerOptions trainer_options(const TrainRequest& request, const Tokenizer& tokenizer) {
   const TrainConfig& train = request.train;
   TrainerOptions options;
   options.sizes = model_sizes(request.model, tokenizer.vocabulary());
   options.optimizer = optimizer_settings(train);
-  options.data.files = {request.data.train().begin(), request.data.train().end()};
+  options.data.files = list(request.data.train());
   options.data.vocabulary = options.sizes.V;
   options.data.end_of_document = tokenizer.end_of_document();
   options.data.sequence_length = train.sequence_length();
@@ -35,6 +40,14 @@ TrainerOptions trainer_options(const TrainRequest& request, const Tokenizer& tok
   return options;
 }
 
+// The tokenizer of a run, once its token files are known to be of use with it.
+Tokenizer checked_tokenizer(const DataConfig& data, bool trains) {
+  Tokenizer tokenizer = open_tokenizer(data.tokenizer());
+  if (trains) check_token_files("data.train", list(data.train()), tokenizer);
+  check_token_files("data.validation", list(data.validation()), tokenizer);
+  return tokenizer;
+}
+
 // One training run: the loop around Trainer::step.
 class Run {
  public:
@@ -45,6 +58,7 @@ class Run {
   bool speaks() const { return groups_.rank == 0; }
   void introduce();
   void after_step(StepRecord& record);
+  void report(const StepRecord& record, bool ends);
   void evaluate(StepRecord& record);
   void save(int64_t step);
   void finish();
@@ -65,13 +79,12 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
     : files_(files),
       groups_(groups),
       request_(request),
-      tokenizer_(open_tokenizer(request.data.tokenizer())),
+      tokenizer_(checked_tokenizer(request.data, true)),
       trainer_(groups, trainer_options(request, tokenizer_)) {
   Session& session = trainer_.session();
   double bytes_per_token = 0;
   if (request.data.validation_size() > 0) {
-    HeldOut held_out =
-        open_held_out({request.data.validation().begin(), request.data.validation().end()});
+    HeldOut held_out = open_held_out(list(request.data.validation()));
     bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
     evaluator_.emplace(session, std::move(held_out), request.train.routing_group(),
                        request.train.eval_tokens());
@@ -92,6 +105,7 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
                       .bytes_per_token = bytes_per_token,
                       .terminal = request.terminal || request.train.progress() == TrainConfig::ON,
                       .color = request.color,
+                      .steps_between_lines = request.train.log_interval(),
                       .columns = request.columns});
 }
 
@@ -123,14 +137,13 @@ void Run::evaluate(StepRecord& record) {
   record.val_loss = evaluation_->loss;
   record.val_bpb = evaluation_->bits_per_byte;
   if (!progress_) return;
-  char text[128];
-  const int n = std::snprintf(text, sizeof text, "held-out   step %lld  loss %.4f",
-                              static_cast<long long>(record.step + 1), evaluation_->loss);
-  progress_->say(std::string_view(text, size_t(n)));
-  if (evaluation_->bits_per_byte) {
-    std::snprintf(text, sizeof text, "           %.4f bits per byte", *evaluation_->bits_per_byte);
-    progress_->say(text);
-  }
+  char text[160];
+  int length = std::snprintf(text, sizeof text, "held-out   after step %lld: loss %.4f",
+                             static_cast<long long>(record.step + 1), evaluation_->loss);
+  if (evaluation_->bits_per_byte)
+    length += std::snprintf(text + length, sizeof text - size_t(length), ", %.4f bits per byte",
+                            *evaluation_->bits_per_byte);
+  progress_->say(std::string_view(text, size_t(length)));
 }
 
 void Run::save(int64_t step) {
@@ -142,29 +155,40 @@ void Run::save(int64_t step) {
     tokenizer_.save(files_, join_path(request_.run, "tokenizer.model"));
 }
 
-void Run::after_step(StepRecord& record) {
-  const TrainConfig& train = request_.train;
-  const bool last = record.step + 1 == train.steps();
-  skipped_in_a_row_ = trainer_.skipped() ? skipped_in_a_row_ + 1 : 0;
+// The terminal's line of a step, and what is out of the ordinary in it.
+void Run::report(const StepRecord& record, bool ends) {
   constexpr int64_t kMostSkipped = 10;
-  check(skipped_in_a_row_ < kMostSkipped, "steps ", record.step - kMostSkipped + 1, " .. ",
-        record.step,
+  skipped_in_a_row_ = trainer_.skipped() ? skipped_in_a_row_ + 1 : 0;
+  check(skipped_in_a_row_ < kMostSkipped, "steps ", record.step - kMostSkipped + 2, " to ",
+        record.step + 1,
         ": loss or gradient is not finite; no parameter was changed by them. Try a "
         "lower train.lr or a lower train.grad_clip");
-  if (trainer_.skipped() && progress_)
-    progress_->say(concat("step ", record.step, ": loss or gradient is not finite: not applied"));
-  const bool due = train.eval_interval() > 0 && (record.step + 1) % train.eval_interval() == 0;
-  if (evaluator_ && (due || last)) evaluate(record);
+  if (!progress_) return;
+  if (trainer_.skipped())
+    progress_->say(concat("step ", record.step + 1, ": loss or gradient is not finite: not applied"));
+  progress_->update(record, ends);
+}
+
+void Run::after_step(StepRecord& record) {
+  const TrainConfig& train = request_.train;
+  const int64_t done = record.step + 1;
+  const auto due = [&](int64_t interval) { return interval > 0 && done % interval == 0; };
+  const bool last = done == train.steps(), stops = trainer_.stopping() && !last;
+  report(record, last || stops);
+  if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
   if (metrics_) metrics_->record(record);
-  if (progress_ && (last || (record.step + 1) % train.log_interval() == 0))
-    progress_->update(record);
-  if (last || (train.save_interval() > 0 && (record.step + 1) % train.save_interval() == 0))
-    save(record.step + 1);
+  if (last || stops || due(train.save_interval())) save(done);
+  if (stops && progress_)
+    progress_->say(concat("stopped    after step ", done, " of ", train.steps(),
+                          ", as asked; the weights are in ", join_path(request_.run, "weights")));
 }
 
 void Run::finish() {
   if (!speaks()) return;
   if (progress_) progress_->finish();
+  if (metrics_->lost_lines() > 0)
+    std::fprintf(stderr, "metrics: %lld of the run's lines were lost\n",
+                 static_cast<long long>(metrics_->lost_lines()));
   write_loss_svg(files_, request_.run);
   const int64_t experts = trainer_.session().model.sizes().E;
   const std::vector<double>& counts = evaluation_ ? evaluation_->counts : trainer_.expert_counts();
@@ -174,7 +198,8 @@ void Run::finish() {
 
 std::optional<Evaluation> Run::go() {
   introduce();
-  for (int64_t k = 0; k < request_.train.steps(); ++k) {
+  for (int64_t k = 0; k < request_.train.steps() && !trainer_.stopping(); ++k) {
+    if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
     StepRecord record = trainer_.step(k);
     after_step(record);
   }
@@ -192,7 +217,13 @@ Session open_session(ProcessGroups& groups, const UseRequest& request, int64_t v
 }  // namespace
 
 Tokenizer open_tokenizer(const std::string& setting) {
-  return setting == "bytes" ? Tokenizer::bytes() : Tokenizer::load(setting);
+  if (setting == "bytes") return Tokenizer::bytes();
+  try {
+    return Tokenizer::load(setting);
+  } catch (const Error& error) {
+    throw Error(concat("--data.tokenizer=", setting, ": ", error.what(),
+                       "; expected \"bytes\" or a tokenizer.model as `moemamba prepare` writes it"));
+  }
 }
 
 std::optional<Evaluation> run_training(FileSystem& files, ProcessGroups& groups,
@@ -205,7 +236,7 @@ std::optional<Evaluation> run_training(FileSystem& files, ProcessGroups& groups,
 Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
   check(request.data.validation_size() > 0,
         "data.validation: no token file to evaluate on; --data.validation=FILE");
-  const Tokenizer tokenizer = open_tokenizer(request.data.tokenizer());
+  const Tokenizer tokenizer = checked_tokenizer(request.data, false);
   const BatchShare share =
       share_of_batch(request.train.global_batch_size(), request.train.routing_group(),
                      request.train.micro_batch_size(), groups.rank, groups.layout.ranks());
@@ -213,8 +244,8 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
                                  request.train.sequence_length());
   load_weights(request.weights, session.store, groups);
   Evaluator evaluator(
-      session, open_held_out({request.data.validation().begin(), request.data.validation().end()}),
-      request.train.routing_group(), request.train.eval_tokens());
+      session, open_held_out(list(request.data.validation())), request.train.routing_group(),
+      request.train.eval_tokens());
   return evaluator.run();
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <string>
 
 #include "core/file.h"
@@ -26,6 +27,8 @@ struct TrainRequest {
   bool terminal = false;      // progress on one line
   bool color = false;
   int columns = 0;  // width of the terminal, 0 = not known
+  // True on any rank: the run ends after the step at hand, with its weights. Empty: never.
+  std::function<bool()> stop_wanted;
 };
 
 // Leaves config.textproto, metrics.jsonl, loss.svg, experts.txt and weights/ in the run's folder.

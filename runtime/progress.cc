@@ -10,6 +10,7 @@ namespace {
 
 constexpr double kSmoothing = 0.1;  // weight of the newest step in the mean that the ETA uses
 constexpr double kRedraw = 0.1;     // seconds between drawings of a terminal line
+constexpr double kPlainLine = 5;    // seconds between plain lines
 constexpr const char* kBold = "\033[1m";
 constexpr const char* kPlain = "\033[0m";
 constexpr const char* kEraseToEnd = "\033[K";
@@ -53,7 +54,7 @@ size_t format_progress(const ProgressOptions& options, const StepRecord& record,
     used = std::min(size - 1, used + size_t(std::max(length, 0)));
   };
   const auto integer = [](int64_t value) { return static_cast<long long>(value); };
-  put("step %lld/%lld  loss %.4f", integer(record.step), integer(options.steps), record.loss);
+  put("step %lld/%lld  loss %.4f", integer(record.step + 1), integer(options.steps), record.loss);
   if (options.bytes_per_token > 0)
     put(" (bpb %.2f)", record.ce / options.bytes_per_token / std::log(2.0));
   char rate[32];
@@ -86,7 +87,7 @@ Progress::~Progress() {
   finish();
 }
 
-void Progress::update(const StepRecord& record) {
+void Progress::update(const StepRecord& record, bool last) {
   const auto now = Clock::now();
   const auto seconds = [](Clock::duration d) { return std::chrono::duration<double>(d).count(); };
   const double took = seconds(now - last_step_);
@@ -94,13 +95,16 @@ void Progress::update(const StepRecord& record) {
   ++updates_;
   // The first step also pays for first use of memory; it counts only until there is a second.
   step_seconds_ = updates_ <= 2 ? took : step_seconds_ + kSmoothing * (took - step_seconds_);
-  const bool last = record.step >= options_.steps;
-  const bool due = options_.terminal ? seconds(now - last_line_) >= kRedraw
-                                     : record.step % options_.steps_between_lines == 0;
+  const int64_t done = record.step + 1;
+  last |= done >= options_.steps;
+  const int64_t interval = options_.terminal ? 0 : options_.steps_between_lines;
+  const bool due = interval > 0 ? done % interval == 0
+                                : seconds(now - last_line_) >=
+                                      (options_.terminal ? kRedraw : kPlainLine);
   if (updates_ > 1 && !last && !due) return;
   last_line_ = now;
   char line[kProgressLine];
-  const double eta = double(std::max<int64_t>(options_.steps - record.step, 0)) * step_seconds_;
+  const double eta = double(std::max<int64_t>(options_.steps - done, 0)) * step_seconds_;
   size_t length = format_progress(options_, record, eta, line, sizeof(line));
   if (!options_.terminal) {
     std::fprintf(out_, "%s\n", line);

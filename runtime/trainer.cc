@@ -14,7 +14,7 @@ double since(Clock::time_point start) {
 }
 
 // Facts of a step that all ranks add up, in this order; the choices per layer and expert follow.
-enum Fact { kLoss, kBalance, kZ, kDropped, kNotANumber, kSquares, kFacts };
+enum Fact { kLoss, kBalance, kZ, kDropped, kNotANumber, kSquares, kStop, kFacts };
 
 }  // namespace
 
@@ -123,6 +123,7 @@ void Trainer::share_facts(StepRecord& record) {
   facts[kNotANumber] = facts_.not_a_number;
   optimizer_.sum_of_squares(session_.compute, squares_);
   facts[kSquares] = squares_.as<double>()[0];
+  facts[kStop] = stop_wanted_;
   std::copy(facts_.counts.begin(), facts_.counts.end(), facts + kFacts);
   all_reduce_sum(*session_.groups.control, session_.compute, facts_tensor_,
                  view(gather_buffer_.data(), {session_.groups.layout.ranks(), facts_tensor_.cols()},
@@ -135,6 +136,7 @@ void Trainer::share_facts(StepRecord& record) {
   record.loss = record.ce + record.balance_loss + record.z_loss;
   record.grad_norm = std::sqrt(facts[kSquares]);
   record.dropped_rows = int64_t(facts[kDropped]);
+  stopping_ = facts[kStop] > 0;
   std::copy(facts + kFacts, facts + kFacts + counts_.size(), counts_.begin());
   describe_load(counts_, options_.sizes.E, record);
 }

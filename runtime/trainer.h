@@ -29,6 +29,10 @@ class Trainer {
   // throws has aborted its groups before, for its own communication stream waits for the others.
   StepRecord step(int64_t k);
   bool skipped() const { return skipped_; }
+  // The next step tells all ranks, which have stopping() true from its end on, wherever this was
+  // called.
+  void ask_to_stop() { stop_wanted_ = true; }
+  bool stopping() const { return stopping_; }
 
   // Choices of the latest step, [layers, E], over all ranks.
   const std::vector<double>& expert_counts() const { return counts_; }
@@ -54,7 +58,7 @@ class Trainer {
   RoutingFacts facts_;
   double loss_sum_ = 0;
   std::vector<double> counts_;
-  bool skipped_ = false;
+  bool skipped_ = false, stop_wanted_ = false, stopping_ = false;
 };
 
 // Fills load_max_over_mean and dead_experts from choices [layers, E].

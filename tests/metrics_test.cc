@@ -110,10 +110,10 @@ TEST(Progress, SaysAllInOneLine) {
   const auto line = [&](const ProgressOptions& o, const StepRecord& r, double eta) {
     return std::string(buffer, format_progress(o, r, eta, buffer, sizeof(buffer)));
   };
-  EXPECT_EQ(line(options, record(120), 252),
+  EXPECT_EQ(line(options, record(119), 252),
             "step 120/2000  loss 3.4121 (bpb 1.33)  lr 2.9e-3  gnorm 0.81  aux 0.0121  "
             "load max 1.31x dead 0/32  drop 0.4%  12.3k tok/s  eta 04:12");
-  EXPECT_EQ(line({.steps = 3}, record(1), -1),
+  EXPECT_EQ(line({.steps = 3}, record(0), -1),
             "step 1/3  loss 3.4121  lr 2.9e-3  gnorm 0.81  12.3k tok/s  eta --:--");
   auto worst = record(INT64_MIN);
   worst.loss = worst.grad_norm = worst.tokens_per_second = worst.lr = -1.7e308;
@@ -134,7 +134,7 @@ TEST(Progress, RedrawsOnATerminalAndPrintsPlainLinesElsewhere) {
     FILE* out = open_memstream(&text, &size);
     {
       Progress progress(out, {.steps = 3, .terminal = terminal, .steps_between_lines = 2});
-      for (int64_t step = 1; step <= 3; ++step) progress.update(record(step));
+      for (int64_t step = 0; step < 3; ++step) progress.update(record(step));
       progress.say("validation 1.75");
     }
     std::fclose(out);
@@ -147,6 +147,24 @@ TEST(Progress, RedrawsOnATerminalAndPrintsPlainLinesElsewhere) {
     EXPECT_EQ(said.find("\033[1m"), std::string::npos);  // no colour unless asked for
     EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), terminal ? 1 : 4);
   }
+}
+
+TEST(Progress, IsSparingWithPlainLines) {
+  char* text = nullptr;
+  size_t size = 0;
+  FILE* out = open_memstream(&text, &size);
+  {
+    Progress progress(out, {.steps = 1000});
+    for (int64_t step = 0; step < 1000; ++step) progress.update(record(step));
+    Progress stopped(out, {.steps = 1000});
+    for (int64_t step = 0; step < 7; ++step) stopped.update(record(step), step == 6);
+  }
+  std::fclose(out);
+  const std::string said(text, size);
+  free(text);
+  for (const char* line : {"step 1/1000 ", "step 1000/1000 ", "step 7/1000 "})
+    EXPECT_NE(said.find(line), std::string::npos) << said;
+  EXPECT_LT(std::count(said.begin(), said.end(), '\n'), 20);  // 4, and one each 5 s
 }
 
 TEST(RunFolder, RefusesAnotherRunUnlessToldToReplaceIt) {

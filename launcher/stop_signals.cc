@@ -1,0 +1,86 @@
+#include "launcher/stop_signals.h"
+
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <cstdio>
+
+namespace moemamba {
+
+namespace {
+
+constexpr int kStopSignals[] = {SIGINT, SIGTERM, SIGUSR1};
+
+// Runs on a thread that was there before main() (OpenBLAS') and so does not block the signal: from
+// now on it does, and the signal goes to the process once more, where only the watcher takes it.
+void hand_back(int signal, siginfo_t*, void* context) {
+  sigaddset(&static_cast<ucontext_t*>(context)->uc_sigmask, signal);
+  kill(getpid(), signal);
+}
+
+void set_handlers(const sigset_t& signals, bool ours) {
+  struct sigaction action {};
+  if (ours) {
+    action.sa_sigaction = hand_back;
+    action.sa_flags = SA_SIGINFO | SA_RESTART;
+  } else {
+    action.sa_handler = SIG_DFL;
+  }
+  for (int signal : kStopSignals)
+    if (sigismember(&signals, signal)) sigaction(signal, &action, nullptr);
+}
+
+}  // namespace
+
+sigset_t stop_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (int signal : kStopSignals) {
+    struct sigaction now {};
+    sigaction(signal, nullptr, &now);
+    if (now.sa_handler != SIG_IGN) sigaddset(&signals, signal);
+  }
+  return signals;
+}
+
+const char* signal_name(int signal) {
+  return signal == SIGINT    ? "SIGINT"
+         : signal == SIGTERM ? "SIGTERM"
+         : signal == SIGUSR1 ? "SIGUSR1"
+                             : "a signal";
+}
+
+StopSignals::StopSignals(std::string notice)
+    : signals_(stop_signals()), notice_(std::move(notice)) {
+  sigaddset(&signals_, SIGUSR2);  // the destructor's word to the watcher
+  pthread_sigmask(SIG_BLOCK, &signals_, &before_);
+  set_handlers(signals_, true);
+  watcher_ = std::thread([this] { watch(); });
+}
+
+StopSignals::~StopSignals() {
+  ends_ = true;
+  pthread_kill(watcher_.native_handle(), SIGUSR2);
+  watcher_.join();
+  set_handlers(signals_, false);
+  pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+}
+
+void StopSignals::watch() {
+  sigset_t waited = signals_, wakes;
+  sigemptyset(&wakes);
+  sigaddset(&wakes, SIGUSR2);
+  while (!ends_) {
+    const int signal = sigwaitinfo(&waited, nullptr);
+    if (signal <= 0 || signal == SIGUSR2) continue;  // interrupted; the destructor
+    received_ = signal;
+    std::fputs(notice_.c_str(), stderr);
+    set_handlers(signals_, false);
+    sigset_t next = signals_;
+    sigdelset(&next, SIGUSR2);
+    pthread_sigmask(SIG_UNBLOCK, &next, nullptr);  // here the next one takes its effect
+    waited = wakes;
+  }
+}
+
+}  // namespace moemamba

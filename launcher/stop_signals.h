@@ -1,0 +1,35 @@
+#pragma once
+#include <signal.h>
+
+#include <atomic>
+#include <string>
+#include <thread>
+
+namespace moemamba {
+
+// While it lives, the first SIGINT, SIGTERM or SIGUSR1 only asks this process to stop, which says
+// `notice` on standard error; the next one ends it as ever. A signal that the process ignored before stays ignored. REQUIRES: made before
+// other threads of this program (those of libraries that start before main() may be there).
+class StopSignals {
+ public:
+  explicit StopSignals(std::string notice);
+  StopSignals(const StopSignals&) = delete;
+  StopSignals& operator=(const StopSignals&) = delete;
+  ~StopSignals();
+  int received() const { return received_; }  // the first one; 0: none yet
+
+ private:
+  void watch();
+  sigset_t signals_, before_;
+  std::string notice_;
+  std::atomic<int> received_ = 0;
+  std::atomic<bool> ends_ = false;
+  std::thread watcher_;
+};
+
+// SIGINT, SIGTERM and SIGUSR1, without those that this process ignores: a shell starts its
+// background commands so that the terminal's Ctrl-C passes them by.
+sigset_t stop_signals();
+const char* signal_name(int signal);  // "SIGINT"
+
+}  // namespace moemamba
