@@ -29,6 +29,7 @@ void report_flops(benchmark::State& state, double flops, const Ceiling& ceiling)
 // Each registers its file's benchmarks; `ceiling` outlives them.
 void add_matmul_benchmarks(Ceiling& ceiling);
 void add_scan_benchmarks(Ceiling& ceiling);
+void add_attention_benchmarks(Ceiling& ceiling);
 void add_step_benchmarks(Ceiling& ceiling);
 
 }  // namespace moemamba

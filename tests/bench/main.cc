@@ -52,6 +52,7 @@ int main(int argc, char** argv) {
               ceiling.rate() * 1e-9);
   moemamba::add_matmul_benchmarks(ceiling);
   moemamba::add_scan_benchmarks(ceiling);
+  moemamba::add_attention_benchmarks(ceiling);
   moemamba::add_step_benchmarks(ceiling);
   benchmark::RunSpecifiedBenchmarks();
   return 0;
