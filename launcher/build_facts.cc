@@ -19,8 +19,8 @@ std::string version_text() {
   std::string text;
   for (const auto& [name, value] : build_facts())
     text += name == "version" ? "moemamba " + value + "\n" : "  " + name + ": " + value + "\n";
-  return text + concat("  protobuf: ", google::protobuf::internal::VersionString(
-                                           GOOGLE_PROTOBUF_VERSION));
+  return text +
+         concat("  protobuf: ", google::protobuf::internal::VersionString(GOOGLE_PROTOBUF_VERSION));
 }
 
 }  // namespace moemamba

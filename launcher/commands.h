@@ -9,7 +9,7 @@ class App;
 
 namespace moemamba {
 
-using Command = std::function<int()>;  // returns the exit code
+using Command = std::function<int()>;    // returns the exit code
 using Words = std::vector<std::string>;  // the program's arguments, without its name
 
 // Each adds its sub-command to `app` and returns what runs it once the words are parsed.

@@ -40,8 +40,7 @@ void print_evaluation(const RunConfig& config, const Evaluation& evaluation) {
 
 int evaluate(const TrainedModelOptions& options, const Words& words) {
   const bool launches = must_launch(options.ranks);
-  const RunConfig config =
-      read_trained_model(options, launches ? options.ranks : started_ranks());
+  const RunConfig config = read_trained_model(options, launches ? options.ranks : started_ranks());
   if (launches) return launch(options.ranks, words, OnSignal::end);
   run_rank(config, [&](Rank& rank) {
     const Evaluation evaluation =

@@ -32,8 +32,8 @@ int first_number(std::initializer_list<const char*> names, int otherwise) {
 std::string own_path() {
   char path[4096];
   const ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
-  check(length > 0, "cannot find out which program this is: /proc/self/exe: ",
-        std::strerror(errno));
+  check(length > 0,
+        "cannot find out which program this is: /proc/self/exe: ", std::strerror(errno));
   return std::string(path, size_t(length));
 }
 
@@ -56,8 +56,8 @@ std::vector<std::string> export_environment() {
 }
 
 std::vector<std::string> command_of(int ranks, const std::vector<std::string>& words) {
-  std::vector<std::string> command{"mpirun", "-n", concat(ranks), "--oversubscribe",
-                                   "--bind-to", "none"};
+  std::vector<std::string> command{"mpirun",          "-n",        concat(ranks),
+                                   "--oversubscribe", "--bind-to", "none"};
   if (getuid() == 0) command.emplace_back("--allow-run-as-root");
   for (const std::string& name : export_environment()) {
     command.emplace_back("-x");
@@ -65,8 +65,10 @@ std::vector<std::string> command_of(int ranks, const std::vector<std::string>& w
   }
   command.push_back(own_path());
   for (size_t i = 0; i < words.size(); ++i) {
-    if (words[i] == "--ranks") ++i;  // and its value
-    else if (words[i].rfind("--ranks=", 0) != 0) command.push_back(words[i]);
+    if (words[i] == "--ranks")
+      ++i;  // and its value
+    else if (words[i].rfind("--ranks=", 0) != 0)
+      command.push_back(words[i]);
   }
   return command;
 }
@@ -124,7 +126,8 @@ int explain(const Ended& ended) {
   }
   if (ended.code <= 128) {
     if (ended.code != 0 && ended.code != kExitSettings)
-      std::fprintf(stderr, "moemamba: the ranks ended with exit code %d; which and why, see above\n",
+      std::fprintf(stderr,
+                   "moemamba: the ranks ended with exit code %d; which and why, see above\n",
                    ended.code);
     return ended.code;
   }
@@ -139,15 +142,19 @@ int explain(const Ended& ended) {
 
 void add_ranks_option(CLI::App& app, int& ranks) {
   app.add_option("--ranks", ranks,
-                 "Processes to start with mpirun (default 1: without it). For several machines, "
-                 "start mpirun yourself and leave this out")
+                 "Processes to start with mpirun, 1 to 4096 (default 1: without it). For\n"
+                 "several machines, start mpirun yourself and leave this out")
       ->type_name("N")
-      ->check(CLI::Range(1, 4096));
+      ->check(CLI::Range(1, 4096).description(""));
 }
 
-int started_rank() { return first_number({"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"}, -1); }
+int started_rank() {
+  return first_number({"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"}, -1);
+}
 
-int started_ranks() { return first_number({"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}, 1); }
+int started_ranks() {
+  return first_number({"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}, 1);
+}
 
 bool must_launch(int ranks) {
   if (started_rank() < 0) return ranks > 1;

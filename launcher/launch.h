@@ -8,8 +8,8 @@ class App;
 
 namespace moemamba {
 
-constexpr int kExitRestart = 75;   // a rank was lost: start the same command again
-constexpr int kExitSettings = 2;   // settings or usage; nothing was begun
+constexpr int kExitRestart = 75;  // a rank was lost: start the same command again
+constexpr int kExitSettings = 2;  // settings or usage; nothing was begun
 
 // --ranks
 void add_ranks_option(CLI::App& app, int& ranks);

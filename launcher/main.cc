@@ -23,7 +23,7 @@ int report(const std::string& what, int exit_code, std::chrono::milliseconds pat
 }
 
 std::chrono::milliseconds patience_of_others() {
-  return std::chrono::milliseconds(started_rank() > 0 ? 500 : 0);
+  return std::chrono::milliseconds(started_rank() > 0 ? 1500 : 0);
 }
 
 int run(int argc, char** argv) {
@@ -33,10 +33,19 @@ int run(int argc, char** argv) {
   app.set_version_flag("--version", [] { return version_text(); });
   app.set_help_all_flag("--help-all", "Help of all commands");
   app.require_subcommand(1);
-  const std::pair<const char*, Command> commands[] = {
-      {"prepare", add_prepare(app, words)},   {"train", add_train(app, words)},
-      {"evaluate", add_evaluate(app, words)}, {"generate", add_generate(app, words)},
-      {"settings", add_settings(app, words)}};
+  app.footer(
+      "From text to text:\n"
+      "  moemamba prepare --output data/mine --held-out-fraction 0.05 texts/\n"
+      "  moemamba train --ranks 2 --parallel.expert=2 --run=runs/mine \\\n"
+      "    --data.train=data/mine/train --data.validation=data/mine/validation \\\n"
+      "    --data.tokenizer=data/mine/tokenizer.model\n"
+      "  moemamba generate --run runs/mine --prompt \"It was\"\n"
+      "`moemamba COMMAND --help` says more, `moemamba settings` lists every setting.");
+  const std::pair<const char*, Command> commands[] = {{"prepare", add_prepare(app, words)},
+                                                      {"train", add_train(app, words)},
+                                                      {"evaluate", add_evaluate(app, words)},
+                                                      {"generate", add_generate(app, words)},
+                                                      {"settings", add_settings(app, words)}};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -60,7 +69,7 @@ int main(int argc, char** argv) {
   } catch (const BadSettings& error) {
     return report(error.what(), kExitSettings, patience_of_others());
   } catch (const PeerLost& error) {
-    return report(error.what(), kExitRestart, std::chrono::milliseconds(2000));
+    return report(error.what(), kExitRestart, std::chrono::milliseconds(3000));
   } catch (const std::exception& error) {
     return report(error.what(), 1, patience_of_others());
   }

@@ -41,6 +41,7 @@ Command add_prepare(CLI::App& app, const Words&) {
   command
       ->add_option("input", request->inputs,
                    "Texts: .txt (one document), .jsonl ({\"text\": ...} a line), .rdb (R), folders")
+      ->type_name("PATH")
       ->required();
   command->add_option("--output", request->output, "Folder to write")
       ->type_name("FOLDER")
@@ -55,29 +56,36 @@ Command add_prepare(CLI::App& app, const Words&) {
       ->allow_extra_args(false);
   command
       ->add_option("--held-out-fraction", request->held_out_fraction,
-                   "Share of the documents to hold out, evenly spread (default 0)")
+                   "Share of the documents to hold out, evenly spread, 0 to 0.999 (default 0);\nof "
+                   "a single document its end")
       ->type_name("X")
-      ->check(CLI::Range(0.0, 0.999));
+      ->check(CLI::Range(0.0, 0.999).description(""));
   command->add_option("--tokenizer", request->tokenizer, "bytes or bpe (default bpe)")
       ->type_name("KIND")
       ->transform(CLI::CheckedTransformer(
-          std::map<std::string, TokenizerKind>{{"bytes", TokenizerKind::bytes},
-                                               {"bpe", TokenizerKind::bpe}},
-          CLI::ignore_case));
+                      std::map<std::string, TokenizerKind>{{"bytes", TokenizerKind::bytes},
+                                                           {"bpe", TokenizerKind::bpe}},
+                      CLI::ignore_case)
+                      .description(""));
   command->add_option("--vocabulary", request->vocabulary, "Tokens of a new BPE (default 4096)")
       ->type_name("N")
-      ->check(CLI::Range(2, 1 << 24));
+      ->check(CLI::Range(2, 1 << 24).description(""));
   command->add_option("--tokenizer-file", request->tokenizer_file, "Use this tokenizer instead")
       ->type_name("FILE");
   command->add_option("--format", request->format, "megatron or llmc (default megatron)")
       ->type_name("FORMAT")
       ->transform(CLI::CheckedTransformer(
-          std::map<std::string, TokenFormat>{{"megatron", TokenFormat::megatron},
-                                             {"llmc", TokenFormat::llmc}},
-          CLI::ignore_case));
+                      std::map<std::string, TokenFormat>{{"megatron", TokenFormat::megatron},
+                                                         {"llmc", TokenFormat::llmc}},
+                      CLI::ignore_case)
+                      .description(""));
   command->add_flag("--overwrite", request->overwrite,
                     "Replace what an earlier prepare left in the folder");
-  command->footer("Example: moemamba prepare --output data/mine --held-out-fraction 0.05 texts/");
+  command->footer(
+      "Leaves tokenizer.model, train.bin and .idx, validation.bin, .idx and .txt and summary.json "
+      "in\n"
+      "the folder, all or nothing, and prints the options that `moemamba train` needs for them.\n"
+      "Example: moemamba prepare --output data/mine --held-out-fraction 0.05 texts/");
   return [request] { return run_prepare(*request); };
 }
 

@@ -24,8 +24,8 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
   world.agree(facts_of(config), deadline);
   const RankLayout layout(world.size(), config.parallel().expert(), config.model().experts());
   ProcessGroups groups = world.make_groups(layout, deadline);
-  const int threads = config.train().threads() > 0 ? config.train().threads()
-                                                   : threads_per_rank(world.node_size());
+  const int threads =
+      config.train().threads() > 0 ? config.train().threads() : threads_per_rank(world.node_size());
   Rank rank{world, groups, threads};
   try {
     work(rank);

@@ -40,29 +40,28 @@ void check_training(Settings& settings, const RunConfig& config) {
   const TrainConfig& train = config.train();
   const auto whole_groups = [&](const char* setting, int sequences) {
     if (sequences % train.routing_group() != 0)
-      settings.object(setting, concat(sequences, " sequences are not a multiple of the ",
-                                      train.routing_group(),
-                                      " of a routing group (train.routing_group)"));
+      settings.object(
+          setting, concat(sequences, " sequences are not a multiple of the ", train.routing_group(),
+                          " of a routing group (train.routing_group)"));
   };
   whole_groups("train.global_batch_size", train.global_batch_size());
   whole_groups("train.micro_batch_size", train.micro_batch_size());
   if (train.warmup_steps() > train.steps())
-    settings.object("train.warmup_steps", concat("must be at most the ", train.steps(),
-                                                 " steps of the run (train.steps), found ",
-                                                 train.warmup_steps()));
+    settings.object("train.warmup_steps",
+                    concat("must be at most the ", train.steps(),
+                           " steps of the run (train.steps), found ", train.warmup_steps()));
   if (config.data().train_size() == 0)
     settings.object("data.train",
                     "no token files to train on; give what `moemamba prepare` wrote: "
                     "--data.train=FOLDER/train");
-  if (config.run().empty())
-    settings.object("run", "the run needs a folder; give --run=FOLDER");
+  if (config.run().empty()) settings.object("run", "the run needs a folder; give --run=FOLDER");
 }
 
 }  // namespace
 
 void add_settings_options(CLI::App& app, SettingsSource& source) {
   app.add_option("--config", source.files,
-                 "File with settings in protobuf text format; repeatable, later files win")
+                 "File with settings in protobuf text format; repeatable, later\nfiles win")
       ->type_name("FILE")
       ->allow_extra_args(false);
   app.allow_extras();
@@ -72,8 +71,10 @@ void take_remaining(const CLI::App& app, SettingsSource& source) {
   for (const std::string& word : app.remaining()) {
     const bool open = !source.options.empty() && source.options.back().rfind("--", 0) == 0 &&
                       source.options.back().find('=') == std::string::npos;
-    if (open && word.rfind("--", 0) != 0) source.options.back() += "=" + word;
-    else source.options.push_back(word);
+    if (open && word.rfind("--", 0) != 0)
+      source.options.back() += "=" + word;
+    else
+      source.options.push_back(word);
   }
 }
 

@@ -18,10 +18,9 @@ Command add_settings(CLI::App& app, const Words&) {
       "With them: all settings as they resolve, in text format.");
   return [command, source] {
     take_remaining(*command, *source);
-    const std::string text =
-        source->files.empty() && source->options.empty()
-            ? reference_page(run_config_descriptors(), "moemamba.RunConfig")
-            : resolved_text(read_settings(*source, Purpose::show, 1));
+    const std::string text = source->files.empty() && source->options.empty()
+                                 ? reference_page(run_config_descriptors(), "moemamba.RunConfig")
+                                 : resolved_text(read_settings(*source, Purpose::show, 1));
     std::fputs(text.c_str(), stdout);
     return 0;
   };

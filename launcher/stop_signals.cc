@@ -1,6 +1,5 @@
 #include "launcher/stop_signals.h"
 
-#include <ucontext.h>
 #include <unistd.h>
 
 #include <cstdio>

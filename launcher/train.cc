@@ -43,8 +43,8 @@ std::string notice() {
 
 int train(const TrainOptions& options, const Words& words) {
   const bool launches = must_launch(options.ranks);
-  const RunConfig config = read_settings(options.source, Purpose::train,
-                                         launches ? options.ranks : started_ranks());
+  const RunConfig config =
+      read_settings(options.source, Purpose::train, launches ? options.ranks : started_ranks());
   if (launches) return launch(options.ranks, words, OnSignal::ask);
   const StopSignals signals(notice());
   run_rank(config, [&](Rank& rank) {
@@ -67,7 +67,8 @@ Command add_train(CLI::App& app, const Words& words) {
   add_settings_options(*command, options->source);
   command->footer([] {
     return "Leaves settings, metrics.jsonl, loss.svg and weights in the run's folder.\n"
-           "Ctrl-C (SIGINT), SIGTERM and SIGUSR1 end the run after the step at hand, with its weights;\n"
+           "Ctrl-C (SIGINT), SIGTERM and SIGUSR1 end the run after the step at hand, with its "
+           "weights;\n"
            "the next one ends it at once.\n"
            "Exit codes: 0 done; 1 failed; 2 settings are wrong; 75 a rank was lost, start again;\n"
            "128 + n ended by signal n.\n"

@@ -165,7 +165,8 @@ void Run::report(const StepRecord& record, bool ends) {
         "lower train.lr or a lower train.grad_clip");
   if (!progress_) return;
   if (trainer_.skipped())
-    progress_->say(concat("step ", record.step + 1, ": loss or gradient is not finite: not applied"));
+    progress_->say(
+        concat("step ", record.step + 1, ": loss or gradient is not finite: not applied"));
   progress_->update(record, ends);
 }
 
@@ -221,8 +222,9 @@ Tokenizer open_tokenizer(const std::string& setting) {
   try {
     return Tokenizer::load(setting);
   } catch (const Error& error) {
-    throw Error(concat("--data.tokenizer=", setting, ": ", error.what(),
-                       "; expected \"bytes\" or a tokenizer.model as `moemamba prepare` writes it"));
+    throw Error(
+        concat("--data.tokenizer=", setting, ": ", error.what(),
+               "; expected \"bytes\" or a tokenizer.model as `moemamba prepare` writes it"));
   }
 }
 
@@ -243,9 +245,8 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
   Session session = open_session(groups, request, tokenizer.vocabulary(), share.micro_batch,
                                  request.train.sequence_length());
   load_weights(request.weights, session.store, groups);
-  Evaluator evaluator(
-      session, open_held_out(list(request.data.validation())), request.train.routing_group(),
-      request.train.eval_tokens());
+  Evaluator evaluator(session, open_held_out(list(request.data.validation())),
+                      request.train.routing_group(), request.train.eval_tokens());
   return evaluator.run();
 }
 

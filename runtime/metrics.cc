@@ -91,8 +91,17 @@ void MetricsWriter::record(const StepRecord& record) {
     torn_ = false;
     bytes_ += int64_t(length);
   } catch (const Error& error) {
-    if (++lost_lines_ > 1) return;  // said once
-    std::fprintf(stderr, "metrics: %s; training goes on without these lines\n", error.what());
+    if (++lost_lines_ == 1)  // said once
+      std::fprintf(stderr, "metrics: %s; training goes on without these lines\n", error.what());
+    drop_torn_line();
+  }
+}
+
+void MetricsWriter::drop_torn_line() {
+  try {
+    file_->truncate(bytes_);
+    torn_ = false;
+  } catch (const Error&) {  // the next record tries again
   }
 }
 

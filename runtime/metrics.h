@@ -46,6 +46,7 @@ class MetricsWriter {
   int64_t lost_lines() const { return lost_lines_; }
 
  private:
+  void drop_torn_line();
   std::string path_;
   std::unique_ptr<OutputFile> file_;
   int64_t bytes_ = 0;  // whole lines so far

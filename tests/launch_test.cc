@@ -1,0 +1,145 @@
+// The program across ranks: mpirun, agreement, layouts, signals, dead ranks.
+#include <signal.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <thread>
+
+#include "core/file.h"
+#include "tests/support/program.h"
+
+namespace moemamba {
+namespace {
+
+class Launch : public ProgramTest {};
+
+TEST_F(Launch, TrainsUnderMpirunAndHandsOnTheExitCode) {
+  const std::string words = small_training(2);
+  Result result = shell("$moemamba train --ranks 2 --parallel.expert 2" + words);
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(numbers_of(read_file(run() + "/metrics.jsonl"), "loss").size(), 2u);
+  result = shell("$moemamba train --ranks 2" + words);  // the folder holds a run
+  EXPECT_EQ(result.code, 1) << result.err;
+  EXPECT_EQ(count(result.err, "already holds a run"), 1) << result.err;
+  result = shell("$mpirun -n 2 $moemamba train --overwrite=true" + words);
+  EXPECT_EQ(result.code, 0) << result.err;
+  result = shell("$mpirun -n 2 $moemamba train --ranks 3" + words);
+  EXPECT_EQ(result.code, 2) << result.err;
+  EXPECT_NE(result.err.find("mpirun has already started 2 ranks"), std::string::npos);
+}
+
+TEST_F(Launch, RanksWithOtherSettingsRefuseToStart) {
+  const std::string words = small_training(2);
+  const Result result = shell("$mpirun -n 1 $moemamba train " + words + " : -n 1 $moemamba train " +
+                              words + " --train.lr=0.5");
+  EXPECT_EQ(result.code, 1) << result.err;
+  EXPECT_NE(result.err.find("train.lr: rank 0 \"0.001\", rank 1 \"0.5\""), std::string::npos)
+      << result.err;
+  EXPECT_FALSE(file_exists(run()));
+}
+
+// Experts over four, two and one of four ranks, and one rank alone: the same model, the same text.
+TEST_F(Launch, EveryLayoutWritesTheSameLosses) {
+  constexpr double kBound = 1e-6;  // relative: f32 sums in another order
+  const std::string words = small_training(6) +
+                            "--model.blocks=2 --model.experts=42 --model.top_k=2 "
+                            "--train.global_batch_size=13 --train.lr=0.01 "
+                            "--data.validation=tokens/validation --train.progress=off ";
+  const auto metrics = [&](const std::string& program, const std::string& expert) {
+    const Result result =
+        shell(program + " train --overwrite=true --parallel.expert=" + expert + words);
+    EXPECT_EQ(result.code, 0) << program << "\n" << result.err;
+    return read_file(run() + "/metrics.jsonl");
+  };
+  const std::string alone = metrics("$moemamba", "1");
+  EXPECT_EQ(numbers_of(alone, "loss").size(), 6u);
+  EXPECT_EQ(numbers_of(alone, "val_bpb").size(), 1u);
+  double worst = 0;
+  for (const char* expert : {"4", "2", "1"}) {
+    const std::string shared = metrics("$mpirun -n 4 $moemamba", expert);
+    for (const char* field : {"loss", "ce", "balance_loss", "val_loss", "val_bpb"}) {
+      const std::vector<double> one = numbers_of(alone, field), four = numbers_of(shared, field);
+      ASSERT_EQ(one.size(), four.size()) << field;
+      for (size_t i = 0; i < one.size(); ++i) {
+        const double difference = std::abs(four[i] / one[i] - 1);
+        worst = std::max(worst, difference);
+        EXPECT_LE(difference, kBound)
+            << field << " " << i << ", experts over " << expert << " of four ranks";
+      }
+    }
+  }
+  std::printf("worst relative difference %.2g, bound %.2g\n", worst, kBound);
+}
+
+TEST_F(Launch, ADeadRankEndsTheOthersAndIsNamed) {
+  const Result result = while_training("--train.progress=off", [](const Processes& processes) {
+    kill(processes.ranks[1], SIGKILL);
+  });
+  EXPECT_EQ(result.code, 75) << result.err;
+  EXPECT_NE(result.err.find("process rank "), std::string::npos) << result.err;
+  EXPECT_NE(result.err.find("a rank was lost (signal 9: Killed)"), std::string::npos) << result.err;
+  EXPECT_FALSE(file_exists(run() + "/weights"));
+}
+
+void expect_whole(const std::string& metrics) {
+  ASSERT_FALSE(metrics.empty());
+  EXPECT_EQ(metrics.back(), '\n');
+  EXPECT_EQ(count(metrics, "{\"step\":"), count(metrics, "}}\n"));
+}
+
+TEST_F(Launch, ASignalEndsTheRunAfterItsStepWithItsWeights) {
+  for (const auto& [signal, code] : {std::pair(SIGINT, 130), {SIGTERM, 143}, {SIGUSR1, 0}}) {
+    const Result result =
+        while_training("--overwrite=true",
+                       [&, signal = signal](const Processes& p) { kill(p.launchers[0], signal); });
+    EXPECT_EQ(result.code, code) << result.err;
+    EXPECT_EQ(count(result.err, "moemamba: ending after this step"), 1) << result.err;
+    EXPECT_EQ(count(result.err, "of 1000000000, as asked; the weights are in " + run()), 1)
+        << result.err;
+    expect_whole(read_file(run() + "/metrics.jsonl"));
+    const Result evaluated =
+        shell("$moemamba evaluate --run run --data.validation=tokens/validation");
+    EXPECT_EQ(evaluated.code, 0) << evaluated.err;
+    std::filesystem::remove_all(run());
+  }
+}
+
+TEST_F(Launch, ASignalEndsARunWithoutMpirunToo) {
+  const std::string words = small_training(1'000'000'000);
+  const Result result = shell(
+      "$moemamba train" + words +
+      "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; kill -TERM $id; wait $id");
+  EXPECT_EQ(result.code, 143) << result.err;
+  EXPECT_EQ(count(result.err, "stopped    after step "), 1) << result.err;
+  EXPECT_TRUE(file_exists(run() + "/weights/model.safetensors"));
+  expect_whole(read_file(run() + "/metrics.jsonl"));
+}
+
+// A step of minutes must not make an impatient user reach for SIGKILL.
+TEST_F(Launch, TheSecondSignalEndsTheRunAtOnce) {
+  const Result result = while_training(
+      "--train.sequence_length=1000 --train.global_batch_size=16 "
+      "--model.width=192 --model.blocks=4 --train.progress=off",
+      [](const Processes& processes) {
+        kill(processes.launchers[0], SIGTERM);
+        std::this_thread::sleep_for(std::chrono::milliseconds(200));
+        kill(processes.launchers[0], SIGINT);
+      });
+  EXPECT_EQ(result.code, 130) << result.err;
+  EXPECT_EQ(count(result.err, "moemamba: SIGINT: the ranks were ended"), 1) << result.err;
+  EXPECT_FALSE(file_exists(run() + "/weights"));
+}
+
+// Whatever happens to the launcher, no rank is left behind.
+TEST_F(Launch, RanksEndWithTheirLauncher) {
+  const Result result = while_training("--train.progress=off", [](const Processes& processes) {
+    kill(processes.launchers[0], SIGKILL);
+  });
+  EXPECT_NE(result.code, 0);
+}
+
+}  // namespace
+}  // namespace moemamba
