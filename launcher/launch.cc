@@ -153,7 +153,9 @@ int started_rank() {
 }
 
 int started_ranks() {
-  return first_number({"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}, 1);
+  if (started_rank() < 0) return 1;  // a batch script's own environment has SLURM_* as well
+  return first_number({"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"},
+                      1);
 }
 
 bool must_launch(int ranks) {

@@ -2,6 +2,7 @@
 
 #include "core/schema.h"
 #include "launcher/build_facts.h"
+#include "launcher/launch.h"
 #include "launcher/machine.h"
 
 namespace moemamba {
@@ -21,6 +22,8 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
   const std::chrono::milliseconds deadline(
       int64_t(std::max(1.0, config.parallel().deadline_seconds() * 1e3)));
   World world;
+  check(world.size() == started_ranks(), started_ranks(), " ranks were started, but MPI knows of ",
+        world.size(), "; start them with this Open MPI's mpirun, or with srun --mpi=pmix");
   world.agree(facts_of(config), deadline);
   const RankLayout layout(world.size(), config.parallel().expert(), config.model().experts());
   ProcessGroups groups = world.make_groups(layout, deadline);

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <thread>
+#include <tuple>
 
 #include "core/file.h"
 #include "tests/support/program.h"
@@ -38,6 +39,15 @@ TEST_F(Launch, RanksWithOtherSettingsRefuseToStart) {
   EXPECT_EQ(result.code, 1) << result.err;
   EXPECT_NE(result.err.find("train.lr: rank 0 \"0.001\", rank 1 \"0.5\""), std::string::npos)
       << result.err;
+  EXPECT_FALSE(file_exists(run()));
+}
+
+// As tasks of srun without PMIx are: each would train alone, all into one folder.
+TEST_F(Launch, RanksThatDoNotFindEachOtherRefuseToStart) {
+  const Result result =
+      shell("PMI_RANK=0 PMI_SIZE=2 $moemamba train --parallel.expert=2" + small_training(2));
+  EXPECT_EQ(result.code, 1) << result.err;
+  EXPECT_EQ(count(result.err, "2 ranks were started, but MPI knows of 1"), 1) << result.err;
   EXPECT_FALSE(file_exists(run()));
 }
 
@@ -107,15 +117,21 @@ TEST_F(Launch, ASignalEndsTheRunAfterItsStepWithItsWeights) {
   }
 }
 
-TEST_F(Launch, ASignalEndsARunWithoutMpirunToo) {
+// Without the launcher: a process alone, and mpirun as users start it on several machines.
+TEST_F(Launch, ASignalEndsARunThatOthersStartedToo) {
   const std::string words = small_training(1'000'000'000);
-  const Result result = shell(
-      "$moemamba train" + words +
-      "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; kill -TERM $id; wait $id");
-  EXPECT_EQ(result.code, 143) << result.err;
-  EXPECT_EQ(count(result.err, "stopped    after step "), 1) << result.err;
-  EXPECT_TRUE(file_exists(run() + "/weights/model.safetensors"));
-  expect_whole(read_file(run() + "/metrics.jsonl"));
+  const std::tuple<const char*, const char*, int> cases[] = {
+      {"$moemamba", "TERM", 143}, {"$moemamba", "USR1", 0}, {"$mpirun -n 2 $moemamba", "USR1", 0}};
+  for (const auto& [program, signal, code] : cases) {
+    const Result result = shell(std::string(program) + " train --overwrite=true" + words +
+                                "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; " +
+                                "kill -" + signal + " $id; wait $id");
+    EXPECT_EQ(result.code, code) << program << " " << signal << "\n" << result.err;
+    EXPECT_EQ(count(result.err, "stopped    after step "), 1) << result.err;
+    EXPECT_TRUE(file_exists(run() + "/weights/model.safetensors"));
+    expect_whole(read_file(run() + "/metrics.jsonl"));
+    std::filesystem::remove_all(run());
+  }
 }
 
 // A step of minutes must not make an impatient user reach for SIGKILL.
