@@ -16,7 +16,7 @@ struct Sizes {
 };
 // Lengths: one, odd ones, a tile of queries and one past it, past a tile of keys.
 constexpr Sizes kSizes[] = {{1, 1, 1, 1, 1},   {2, 7, 3, 1, 5},     {3, 2, 4, 2, 16},
-                            {1, 128, 2, 2, 8}, {2, 129, 2, 1, 17},  {1, 372, 4, 2, 20},
+                            {1, 128, 2, 2, 8}, {2, 65, 2, 1, 17},   {1, 372, 4, 2, 20},
                             {4, 1, 8, 8, 64},  {1, 257, 1, 1, 130}, {0, 0, 2, 1, 4}};
 constexpr double kStarts[] = {0, 0.004, 0.1, 0.9};  // probabilities
 
