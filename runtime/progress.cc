@@ -59,11 +59,12 @@ size_t format_progress(const ProgressOptions& options, const StepRecord& record,
     put(" (bpb %.2f)", record.ce / options.bytes_per_token / std::log(2.0));
   char rate[32];
   format_rate(record.lr, rate, sizeof(rate));
-  put("  lr %s  gnorm %.2f", rate, record.grad_norm);
+  if (!options.brief) put("  lr %s  gnorm %.2f", rate, record.grad_norm);
   if (options.experts > 0) {
-    put("  aux %.4f  load max %.2fx dead %lld/%lld", record.balance_loss, record.load_max_over_mean,
-        integer(record.dead_experts), integer(options.experts));
-    if (options.routed_rows > 0)
+    if (!options.brief) put("  aux %.4f", record.balance_loss);
+    put("  load max %.2fx dead %lld/%lld", record.load_max_over_mean, integer(record.dead_experts),
+        integer(options.experts));
+    if (options.routed_rows > 0 && !options.brief)
       put("  drop %.1f%%", 100.0 * double(record.dropped_rows) / double(options.routed_rows));
   }
   const double speed = record.tokens_per_second;
@@ -98,21 +99,27 @@ void Progress::update(const StepRecord& record, bool last) {
   const int64_t done = record.step + 1;
   last |= done >= options_.steps;
   const int64_t interval = options_.terminal ? 0 : options_.steps_between_lines;
-  const bool due = interval > 0 ? done % interval == 0
-                                : seconds(now - last_line_) >=
-                                      (options_.terminal ? kRedraw : kPlainLine);
+  const bool due = interval > 0
+                       ? done % interval == 0
+                       : seconds(now - last_line_) >= (options_.terminal ? kRedraw : kPlainLine);
   if (updates_ > 1 && !last && !due) return;
   last_line_ = now;
   char line[kProgressLine];
   const double eta = double(std::max<int64_t>(options_.steps - done, 0)) * step_seconds_;
   size_t length = format_progress(options_, record, eta, line, sizeof(line));
+  if (options_.terminal && options_.columns > 1 && length >= size_t(options_.columns)) {
+    ProgressOptions brief = options_;
+    brief.brief = true;
+    length = format_progress(brief, record, eta, line, sizeof(line));
+  }
   if (!options_.terminal) {
     std::fprintf(out_, "%s\n", line);
   } else {
     if (options_.columns > 1) length = std::min(length, size_t(options_.columns - 1));
     std::fprintf(out_, "\r%s%.*s%s%s", options_.color ? kBold : "", int(length), line,
                  options_.color ? kPlain : "", kEraseToEnd);
-    line_open_ = true;
+    line_open_ = !last;
+    if (last) std::fputc('\n', out_);  // it stays
   }
   std::fflush(out_);
 }

@@ -17,6 +17,7 @@ struct ProgressOptions {
   bool color = false;
   int64_t steps_between_lines = 0;  // plain lines; 0: one about every five seconds
   int columns = 0;                  // a terminal's width; 0 = not known
+  bool brief = false;  // without lr, gradient norm, balance loss and dropped rows: narrow terminals
 };
 
 // One line of the present state on a terminal, plain lines elsewhere (the first step and the last

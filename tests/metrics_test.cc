@@ -115,6 +115,11 @@ TEST(Progress, SaysAllInOneLine) {
             "load max 1.31x dead 0/32  drop 0.4%  12.3k tok/s  eta 04:12");
   EXPECT_EQ(line({.steps = 3}, record(0), -1),
             "step 1/3  loss 3.4121  lr 2.9e-3  gnorm 0.81  12.3k tok/s  eta --:--");
+  ProgressOptions narrow = options;
+  narrow.brief = true;
+  EXPECT_EQ(
+      line(narrow, record(119), 252),
+      "step 120/2000  loss 3.4121 (bpb 1.33)  load max 1.31x dead 0/32  12.3k tok/s  eta 04:12");
   auto worst = record(INT64_MIN);
   worst.loss = worst.grad_norm = worst.tokens_per_second = worst.lr = -1.7e308;
   EXPECT_LT(line(options, worst, 1e300).size(), kProgressLine);
@@ -145,7 +150,7 @@ TEST(Progress, RedrawsOnATerminalAndPrintsPlainLinesElsewhere) {
     EXPECT_NE(said.find("step 3/3"), std::string::npos);
     EXPECT_NE(said.find("validation 1.75\n"), std::string::npos);
     EXPECT_EQ(said.find("\033[1m"), std::string::npos);  // no colour unless asked for
-    EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), terminal ? 1 : 4);
+    EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), terminal ? 2 : 4);
   }
 }
 
