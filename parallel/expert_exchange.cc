@@ -78,6 +78,7 @@ void ExpertExchange::plan(Stream& stream, const Tensor& offsets) {
     received_ = chunks_ * capacity_;
     return;
   }
+  const Observed observed(stream, "exchange");
   stream.submit([this] { started_ = Clock::now(); });
   group_.all_gather(stream, offsets.data, offsets_.data(), offsets.bytes());
   stream.submit([this] {
@@ -171,6 +172,7 @@ void ExpertExchange::copy_chunk(Stream& stream, const Move& move) const {
 }
 
 void ExpertExchange::exchange(Stream& stream, const Move& move) const {
+  const Observed observed(stream, "exchange");
   stream.submit([this, &stream, move] {
     started_ = Clock::now();
     place(move);

@@ -45,16 +45,16 @@ struct AttentionCase {
 void attention_forward(benchmark::State& state, const Ceiling& ceiling) {
   const AttentionCase test(state);
   Stream stream = Stream::immediate();
-  for (auto _ : state) run(stream, test.forward);
-  report_flops(state, 4 * test.pairs() * double(test.dh), ceiling);
+  run_beside(ceiling, state, 4 * test.pairs() * double(test.dh),
+             [&] { run(stream, test.forward); });
 }
 
 void attention_backward(benchmark::State& state, const Ceiling& ceiling) {
   const AttentionCase test(state);
   Stream stream = Stream::immediate();
   run(stream, test.forward);
-  for (auto _ : state) run(stream, test.backward);
-  report_flops(state, 10 * test.pairs() * double(test.dh), ceiling);
+  run_beside(ceiling, state, 10 * test.pairs() * double(test.dh),
+             [&] { run(stream, test.backward); });
 }
 
 // One token of each sequence beside L earlier ones: reads 8 L Hkv dh bytes of the cache.

@@ -23,8 +23,16 @@ class Ceiling {
   double rate_ = 0;
 };
 
-// Counters GFLOP/s and, as a share of the ceiling, `of_sgemm`, for `flops` in each iteration.
-void report_flops(benchmark::State& state, double flops, const Ceiling& ceiling);
+// Runs `work` as often as the benchmark wants. Counters GFLOP/s and, as a share of the ceiling,
+// `of_sgemm`, for `flops` in each iteration.
+template <class Work>
+void run_beside(const Ceiling& ceiling, benchmark::State& state, double flops, const Work& work) {
+  const double start = compute_seconds();
+  for (auto _ : state) work();
+  const double rate = flops * double(state.iterations()) / (compute_seconds() - start);
+  state.counters["GFLOP/s"] = rate * 1e-9;
+  state.counters["of_sgemm"] = rate / ceiling.rate();
+}
 
 // Each registers its file's benchmarks; `ceiling` outlives them.
 void add_matmul_benchmarks(Ceiling& ceiling);

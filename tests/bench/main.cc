@@ -33,13 +33,6 @@ double Ceiling::seconds() {
   return compute_seconds() - start;
 }
 
-void report_flops(benchmark::State& state, double flops, const Ceiling& ceiling) {
-  using benchmark::Counter;
-  const double done = flops * double(state.iterations());
-  state.counters["GFLOP/s"] = Counter(done * 1e-9, Counter::kIsRate);
-  state.counters["of_sgemm"] = Counter(done / ceiling.rate(), Counter::kIsRate);
-}
-
 }  // namespace moemamba
 
 // First the ceiling, then the benchmarks that are asked for, each beside it.

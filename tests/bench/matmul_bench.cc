@@ -4,13 +4,14 @@
 #include "tests/bench/bench.h"
 #include "tests/support/cases.h"
 
+// One core, beside SGEMM.
 namespace moemamba {
 namespace {
 
 // The three products of a linear layer y[T, F] = x[T, D] W': y, dx and dW.
 enum Product { kForward, kInput, kWeight };
 
-void run_linear(benchmark::State& state, const Ceiling& ceiling) {
+void run_linear(benchmark::State& state, Ceiling& ceiling) {
   const int64_t T = state.range(0), D = state.range(1), F = state.range(2);
   Case c(1);
   Stream stream = Stream::immediate();
@@ -19,10 +20,9 @@ void run_linear(benchmark::State& state, const Ceiling& ceiling) {
       state.range(3) == kForward ? Matmul{.a = x, .b = w, .out = y, .b_transposed = true}
       : state.range(3) == kInput ? Matmul{.a = y, .b = w, .out = x}
                                  : Matmul{.a = y, .b = x, .out = w, .a_transposed = true};
-  for (auto _ : state) run(stream, op);
-  report_flops(state, 2.0 * double(T * D * F), ceiling);
+  run_beside(ceiling, state, 2.0 * double(T * D * F), [&] { run(stream, op); });
 }
-void run_experts(benchmark::State& state, const Ceiling& ceiling) {
+void run_experts(benchmark::State& state, Ceiling& ceiling) {
   constexpr int64_t E = 8;
   const int64_t R = state.range(0), D = state.range(1), F = state.range(2);
   Case c(2);
@@ -32,18 +32,17 @@ void run_experts(benchmark::State& state, const Ceiling& ceiling) {
   for (int64_t e = 0; e <= E; ++e) ends.push_back(double(R * e * (e + 24) / (E * (E + 24))));
   const Tensor offsets = c.values({E + 1}, ends, DType::i32);
   const auto product = state.range(3);
-  for (auto _ : state) {
+  run_beside(ceiling, state, 2.0 * double(R * D * F), [&] {
     if (product == kForward)
-      run(stream, GroupedMatmul{
-                      .a = x, .b = w, .offsets = offsets, .out = y, .b_transposed = true});
+      run(stream,
+          GroupedMatmul{.a = x, .b = w, .offsets = offsets, .out = y, .b_transposed = true});
     else if (product == kInput)
       run(stream, GroupedMatmul{.a = y, .b = w, .offsets = offsets, .out = x});
     else
       run(stream, GroupedOuter{.a = y, .b = x, .offsets = offsets, .out = w});
-  }
-  report_flops(state, 2.0 * double(R * D * F), ceiling);
+  });
 }
-void run_head(benchmark::State& state, const Ceiling& ceiling) {
+void run_head(benchmark::State& state, Ceiling& ceiling) {
   const int64_t T = state.range(0), D = state.range(1), V = state.range(2);
   Case c(3);
   Stream stream = Stream::immediate();
@@ -53,8 +52,7 @@ void run_head(benchmark::State& state, const Ceiling& ceiling) {
                             .loss = c.empty({T}),
                             .dx = c.empty({T, D}),
                             .dweight = c.empty({V, D})};
-  for (auto _ : state) run(stream, op);
-  report_flops(state, 6.0 * double(T * D * V), ceiling);
+  run_beside(ceiling, state, 6.0 * double(T * D * V), [&] { run(stream, op); });
 }
 // Route, permute, un-permute and their gradients: everything of a MoE layer that is no product.
 void run_routing(benchmark::State& state) {
@@ -77,33 +75,47 @@ void run_routing(benchmark::State& state) {
   const Tensor rows = c.empty({T * K, D}), drows = c.empty({T * K, D}), dlogits = c.empty({T, E});
   for (auto _ : state) {
     run(stream, route);
-    run(stream, Permute{.x = x, .source = route.source, .offsets = route.offsets, .rows = rows,
-                        .top_k = K});
-    run(stream, Unpermute{.rows = rows, .position = route.position, .weight = route.weight,
-                          .y = y});
-    run(stream, UnpermuteBackward{.dy = y, .rows = rows, .position = route.position,
-                                  .weight = route.weight, .drows = drows, .dweight = dweight});
+    run(stream,
+        Permute{
+            .x = x, .source = route.source, .offsets = route.offsets, .rows = rows, .top_k = K});
+    run(stream,
+        Unpermute{.rows = rows, .position = route.position, .weight = route.weight, .y = y});
+    run(stream, UnpermuteBackward{.dy = y,
+                                  .rows = rows,
+                                  .position = route.position,
+                                  .weight = route.weight,
+                                  .drows = drows,
+                                  .dweight = dweight});
     run(stream, PermuteBackward{.drows = drows, .position = route.position, .dx = y});
-    run(stream, RouteBackward{.logits = route.logits, .probabilities = route.probabilities,
-                              .expert = route.expert, .position = route.position,
-                              .counts = route.counts, .dweight = dweight, .dlogits = dlogits,
+    run(stream, RouteBackward{.logits = route.logits,
+                              .probabilities = route.probabilities,
+                              .expert = route.expert,
+                              .position = route.position,
+                              .counts = route.counts,
+                              .dweight = dweight,
+                              .dlogits = dlogits,
                               .balance_scale = 0.01f});
   }
   state.counters["tokens/s"] =
       benchmark::Counter(double(T * state.iterations()), benchmark::Counter::kIsRate);
 }
+
 }  // namespace
 
 void add_matmul_benchmarks(Ceiling& ceiling) {
-  benchmark::RegisterBenchmark("Linear", [&](benchmark::State& state) { run_linear(state, ceiling); })
+  const auto add = [&](const char* name, auto bench) {
+    return benchmark::RegisterBenchmark(
+        name, [&ceiling, bench](benchmark::State& state) { bench(state, ceiling); });
+  };
+  add("Linear", run_linear)
       ->ArgNames({"T", "D", "F", "product"})
       ->ArgsProduct({{2048, 8192}, {192, 256}, {512, 1024, 4096}, {kForward, kInput, kWeight}})
       ->Unit(benchmark::kMillisecond);
-  benchmark::RegisterBenchmark("Experts", [&](benchmark::State& state) { run_experts(state, ceiling); })
+  add("Experts", run_experts)
       ->ArgNames({"R", "D", "F", "product"})
       ->ArgsProduct({{2048, 4096, 8192}, {192, 256}, {512, 1024}, {kForward, kInput, kWeight}})
       ->Unit(benchmark::kMillisecond);
-  benchmark::RegisterBenchmark("Head", [&](benchmark::State& state) { run_head(state, ceiling); })
+  add("Head", run_head)
       ->ArgNames({"T", "D", "V"})
       ->ArgsProduct({{2048, 8192}, {192, 256}, {4096}})
       ->Unit(benchmark::kMillisecond);

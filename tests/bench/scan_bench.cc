@@ -62,25 +62,25 @@ void run_elements(benchmark::State& state, const Op& op) {
   state.SetItemsProcessed(state.iterations() * T * D);
 }
 
-// Multiply-unit operations a second beside those of SGEMM, 2 FLOPs each.
-void report_multiplies(benchmark::State& state, int64_t per_state, const Ceiling& ceiling) {
-  const double flops = 2.0 * double(T * D * state.range(1) * per_state * state.iterations());
-  state.counters["of_multiply_units"] =
-      benchmark::Counter(flops / ceiling.rate(), benchmark::Counter::kIsRate);
+// The multiply units' operations count 2 FLOPs each, as in SGEMM.
+template <class Op>
+void run_beside_sgemm(benchmark::State& state, const Op& op, double multiplies, Ceiling& ceiling) {
+  Stream stream = Stream::immediate();
+  run_beside(ceiling, state, 2 * multiplies * double(T * D * state.range(1)),
+             [&] { run_cpu(stream, op, SimdLevel(state.range(0))); });
+  state.SetItemsProcessed(state.iterations() * T * D);
 }
 
-void scan_forward(benchmark::State& state, const Ceiling& ceiling) {
+void scan_forward(benchmark::State& state, Ceiling& ceiling) {
   const ScanCase test(state.range(1));
-  run_elements(state, test.forward);
-  report_multiplies(state, 8, ceiling);
+  run_beside_sgemm(state, test.forward, 8, ceiling);
 }
 
-void scan_backward(benchmark::State& state, const Ceiling& ceiling) {
+void scan_backward(benchmark::State& state, Ceiling& ceiling) {
   const ScanCase test(state.range(1));
   Stream stream = Stream::immediate();
   run(stream, test.forward);
-  run_elements(state, test.backward);
-  report_multiplies(state, 16, ceiling);
+  run_beside_sgemm(state, test.backward, 16, ceiling);
 }
 
 void conv_forward(benchmark::State& state) {

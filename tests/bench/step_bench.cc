@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kVocabulary = 4096;
 
-TrainerOptions quickstart_options(int64_t micro_batch) {
+TrainerOptions quickstart_options(int64_t micro_batches) {
   RunConfig config;
   Settings settings(config);
   settings.read_file(MOEMAMBA_SOURCE_DIR "/configs/quickstart.textproto");
@@ -28,7 +28,7 @@ TrainerOptions quickstart_options(int64_t micro_batch) {
   options.data.sequence_length = train.sequence_length();
   options.data.global_batch = train.global_batch_size();
   options.data.seed = train.seed();
-  options.micro_batch = micro_batch;
+  options.micro_batch = train.global_batch_size() / micro_batches;
   options.routing_group = train.routing_group();
   options.exchange_rows = config.parallel().exchange_rows();
   return options;
@@ -64,15 +64,27 @@ class FamilySeconds : public StreamObserver {
         {"swiglu_forward", "pointwise"},
         {"swiglu_backward", "pointwise"},
         {"add", "pointwise"},
+        {"add_bias", "pointwise"},
+        {"bias_backward", "pointwise"},
+        {"rope", "pointwise"},
+        {"attention_forward", "attention"},
+        {"attention_backward", "attention"},
         {"norm_forward", "norm"},
         {"norm_backward", "norm"},
         {"embedding_forward", "embedding"},
         {"embedding_backward", "embedding"},
+        {"route", "routing"},
+        {"route_backward", "routing"},
+        {"permute", "routing"},
+        {"permute_backward", "routing"},
+        {"unpermute", "routing"},
+        {"unpermute_backward", "routing"},
+        {"exchange", "exchange"},
         {"adamw", "adamw"},
         {"sum_of_squares", "adamw"},
     };
     const auto found = families.find(work);
-    return found == families.end() ? "routing" : found->second;
+    return found == families.end() ? work : found->second;
   }
   void charge() {
     const double now = compute_seconds();
@@ -91,10 +103,10 @@ void measure_steps(benchmark::State& state, Ceiling& ceiling, Trainer& trainer) 
   int64_t k = 0;
   for (; k < 2; ++k) trainer.step(k);
   trainer.session().compute.observe(&families);
-  double steps = 0, products = 0, exchange = 0;
+  double steps = 0, products = 0;
   for (auto _ : state) {
     const double start = compute_seconds();
-    exchange += trainer.step(k++).seconds.exchange;
+    trainer.step(k++);
     const double seconds = compute_seconds() - start;
     state.SetIterationTime(seconds);
     steps += seconds;
@@ -104,18 +116,17 @@ void measure_steps(benchmark::State& state, Ceiling& ceiling, Trainer& trainer) 
   const TrainerOptions& options = trainer.options();
   const double count = double(state.iterations());
   const double tokens = double(options.data.global_batch * options.data.sequence_length);
-  const double rate = Ceiling::kFlops * count / products;
+  const double sgemm = Ceiling::kFlops * count / products;
   const double flops = options.sizes.matmul_flops_per_token() * tokens * count / steps;
   state.counters["GFLOP/s"] = flops * 1e-9;
-  state.counters["of_sgemm"] = flops / rate;
+  state.counters["of_sgemm"] = flops / sgemm;
   state.counters["tokens/s"] = tokens * count / steps;
-  double known = exchange;
+  double known = 0;
   for (const auto& [family, seconds] : families.seconds()) {
-    state.counters["t_" + family] = seconds / steps;
+    state.counters["%" + family] = 100 * seconds / steps;
     known += seconds;
   }
-  state.counters["t_exchange"] = exchange / steps;
-  state.counters["t_other"] = (steps - known) / steps;
+  state.counters["%other"] = 100 * (steps - known) / steps;
 }
 
 }  // namespace
@@ -129,9 +140,9 @@ void add_step_benchmarks(Ceiling& ceiling) {
     });
   };
   benchmark::RegisterBenchmark("Step", run)
-      ->ArgName("micro_batch")
-      ->Arg(8)   // what one of the quickstart's two ranks has at once
-      ->Arg(16)  // what one rank alone has
+      ->ArgName("micro_batches")
+      ->Arg(1)  // the whole batch at once
+      ->Arg(2)  // as much at once as each of the quickstart's two ranks has
       ->UseManualTime()
       ->Unit(benchmark::kMillisecond);
 }
