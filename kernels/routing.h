@@ -4,17 +4,28 @@
 namespace moemamba {
 // letters: T tokens, E experts, K experts per token, D width, G routing groups, R = T K rows
 
-// The router's decision. Choices are made on logits, ties go to the lower expert id; weights are
-// softmax probabilities over all experts (renormalised over the K chosen where asked). T / G tokens
-// in token order share a capacity of floor(capacity_factor T/G K / E) rows per expert (0 =
-// dropless), kept in token order (all k of a token before the next token); later ones are dropped.
-// A NaN logit sets `flag`, never an index (expert k is then taken for choice k).
-// balance[g] = E sum_e mean_t(p_te) count_e / (T/G K), counts before dropping (Switch Transformer);
-// z[g] = mean_t logsumexp(logits_t)^2. Unweighted: the model multiplies by its coefficients.
+// What turns a token's logits into scores p.
+enum class RouterKind : uint8_t {
+  softmax,  // p = softmax(logits)
+  sigmoid,  // p_e = 1 / (1 + exp(-logit_e)), each expert for itself
+};
+
+// The router's decision. The K experts of the greatest logits are chosen, or with `bias` those of
+// the greatest p + bias; ties go to the lower expert id. The bias moves choices alone (balancing
+// without a loss, DeepSeek-V3): weights are scale p, or scale p / sum of p over the K chosen where
+// renormalised. T / G tokens in token order share a capacity of floor(capacity_factor T/G K / E)
+// rows per expert (0 = dropless), kept in token order (all k of a token before the next token);
+// later ones are dropped. A NaN among the values that decide sets `flag`, never an index (expert k
+// is then taken for choice k).
+//
+// balance[g] = E sum_e mean_t(q_te) count_e / (T/G K), counts before dropping (Switch Transformer),
+// q = p of a softmax, p_te / sum_f p_tf of sigmoids; z[g] = mean_t logsumexp(logits_t)^2.
+// Unweighted: the model multiplies by its coefficients.
 struct Route {
   static constexpr auto name = "route";
   Tensor logits;         // [T, E] read, f32
-  Tensor probabilities;  // [T, E] written
+  Tensor bias;           // [E] read, f32; none: choices are made on the logits
+  Tensor probabilities;  // [T, E] written: the scores p
   Tensor expert;         // [T, K] i32 written
   Tensor weight;         // [T, K] written: 0 for a dropped row
   Tensor position;       // [T, K] i32 written: row in the order sorted by expert (then token, then
@@ -28,7 +39,9 @@ struct Route {
   int64_t groups = 1;    // G, divides T (T = 0: no group has a token, nothing but zeros is written)
   float capacity_factor = 0;
   bool renormalise = false;
-  static constexpr auto reads() { return std::tuple(&Route::logits); }
+  RouterKind kind = RouterKind::softmax;
+  float scale = 1;  // of all weights, above 0
+  static constexpr auto reads() { return std::tuple(&Route::logits, &Route::bias); }
   static constexpr auto writes() {
     return std::tuple(&Route::probabilities, &Route::expert, &Route::weight, &Route::position,
                       &Route::source, &Route::offsets, &Route::counts, &Route::balance, &Route::z,
@@ -38,7 +51,8 @@ struct Route {
 };
 
 // dlogits from the gradient of the weights (ignored where position is -1) and from
-// loss += balance_scale * sum_g balance[g] + z_scale * sum_g z[g].
+// loss += balance_scale * sum_g balance[g] + z_scale * sum_g z[g]. Choices and counts are
+// constants, so the bias has no gradient.
 struct RouteBackward {
   static constexpr auto name = "route_backward";
   Tensor logits;         // [T, E] read
@@ -50,6 +64,8 @@ struct RouteBackward {
   Tensor dlogits;        // [T, E] written
   int64_t groups = 1;
   bool renormalise = false;
+  RouterKind kind = RouterKind::softmax;  // this and scale as in forward
+  float scale = 1;
   float balance_scale = 0, z_scale = 0;
   static constexpr auto reads() {
     return std::tuple(&RouteBackward::logits, &RouteBackward::probabilities, &RouteBackward::expert,

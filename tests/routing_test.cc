@@ -12,8 +12,10 @@ namespace {
 
 using definition::RouteShape;
 
-// One expert, top-1, top-2, all experts, 42 of them, groups, capacities that drop, nothing kept.
+// No tokens, one expert, top-1, top-2, all experts, 42 of them, groups, capacities that drop,
+// nothing kept.
 const RouteShape kShapes[] = {
+    {.T = 0, .E = 3, .K = 2, .G = 2},
     {.T = 1, .E = 1, .K = 1},
     {.T = 7, .E = 5, .K = 1},
     {.T = 64, .E = 8, .K = 2, .renormalise = true},
@@ -21,8 +23,24 @@ const RouteShape kShapes[] = {
     {.T = 60, .E = 42, .K = 3, .G = 3, .capacity_factor = 1.25, .renormalise = true},
     {.T = 1030, .E = 17, .K = 2, .G = 2, .capacity_factor = 0.5},
     {.T = 12, .E = 4, .K = 4, .G = 6, .renormalise = true},
+    {.T = 18, .E = 6, .K = 3, .G = 3, .capacity_factor = 0.75},
     {.T = 12, .E = 8, .K = 1, .capacity_factor = 0.25},
 };
+
+// Every shape for both kinds of router, renormalised or not, with a bias and a scale or without.
+std::vector<RouteShape> all_routers() {
+  std::vector<RouteShape> list;
+  Case c(16);
+  for (RouteShape s : kShapes)
+    for (int options = 0; options < 16; ++options) {
+      s.sigmoid = options & 1;
+      s.renormalise = options & 2;
+      s.scale = options & 4 ? 2.5 : 1;
+      s.bias = options & 8 ? to_doubles(c.normal({s.E}, 0.3)) : std::vector<double>();
+      list.push_back(s);
+    }
+  return list;
+}
 
 std::vector<int64_t> integers_of(const Tensor& tensor) {
   std::vector<int64_t> list;
@@ -30,9 +48,13 @@ std::vector<int64_t> integers_of(const Tensor& tensor) {
   return list;
 }
 
+RouterKind kind_of(const RouteShape& s) {
+  return s.sigmoid ? RouterKind::sigmoid : RouterKind::softmax;
+}
 
 Route make(Case& c, const RouteShape& s, const Tensor& logits) {
   return {.logits = logits,
+          .bias = s.bias.empty() ? Tensor() : c.values({s.E}, s.bias),
           .probabilities = c.empty({s.T, s.E}),
           .expert = c.empty({s.T, s.K}, DType::i32),
           .weight = c.empty({s.T, s.K}),
@@ -45,7 +67,9 @@ Route make(Case& c, const RouteShape& s, const Tensor& logits) {
           .flag = c.empty({1}, DType::i32),
           .groups = s.G,
           .capacity_factor = float(s.capacity_factor),
-          .renormalise = s.renormalise};
+          .renormalise = s.renormalise,
+          .kind = kind_of(s),
+          .scale = float(s.scale)};
 }
 
 Route routed(Case& c, const RouteShape& s, const Tensor& logits) {
@@ -56,7 +80,7 @@ Route routed(Case& c, const RouteShape& s, const Tensor& logits) {
 }
 
 TEST(Route, MatchesItsDefinition) {
-  for (const RouteShape& s : kShapes) {
+  for (const RouteShape& s : all_routers()) {
     Case c(1);
     const Route op = make(c, s, c.normal({s.T, s.E}, 2));
     expect_backends_agree(op);
@@ -75,7 +99,7 @@ TEST(Route, MatchesItsDefinition) {
 }
 
 TEST(Route, ThreadsDoNotChangeBits) {
-  for (const RouteShape& s : kShapes) {
+  for (const RouteShape& s : all_routers()) {
     Case c(2);
     expect_threads_agree(make(c, s, c.normal({s.T, s.E})));
   }
@@ -84,10 +108,27 @@ TEST(Route, ThreadsDoNotChangeBits) {
 TEST(Route, TiesGoToTheLowerExpert) {
   Case c(3);
   const RouteShape s{.T = 3, .E = 5, .K = 2};
-  const Route op = routed(c, s, c.values({3, 5}, {1, 1, 1, 1, 1,  //
-                                                  0, 2, 1, 2, 1,  //
-                                                  0, 0, 3, 1, 1}));
+  const Route op = routed(c, s,
+                          c.values({3, 5}, {1, 1, 1, 1, 1,  //
+                                            0, 2, 1, 2, 1,  //
+                                            0, 0, 3, 1, 1}));
   EXPECT_EQ(integers_of(op.expert), (std::vector<int64_t>{0, 1, 1, 3, 2, 3}));
+}
+
+TEST(Route, BiasChoosesButDoesNotWeigh) {
+  for (bool sigmoid : {false, true}) {
+    Case c(17);
+    RouteShape s{.T = 2, .E = 4, .K = 3, .sigmoid = sigmoid, .bias = {0, 0.25, 0.25, -2}};
+    const Tensor logits = c.values({2, 4}, {0, 0, 0, 0,  // ties, of the biased ones as well
+                                            -9, -9, -9, 9});
+    const Route op = routed(c, s, logits);
+    EXPECT_EQ(integers_of(op.expert), (std::vector<int64_t>{1, 2, 0, 1, 2, 0}))
+        << "sigmoid: " << sigmoid;
+    for (int64_t t = 0; t < s.T; ++t)
+      for (int64_t k = 0; k < s.K; ++k)
+        EXPECT_EQ(op.weight.row<float>(t)[k],
+                  op.probabilities.row<float>(t)[op.expert.row<int32_t>(t)[k]]);
+  }
 }
 
 TEST(Route, CapacityKeepsTheFirstTokensOfEachGroup) {
@@ -104,30 +145,49 @@ TEST(Route, CapacityKeepsTheFirstTokensOfEachGroup) {
 }
 
 TEST(Route, NaNSetsTheFlagAndNeverAnIndex) {
-  for (int64_t T : {4, 3000}) {
-    Case c(5);
-    const RouteShape s{.T = T, .E = 20, .K = 2};
-    const Tensor logits = c.normal({T, 20});
-    logits.row<float>(T - 2)[19] = std::nanf("");
-    expect_threads_agree(make(c, s, logits));
-    const Route op = routed(c, s, logits);
-    EXPECT_EQ(integers_of(op.flag)[0], 1);
-    EXPECT_EQ(op.expert.row<int32_t>(T - 2)[0], 0);
-    EXPECT_EQ(op.expert.row<int32_t>(T - 2)[1], 1);
-    EXPECT_TRUE(std::isnan(op.weight.row<float>(T - 2)[0]));
-    EXPECT_EQ(integers_of(op.offsets).back(), 2 * T);
-  }
+  for (int64_t T : {4, 3000})
+    for (int options = 0; options < 4; ++options) {
+      Case c(5);
+      RouteShape s{.T = T, .E = 20, .K = 2, .sigmoid = (options & 1) != 0};
+      if (options & 2) s.bias = to_doubles(c.normal({20}));
+      const Tensor logits = c.normal({T, 20});
+      logits.row<float>(T - 2)[19] = std::nanf("");
+      expect_threads_agree(make(c, s, logits));
+      const Route op = routed(c, s, logits);
+      EXPECT_EQ(integers_of(op.flag)[0], 1);
+      EXPECT_EQ(op.expert.row<int32_t>(T - 2)[0], 0);
+      EXPECT_EQ(op.expert.row<int32_t>(T - 2)[1], 1);
+      EXPECT_TRUE(std::isnan(op.probabilities.row<float>(T - 2)[19]));
+      EXPECT_EQ(std::isnan(op.weight.row<float>(T - 2)[0]), !s.sigmoid);
+      EXPECT_EQ(integers_of(op.offsets).back(), 2 * T);
+    }
+}
+
+TEST(Route, NaNInTheBiasSetsTheFlagToo) {
+  Case c(18);
+  const RouteShape s{.T = 2, .E = 3, .K = 2, .sigmoid = true, .bias = {0, 0, NAN}};
+  const Route op = routed(c, s, c.normal({2, 3}));
+  EXPECT_EQ(integers_of(op.flag)[0], 1);
+  EXPECT_EQ(integers_of(op.expert), (std::vector<int64_t>{0, 1, 0, 1}));
 }
 
 TEST(Route, NoTokensGiveZeros) {
-  Case c(6);
-  const RouteShape s{.T = 0, .E = 3, .K = 2, .G = 2, .capacity_factor = 1};
-  const Route op = routed(c, s, c.empty({0, 3}));
-  EXPECT_EQ(integers_of(op.offsets), std::vector<int64_t>(4));
-  EXPECT_EQ(integers_of(op.counts), std::vector<int64_t>(6));
-  EXPECT_EQ(to_doubles(op.balance), std::vector<double>(2));
-  EXPECT_EQ(to_doubles(op.z), std::vector<double>(2));
-  EXPECT_EQ(integers_of(op.flag)[0], 0);
+  for (bool sigmoid : {false, true}) {
+    Case c(6);
+    const RouteShape s{.T = 0,
+                       .E = 3,
+                       .K = 2,
+                       .G = 2,
+                       .capacity_factor = 1,
+                       .sigmoid = sigmoid,
+                       .bias = {1, 2, 3}};
+    const Route op = routed(c, s, c.empty({0, 3}));
+    EXPECT_EQ(integers_of(op.offsets), std::vector<int64_t>(4));
+    EXPECT_EQ(integers_of(op.counts), std::vector<int64_t>(6));
+    EXPECT_EQ(to_doubles(op.balance), std::vector<double>(2));
+    EXPECT_EQ(to_doubles(op.z), std::vector<double>(2));
+    EXPECT_EQ(integers_of(op.flag)[0], 0);
+  }
 }
 
 TEST(Route, RefusesGroupsThatDoNotDivideTheTokens) {
@@ -135,6 +195,18 @@ TEST(Route, RefusesGroupsThatDoNotDivideTheTokens) {
   Stream stream = Stream::immediate();
   Route op = make(c, {.T = 6, .E = 3, .K = 1, .G = 4}, c.normal({6, 3}));
   EXPECT_THROW(run(stream, op), Error);
+}
+
+TEST(Route, RefusesABiasOfAnotherLengthAndAScaleOfZero) {
+  Case c(19);
+  Stream stream = Stream::immediate();
+  const Route op = make(c, {.T = 6, .E = 3, .K = 1}, c.normal({6, 3}));
+  Route wrong = op;
+  wrong.bias = c.normal({4});
+  EXPECT_THROW(run(stream, wrong), Error);
+  wrong = op;
+  wrong.scale = 0;
+  EXPECT_THROW(run(stream, wrong), Error);
 }
 
 RouteBackward make_backward(Case& c, const RouteShape& s, const Route& forward) {
@@ -147,26 +219,61 @@ RouteBackward make_backward(Case& c, const RouteShape& s, const Route& forward) 
           .dlogits = c.empty({s.T, s.E}),
           .groups = s.G,
           .renormalise = s.renormalise,
+          .kind = kind_of(s),
+          .scale = float(s.scale),
           .balance_scale = 0.7f,
           .z_scale = 0.05f};
 }
 
+void expect_defined(const RouteShape& s, const RouteBackward& op) {
+  const std::vector<double> logits = to_doubles(op.logits);
+  expect_close("dlogits", op.dlogits,
+               definition::route_backward(s, logits, definition::route(s, logits),
+                                          to_doubles(op.dweight), op.balance_scale, op.z_scale));
+}
+
 TEST(RouteBackward, MatchesItsDefinition) {
-  for (const RouteShape& s : kShapes) {
+  for (const RouteShape& s : all_routers()) {
     Case c(8);
     const Route forward = routed(c, s, c.normal({s.T, s.E}, 2));
     const RouteBackward op = make_backward(c, s, forward);
     expect_threads_agree(op);
-    const std::vector<double> logits = to_doubles(op.logits);
-    expect_close("dlogits", op.dlogits,
-                 definition::route_backward(s, logits, definition::route(s, logits),
-                                            to_doubles(op.dweight), op.balance_scale, op.z_scale));
+    expect_defined(s, op);
   }
 }
 
+TEST(RouteBackward, MatchesItWithoutLosses) {
+  Stream stream = Stream::immediate();
+  for (const RouteShape& s : all_routers()) {
+    if (s.K == 1 && s.renormalise) continue;  // weights are constant: nothing but rounding is left
+    if (s.E == s.K && !s.sigmoid) continue;   // the same
+    Case c(20);
+    RouteBackward op = make_backward(c, s, routed(c, s, c.normal({s.T, s.E}, 2)));
+    op.balance_scale = op.z_scale = 0;
+    run(stream, op);
+    expect_defined(s, op);
+  }
+}
+
+// Scores near 1 and 0, whose slopes 1 - p and whose logarithms have lost their digits in f32.
+TEST(RouteBackward, KeepsItsPrecisionFarFromZero) {
+  Stream stream = Stream::immediate();
+  for (bool sigmoid : {false, true})
+    for (float loss_scale : {0.f, 0.5f}) {
+      Case c(21);
+      const RouteShape s{
+          .T = 2, .E = 4, .K = 2, .sigmoid = sigmoid, .bias = {0, 2, 0, 1}};  // takes 1, then 3
+      const Tensor logits = c.values({2, 4}, {30, 14, 17, 15, -21, -20, -16, -18});
+      RouteBackward op = make_backward(c, s, routed(c, s, logits));
+      op.balance_scale = op.z_scale = loss_scale;
+      run(stream, op);
+      expect_defined(s, op);
+    }
+}
+
 TEST(RouteBackward, DefinitionsGradientIsItsSlope) {
-  for (const RouteShape& s : kShapes) {
-    if (s.T > 100) continue;
+  for (const RouteShape& s : all_routers()) {
+    if (s.T * s.E > 200) continue;  // more tokens come too near a tie
     Case c(9);
     const std::vector<double> logits = to_doubles(c.normal({s.T, s.E}));
     const std::vector<double> dweight = to_doubles(c.normal({s.T, s.K}));
@@ -181,146 +288,6 @@ TEST(RouteBackward, DefinitionsGradientIsItsSlope) {
     expect_gradient("logits", definition::route_backward(s, logits, result, dweight, 0.7, 0.05),
                     loss, logits);
   }
-}
-
-// The four row movers behind one route.
-struct Moved {
-  Moved(Case& c, const RouteShape& s, const Route& route, int64_t D)
-      : kept(route.offsets.as<int32_t>()[s.E]),
-        permute{.x = c.normal({s.T, D}),
-                .source = route.source,
-                .offsets = route.offsets,
-                .rows = c.empty({s.T * s.K, D}),
-                .top_k = s.K},
-        unpermute{.rows = permute.rows,
-                  .position = route.position,
-                  .weight = route.weight,
-                  .y = c.empty({s.T, D})},
-        unpermute_backward{.dy = c.normal({s.T, D}),
-                           .rows = permute.rows,
-                           .position = route.position,
-                           .weight = route.weight,
-                           .drows = c.empty({s.T * s.K, D}),
-                           .dweight = c.empty({s.T, s.K})},
-        permute_backward{.drows = unpermute_backward.drows,
-                         .position = route.position,
-                         .dx = c.empty({s.T, D})} {}
-  int64_t kept;
-  Permute permute;
-  Unpermute unpermute;
-  UnpermuteBackward unpermute_backward;
-  PermuteBackward permute_backward;
-};
-
-TEST(Permute, AndItsFriendsMatchTheirDefinitions) {
-  for (const RouteShape& s : kShapes)
-    for (int64_t D : {1, 7, 48}) {
-      Case c(10);
-      const Route route = routed(c, s, c.normal({s.T, s.E}));
-      const Moved m(c, s, route, D);
-      const auto position = integers_of(route.position);
-      const auto rows = definition::permute(to_doubles(m.permute.x), integers_of(route.source),
-                                            m.kept, D, s.K);
-      expect_threads_agree(m.permute);
-      EXPECT_EQ(to_doubles(m.permute.rows.row_range(0, m.kept)), rows);
-      for (double value : to_doubles(m.permute.rows.row_range(m.kept, s.T * s.K)))
-        EXPECT_TRUE(std::isnan(value));
-      expect_threads_agree(m.unpermute);
-      const auto weight = to_doubles(route.weight);
-      expect_close("y", m.unpermute.y, definition::unpermute(rows, position, weight, D, s.K));
-      expect_threads_agree(m.unpermute_backward);
-      const auto gradient = definition::unpermute_backward(
-          to_doubles(m.unpermute_backward.dy), rows, position, weight, D, s.K);
-      expect_close("drows", m.unpermute_backward.drows.row_range(0, m.kept), gradient.drows);
-      expect_close("dweight", m.unpermute_backward.dweight, gradient.dweight);
-      expect_threads_agree(m.permute_backward);
-      expect_close("dx", m.permute_backward.dx,
-                   definition::unpermute(gradient.drows, position,
-                                         std::vector<double>(position.size(), 1), D, s.K));
-    }
-}
-
-TEST(Permute, DefinitionsGradientsAreTheirSlopes) {
-  Case c(11);
-  const RouteShape s{.T = 6, .E = 3, .K = 2, .capacity_factor = 0.8};
-  const auto r = definition::route(s, to_doubles(c.normal({6, 3})));
-  const int64_t D = 2, kept = r.offsets.back();
-  const auto x = to_doubles(c.normal({6, D})), rows = to_doubles(c.normal({kept, D}));
-  const auto drows = to_doubles(c.normal({kept, D})), dy = to_doubles(c.normal({6, D}));
-  ASSERT_LT(kept, 12);
-  expect_gradient(
-      "x", definition::unpermute(drows, r.position, std::vector<double>(12, 1), D, 2),
-      [&](const auto& at) {
-        return weighted_sum(definition::permute(at, r.source, kept, D, 2), drows);
-      },
-      x);
-  const auto gradient = definition::unpermute_backward(dy, rows, r.position, r.weight, D, 2);
-  expect_gradient(
-      "rows", gradient.drows,
-      [&](const auto& at) {
-        return weighted_sum(definition::unpermute(at, r.position, r.weight, D, 2), dy);
-      },
-      rows);
-  expect_gradient(
-      "weight", gradient.dweight,
-      [&](const auto& at) {
-        return weighted_sum(definition::unpermute(rows, r.position, at, D, 2), dy);
-      },
-      r.weight);
-}
-
-TEST(Permute, UnpermuteUndoesItWhenNothingIsDropped) {
-  Stream stream = Stream::immediate();
-  Case c(12);
-  const RouteShape s{.T = 50, .E = 6, .K = 1};
-  const Route route = routed(c, s, c.normal({s.T, s.E}));
-  Moved m(c, s, route, 9);
-  m.unpermute.weight = c.uniform({s.T, 1}, 1, 1);
-  run(stream, m.permute);
-  run(stream, m.unpermute);
-  EXPECT_EQ(to_doubles(m.unpermute.y), to_doubles(m.permute.x));
-}
-
-TEST(UnpermuteBackward, WorksInPlace) {
-  Stream stream = Stream::immediate();
-  Case c(13);
-  const RouteShape s{.T = 30, .E = 4, .K = 2, .capacity_factor = 1};
-  const Route route = routed(c, s, c.normal({s.T, s.E}));
-  Moved m(c, s, route, 21);
-  run(stream, m.permute);
-  run(stream, m.unpermute_backward);
-  UnpermuteBackward in_place = m.unpermute_backward;
-  in_place.rows = in_place.drows = c.copy_of(m.permute.rows);
-  in_place.dweight = c.empty({s.T, s.K});
-  run(stream, in_place);
-  EXPECT_EQ(to_doubles(in_place.drows.row_range(0, m.kept)),
-            to_doubles(m.unpermute_backward.drows.row_range(0, m.kept)));
-  EXPECT_EQ(to_doubles(in_place.dweight), to_doubles(m.unpermute_backward.dweight));
-}
-
-TEST(PermuteBackward, AddsWhereAsked) {
-  Stream stream = Stream::immediate();
-  Case c(14);
-  const RouteShape s{.T = 10, .E = 4, .K = 2, .capacity_factor = 0.5};
-  const Route route = routed(c, s, c.normal({s.T, s.E}));
-  const Tensor drows = c.normal({20, 3}), dx = c.empty({10, 3}), sum = c.normal({10, 3});
-  const std::vector<double> before = to_doubles(sum);
-  run(stream, PermuteBackward{.drows = drows, .position = route.position, .dx = dx});
-  run(stream, PermuteBackward{
-                  .drows = drows, .position = route.position, .dx = sum, .accumulate = true});
-  std::vector<double> expected = to_doubles(dx);
-  for (size_t i = 0; i < expected.size(); ++i) expected[i] += before[i];
-  expect_close("dx", sum, expected);
-}
-
-TEST(Permute, RefusesAnOffsetPastItsRows) {
-  Stream stream = Stream::immediate();
-  Case c(15);
-  const Permute op{.x = c.normal({4, 2}),
-                   .source = c.values({4}, {0, 1, 2, 3}, DType::i32),
-                   .offsets = c.values({2}, {0, 5}, DType::i32),
-                   .rows = c.empty({4, 2})};
-  EXPECT_THROW(run(stream, op), Error);
 }
 
 }  // namespace

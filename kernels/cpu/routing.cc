@@ -11,14 +11,15 @@ namespace moemamba {
 
 namespace {
 
-// The K greatest of E logits, greatest first, ties to the lower id; 0, 1, .. K - 1 if one is NaN.
-// Returns whether one is.
-bool choose(const float* logits, int64_t E, int32_t* chosen, int64_t K) {
+// The K experts of the greatest value(e), greatest first, ties to the lower id; 0, 1, .. K - 1 if a
+// value is NaN. Returns whether one is.
+template <class Value>
+bool choose(int64_t E, int32_t* chosen, int64_t K, const Value& value) {
   bool nan = false;
   for (int64_t e = 0; e < E; ++e) {
-    nan |= std::isnan(logits[e]);
+    nan |= std::isnan(value(e));
     int64_t at = std::min(e, K);  // so many are chosen by now
-    for (; at > 0 && logits[e] > logits[chosen[at - 1]]; --at)
+    for (; at > 0 && value(e) > value(chosen[at - 1]); --at)
       if (at < K) chosen[at] = chosen[at - 1];
     if (at < K) chosen[at] = int32_t(e);
   }
@@ -26,10 +27,23 @@ bool choose(const float* logits, int64_t E, int32_t* chosen, int64_t K) {
   return nan;
 }
 
-// Probabilities, choices and weights, token by token. lse[t] = logsumexp(logits_t).
+// Writes the scores p of one token; returns logsumexp of its logits.
+double score(RouterKind kind, const float* logits, float* p, int64_t E) {
+  const RowKernels& rows = row_kernels(simd_level());
+  float greatest = 0, sum = 0;
+  rows.exp_sum(logits, E, &greatest, &sum);
+  if (kind == RouterKind::softmax) {
+    rows.scaled_exp(p, logits, greatest, 1 / sum, E);
+  } else {  // exp(x) / (1 + exp(x)): exact at both ends, for exp() neither overflows nor reaches 0
+    rows.scaled_exp(p, logits, 0, 1, E);
+    for (int64_t e = 0; e < E; ++e) p[e] /= 1 + p[e];
+  }
+  return double(greatest) + std::log(double(sum));
+}
+
+// Scores, choices and weights, token by token. lse[t] = logsumexp(logits_t).
 void decide(Stream& stream, const Route& op, double* lse) {
   const int64_t T = op.logits.rows(), E = op.logits.cols(), K = op.expert.cols();
-  const RowKernels& rows = row_kernels(simd_level());
   auto* flag = op.flag.as<int32_t>();
   *flag = 0;
   for_row_blocks(stream, T, rows_per_block(8 * E), [&](int64_t begin, int64_t end) {
@@ -37,15 +51,15 @@ void decide(Stream& stream, const Route& op, double* lse) {
       const float* logits = op.logits.row<float>(t);
       float *p = op.probabilities.row<float>(t), *weight = op.weight.row<float>(t);
       auto* chosen = op.expert.row<int32_t>(t);
-      float greatest = 0, sum = 0;
-      rows.exp_sum(logits, E, &greatest, &sum);
-      rows.scaled_exp(p, logits, greatest, 1 / sum, E);
-      lse[t] = double(greatest) + std::log(double(sum));
-      if (choose(logits, E, chosen, K))
-        std::atomic_ref<int32_t>(*flag).store(1, std::memory_order_relaxed);
+      lse[t] = score(op.kind, logits, p, E);
+      const bool nan =
+          op.bias ? choose(E, chosen, K,
+                           [&, bias = op.bias.as<float>()](int64_t e) { return p[e] + bias[e]; })
+                  : choose(E, chosen, K, [&](int64_t e) { return logits[e]; });
+      if (nan) std::atomic_ref<int32_t>(*flag).store(1, std::memory_order_relaxed);
       float total = op.renormalise ? 0.f : 1.f;
       for (int64_t k = 0; op.renormalise && k < K; ++k) total += p[chosen[k]];
-      for (int64_t k = 0; k < K; ++k) weight[k] = p[chosen[k]] / total;
+      for (int64_t k = 0; k < K; ++k) weight[k] = p[chosen[k]] / total * op.scale;
     }
   });
 }
@@ -100,11 +114,15 @@ void sort_rows(const Route& op) {
 void losses_of_group(const Route& op, const double* lse, int64_t g) {
   const int64_t T = op.logits.rows(), E = op.logits.cols(), K = op.expert.cols();
   const int64_t tokens = T / op.groups;
+  const bool shared = op.kind == RouterKind::sigmoid;  // q = p / sum p; else q = p
   const auto* counts = op.counts.row<int32_t>(g);
   double balance = 0, z = 0;
   for (int64_t t = g * tokens; t < (g + 1) * tokens; ++t) {
     const float* p = op.probabilities.row<float>(t);
-    for (int64_t e = 0; e < E; ++e) balance += double(p[e]) * counts[e];
+    double sum = 0;
+    for (int64_t e = 0; shared && e < E; ++e) sum += p[e];
+    const double to_share = shared ? 1 / sum : 1;
+    for (int64_t e = 0; e < E; ++e) balance += double(p[e]) * to_share * counts[e];
     z += lse[t] * lse[t];
   }
   const double n = double(std::max<int64_t>(1, tokens));
@@ -122,8 +140,10 @@ void Route::check() const {
                   groups);
   moemamba::check(capacity_factor >= 0, "capacity_factor must be at least 0 (0 = dropless), found ",
                   capacity_factor);
+  moemamba::check(scale > 0, "scale must be above 0, found ", scale);
   moemamba::check(T * K <= INT32_MAX, "T K must be below 2^31, found ", T * K);
   expect("logits[T, E]", logits, {T, E});
+  if (bias) expect("bias[E]", bias, {E});
   expect("probabilities[T, E]", probabilities, {T, E});
   expect("expert[T, K]", expert, {T, K}, DType::i32);
   expect("weight[T, K]", weight, {T, K});
@@ -143,64 +163,6 @@ void run_cpu(Stream& stream, const Route& op) {
   admit(op);
   sort_rows(op);
   stream.parallel_for(op.groups, [&](int64_t g) { losses_of_group(op, lse, g); });
-}
-
-void RouteBackward::check() const {
-  const auto [T, E] = dims<2>("logits[T, E]", logits);
-  const auto [expert_rows, K] = dims<2>("expert[T, K]", expert);
-  moemamba::check(groups >= 1 && T % groups == 0, "groups must divide the ", T, " tokens, found ",
-                  groups);
-  expect("logits[T, E]", logits, {T, E});
-  expect("probabilities[T, E]", probabilities, {T, E});
-  expect("expert[T, K]", expert, {T, K}, DType::i32);
-  expect("position[T, K]", position, {T, K}, DType::i32);
-  expect("counts[G, E]", counts, {groups, E}, DType::i32);
-  expect("dweight[T, K]", dweight, {T, K});
-  expect("dlogits[T, E]", dlogits, {T, E});
-}
-
-namespace {
-
-// Through the softmax: dlogits_e = p_e (dp_e - sum_j p_j dp_j) + dz_e, where dp_e holds what
-// reaches p_e from the balance loss (b_e below) and, of chosen experts, from their weights.
-void route_backward(const RouteBackward& op, int64_t t) {
-  const int64_t T = op.logits.rows(), E = op.logits.cols(), K = op.expert.cols();
-  const double tokens = double(T / op.groups);
-  const auto* counts = op.counts.row<int32_t>(t / (T / op.groups));
-  const auto *chosen = op.expert.row<int32_t>(t), *position = op.position.row<int32_t>(t);
-  const float *p = op.probabilities.row<float>(t), *dweight = op.dweight.row<float>(t);
-  float* dlogits = op.dlogits.row<float>(t);
-
-  const double b = double(op.balance_scale) * double(E) / (tokens * tokens * double(K));
-  double total = op.renormalise ? 0 : 1, along = 0;  // along = sum_k dweight_k weight_k
-  for (int64_t k = 0; op.renormalise && k < K; ++k) {
-    total += p[chosen[k]];
-    if (position[k] >= 0) along += double(dweight[k]) * p[chosen[k]];
-  }
-  along /= total;
-  const auto from_weight = [&](int64_t k) {  // what reaches p of choice k
-    return ((position[k] >= 0 ? double(dweight[k]) : 0.0) - along) / total;
-  };
-  double mean = 0;  // sum_j p_j dp_j
-  for (int64_t e = 0; e < E; ++e) mean += p[e] * b * counts[e];
-  for (int64_t k = 0; k < K; ++k) mean += p[chosen[k]] * from_weight(k);
-  // The first choice has the greatest probability, whose logarithm is the most exact one.
-  const double lse = double(op.logits.row<float>(t)[chosen[0]]) - std::log(double(p[chosen[0]]));
-  const double z = op.z_scale == 0 ? 0 : 2 * double(op.z_scale) * lse / tokens;
-  for (int64_t e = 0; e < E; ++e) dlogits[e] = float(p[e] * (b * counts[e] - mean + z));
-  for (int64_t k = 0; k < K; ++k) {
-    const int32_t e = chosen[k];
-    dlogits[e] = float(p[e] * (b * counts[e] + from_weight(k) - mean + z));
-  }
-}
-
-}  // namespace
-
-void run_cpu(Stream& stream, const RouteBackward& op) {
-  for_row_blocks(stream, op.logits.rows(), rows_per_block(8 * op.logits.cols()),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t t = begin; t < end; ++t) route_backward(op, t);
-                 });
 }
 
 void Permute::check() const {
@@ -263,12 +225,11 @@ void PermuteBackward::check() const {
 
 void run_cpu(Stream& stream, const PermuteBackward& op) {
   check(op.dx.dtype == DType::f32, op.name, " on the CPU takes f32, found ", name_of(op.dx.dtype));
-  for_row_blocks(stream, op.dx.rows(), rows_per_block(op.dx.cols()),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t t = begin; t < end; ++t)
-                     gather_rows(op.drows, op.position, op.dx, t, op.accumulate,
-                                 [](int64_t) { return 1.f; });
-                 });
+  for_row_blocks(
+      stream, op.dx.rows(), rows_per_block(op.dx.cols()), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t)
+          gather_rows(op.drows, op.position, op.dx, t, op.accumulate, [](int64_t) { return 1.f; });
+      });
 }
 
 void Unpermute::check() const {
@@ -282,12 +243,11 @@ void Unpermute::check() const {
 
 void run_cpu(Stream& stream, const Unpermute& op) {
   check(op.y.dtype == DType::f32, op.name, " on the CPU takes f32, found ", name_of(op.y.dtype));
-  for_row_blocks(stream, op.y.rows(), rows_per_block(op.y.cols()),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t t = begin; t < end; ++t)
-                     gather_rows(op.rows, op.position, op.y, t, false,
-                                 [&](int64_t k) { return op.weight.row<float>(t)[k]; });
-                 });
+  for_row_blocks(stream, op.y.rows(), rows_per_block(op.y.cols()), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      gather_rows(op.rows, op.position, op.y, t, false,
+                  [&](int64_t k) { return op.weight.row<float>(t)[k]; });
+  });
 }
 
 void UnpermuteBackward::check() const {

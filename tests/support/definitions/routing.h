@@ -11,7 +11,9 @@ namespace moemamba::definition {
 struct RouteShape {
   int64_t T, E, K, G = 1;
   double capacity_factor = 0;
-  bool renormalise = false;
+  bool renormalise = false, sigmoid = false;
+  double scale = 1;
+  std::vector<double> bias = {};  // [E], or empty: choices are made on the logits
 };
 
 struct RouteResult {
@@ -28,6 +30,12 @@ inline std::vector<double> softmax(const double* logits, int64_t E) {
   return p;
 }
 
+inline std::vector<double> sigmoid(const double* logits, int64_t E) {
+  std::vector<double> p(E);
+  for (int64_t e = 0; e < E; ++e) p[e] = 1 / (1 + std::exp(-logits[e]));
+  return p;
+}
+
 inline double logsumexp(const double* logits, int64_t E) {
   const double greatest = *std::max_element(logits, logits + E);
   double sum = 0;
@@ -35,14 +43,28 @@ inline double logsumexp(const double* logits, int64_t E) {
   return greatest + std::log(sum);
 }
 
-// The K greatest logits, ties to the lower id.
-inline std::vector<int64_t> top_k(const double* logits, int64_t E, int64_t K) {
-  std::vector<int64_t> order(E);
+// The K greatest values, ties to the lower id.
+inline std::vector<int64_t> top_k(const std::vector<double>& values, int64_t K) {
+  std::vector<int64_t> order(values.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return logits[a] > logits[b]; });
+                   [&](int64_t a, int64_t b) { return values[a] > values[b]; });
   order.resize(K);
   return order;
+}
+
+// A token's experts, of its logits and its scores p.
+inline std::vector<int64_t> choices(const RouteShape& s, const double* logits,
+                                    const std::vector<double>& p) {
+  if (s.bias.empty()) return top_k({logits, logits + s.E}, s.K);
+  std::vector<double> values = p;
+  for (int64_t e = 0; e < s.E; ++e) values[e] += s.bias[e];
+  return top_k(values, s.K);
+}
+
+// The sum that makes a token's scores shares q, whose mean the balance loss takes.
+inline double share_total(const RouteShape& s, const double* p) {
+  return s.sigmoid ? std::accumulate(p, p + s.E, 0.0) : 1;
 }
 
 // Numbers the kept choices by (expert, token, k); kept[t K + k] says which these are.
@@ -69,11 +91,12 @@ inline RouteResult route(const RouteShape& s, const std::vector<double>& logits)
   r.z.resize(s.G);
   for (int64_t t = 0; t < s.T; ++t) {
     const int64_t g = t / tokens;
-    const std::vector<double> p = softmax(&logits[t * s.E], s.E);
+    const double* row = &logits[t * s.E];
+    const std::vector<double> p = s.sigmoid ? sigmoid(row, s.E) : softmax(row, s.E);
     r.probabilities.insert(r.probabilities.end(), p.begin(), p.end());
-    r.z[g] += std::pow(logsumexp(&logits[t * s.E], s.E), 2) / double(tokens);
+    r.z[g] += std::pow(logsumexp(row, s.E), 2) / double(tokens);
     double total = 0;
-    const std::vector<int64_t> chosen = top_k(&logits[t * s.E], s.E, s.K);
+    const std::vector<int64_t> chosen = choices(s, row, p);
     for (int64_t e : chosen) total += p[e];
     for (int64_t e : chosen) {
       const bool fits = s.capacity_factor == 0 || r.counts[g * s.E + e] < capacity;
@@ -81,16 +104,41 @@ inline RouteResult route(const RouteShape& s, const std::vector<double>& logits)
       ++r.counts[g * s.E + e];
       r.expert.push_back(e);
       r.position.push_back(-1);
-      r.weight.push_back(fits ? p[e] / (s.renormalise ? total : 1) : 0);
+      r.weight.push_back(fits ? s.scale * p[e] / (s.renormalise ? total : 1) : 0);
     }
   }
-  for (int64_t g = 0; g < s.G; ++g)
-    for (int64_t t = g * tokens; t < (g + 1) * tokens; ++t)
-      for (int64_t e = 0; e < s.E; ++e)
-        r.balance[g] += double(s.E) * r.probabilities[t * s.E + e] / double(tokens) *
-                        double(r.counts[g * s.E + e]) / double(tokens * s.K);
+  for (int64_t t = 0; t < s.T; ++t) {
+    const double* p = &r.probabilities[t * s.E];
+    const int64_t g = t / tokens;
+    for (int64_t e = 0; e < s.E; ++e)
+      r.balance[g] += double(s.E) * p[e] / share_total(s, p) / double(tokens) *
+                      double(r.counts[g * s.E + e]) / double(tokens * s.K);
+  }
   sort_by_expert(s, kept, r);
   return r;
+}
+
+// Adds to dp [E] what reaches the scores p of token t through its weights.
+inline void weight_backward(const RouteShape& s, const RouteResult& r, const double* p, int64_t t,
+                            const std::vector<double>& dweight, std::vector<double>& dp) {
+  double total = 0, along = 0;
+  for (int64_t i = t * s.K; i < (t + 1) * s.K; ++i) {
+    total += p[r.expert[i]];
+    if (r.position[i] >= 0) along += s.scale * dweight[i] * p[r.expert[i]];
+  }
+  for (int64_t i = t * s.K; i < (t + 1) * s.K; ++i) {
+    const double dw = r.position[i] >= 0 ? s.scale * dweight[i] : 0;
+    dp[r.expert[i]] += s.renormalise ? dw / total - along / (total * total) : dw;
+  }
+}
+
+// The same through its shares q; `factor` is what balance_scale and the means make of a count.
+inline void balance_backward(const RouteShape& s, const double* p, const int64_t* counts,
+                             double factor, std::vector<double>& dp) {
+  const double total = share_total(s, p);
+  double mean = 0;  // sum_e q_e dq_e, felt by p where the shares are taken
+  for (int64_t e = 0; e < s.E && s.sigmoid; ++e) mean += p[e] / total * factor * double(counts[e]);
+  for (int64_t e = 0; e < s.E; ++e) dp[e] += (factor * double(counts[e]) - mean) / total;
 }
 
 // dlogits of sum(dweight * weight) + balance_scale sum(balance) + z_scale sum(z).
@@ -99,26 +147,20 @@ inline std::vector<double> route_backward(const RouteShape& s, const std::vector
                                           double balance_scale, double z_scale) {
   std::vector<double> dlogits(s.T * s.E);
   const double tokens = double(s.T / s.G);
+  const double factor = balance_scale * double(s.E) / (tokens * tokens * double(s.K));
   for (int64_t t = 0; t < s.T; ++t) {
-    const double* p = &r.probabilities[t * s.E];
-    const int64_t g = t / (s.T / s.G);
+    const double *p = &r.probabilities[t * s.E], *row = &logits[t * s.E];
     std::vector<double> dp(s.E);
-    for (int64_t e = 0; e < s.E; ++e)
-      dp[e] = balance_scale * double(s.E) * double(r.counts[g * s.E + e]) /
-              (tokens * tokens * double(s.K));
-    double total = 0, along = 0;
-    for (int64_t i = t * s.K; i < (t + 1) * s.K; ++i) {
-      total += p[r.expert[i]];
-      if (r.position[i] >= 0) along += dweight[i] * p[r.expert[i]];
-    }
-    for (int64_t i = t * s.K; i < (t + 1) * s.K; ++i) {
-      const double dw = r.position[i] >= 0 ? dweight[i] : 0;
-      dp[r.expert[i]] += s.renormalise ? dw / total - along / (total * total) : dw;
-    }
+    weight_backward(s, r, p, t, dweight, dp);
+    balance_backward(s, p, &r.counts[t / (s.T / s.G) * s.E], factor, dp);
     double mean = 0;
     for (int64_t e = 0; e < s.E; ++e) mean += p[e] * dp[e];
-    const double dlse = z_scale * 2 * logsumexp(&logits[t * s.E], s.E) / tokens;
-    for (int64_t e = 0; e < s.E; ++e) dlogits[t * s.E + e] = p[e] * (dp[e] - mean + dlse);
+    const double dlse = z_scale * 2 * logsumexp(row, s.E) / tokens;
+    const std::vector<double> lse_slope = softmax(row, s.E);
+    for (int64_t e = 0; e < s.E; ++e) {
+      const double through = s.sigmoid ? dp[e] / (1 + std::exp(row[e])) : dp[e] - mean;
+      dlogits[t * s.E + e] = p[e] * through + dlse * lse_slope[e];
+    }
   }
   return dlogits;
 }
