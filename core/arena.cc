@@ -10,7 +10,9 @@ namespace moemamba {
 namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kRowAlignment = 16;
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+int64_t round_up(int64_t value, int64_t to) {
+  return (value + to - 1) / to * to;
+}
 }  // namespace
 
 Buffer::Buffer(DeviceKind device, int64_t bytes) : bytes_(bytes) {
@@ -22,19 +24,34 @@ Buffer::Buffer(DeviceKind device, int64_t bytes) : bytes_(bytes) {
   std::memset(data_, 0, size_t(bytes));
 }
 
+Buffer Buffer::planned(int64_t bytes) {
+  Buffer buffer;
+  // An address that is never read; not null, for that means "not there".
+  buffer.data_ = reinterpret_cast<std::byte*>(kAlignment);
+  buffer.bytes_ = bytes;
+  buffer.planned_ = true;
+  return buffer;
+}
+
 Buffer::Buffer(Buffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      planned_(std::exchange(other.planned_, false)) {}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
+  std::swap(planned_, other.planned_);
   return *this;
 }
 
-Buffer::~Buffer() { std::free(data_); }
+Buffer::~Buffer() {
+  if (!planned_) std::free(data_);
+}
 
 Arena::Arena(std::string name, DeviceKind device, int64_t bytes)
-    : name_(std::move(name)), buffer_(device, std::max<int64_t>(bytes, kAlignment)),
+    : name_(std::move(name)),
+      buffer_(device, std::max<int64_t>(bytes, kAlignment)),
       capacity_(bytes) {}
 
 Arena Arena::measure(std::string name) {

@@ -10,6 +10,8 @@ class Buffer {
  public:
   Buffer() = default;
   Buffer(DeviceKind device, int64_t bytes);
+  // An address without memory, for plans: nothing may read or write there.
+  static Buffer planned(int64_t bytes);
   Buffer(Buffer&& other) noexcept;
   Buffer& operator=(Buffer&& other) noexcept;
   ~Buffer();
@@ -19,6 +21,7 @@ class Buffer {
  private:
   std::byte* data_ = nullptr;
   int64_t bytes_ = 0;
+  bool planned_ = false;
 };
 
 // Hands out views of one allocation, made before step one. Rows of a tensor with more than one row

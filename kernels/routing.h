@@ -37,7 +37,7 @@ struct Route {
   Tensor z;              // [G] written
   Tensor flag;           // [1] i32 written: 1 = a logit was NaN
   int64_t groups = 1;    // G, divides T (T = 0: no group has a token, nothing but zeros is written)
-  float capacity_factor = 0;
+  double capacity_factor = 0;
   bool renormalise = false;
   RouterKind kind = RouterKind::softmax;
   float scale = 1;  // of all weights, above 0

@@ -4,6 +4,7 @@
 #include "launcher/build_facts.h"
 #include "launcher/launch.h"
 #include "launcher/machine.h"
+#include "model/config.h"
 
 namespace moemamba {
 
@@ -25,7 +26,8 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
   check(world.size() == started_ranks(), started_ranks(), " ranks were started, but MPI knows of ",
         world.size(), "; start them with this Open MPI's mpirun, or with srun --mpi=pmix");
   world.agree(facts_of(config), deadline);
-  const RankLayout layout(world.size(), config.parallel().expert(), config.model().experts());
+  const RankLayout layout(world.size(), config.parallel().expert(),
+                          has_routers(config.model()) ? config.model().experts() : 0);
   ProcessGroups groups = world.make_groups(layout, deadline);
   const int threads =
       config.train().threads() > 0 ? config.train().threads() : threads_per_rank(world.node_size());

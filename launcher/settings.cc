@@ -5,6 +5,7 @@
 
 #include "core/file.h"
 #include "core/schema.h"
+#include "model/config.h"
 
 namespace moemamba {
 
@@ -21,7 +22,8 @@ std::string divisors_text(int ranks) {
 }
 
 void check_layout(Settings& settings, const RunConfig& config, int ranks) {
-  const int expert = config.parallel().expert(), experts = config.model().experts();
+  const int expert = config.parallel().expert();
+  const int experts = has_routers(config.model()) ? config.model().experts() : 0;
   if (ranks % expert != 0)
     settings.object("parallel.expert", concat("must divide the ", ranks, " ranks that were ",
                                               "started; try ", divisors_text(ranks)));
@@ -31,9 +33,8 @@ void check_layout(Settings& settings, const RunConfig& config, int ranks) {
 }
 
 void check_model(Settings& settings, const ModelConfig& model) {
-  if (model.experts() > 0 && model.top_k() > model.experts())
-    settings.object("model.top_k", concat("must be at most the ", model.experts(),
-                                          " experts (model.experts), found ", model.top_k()));
+  for (const ModelProblem& problem : model_problems(model))
+    settings.object(problem.setting, problem.text);
 }
 
 void check_training(Settings& settings, const RunConfig& config) {

@@ -1,18 +1,20 @@
 #include "model/language_model.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "kernels/bias.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
 #include "kernels/matmul.h"
+#include "model/first_values.h"
 
 namespace moemamba {
 
 namespace {
+
 // Blocks of the store, in forward order: embedding, blocks, (final norm), head.
 constexpr int kEmbedding = 0;
-int block_index(int64_t block) {
+int block_index(size_t block) {
   return int(block) + 1;
 }
 
@@ -22,69 +24,76 @@ void wait_for(Step& step, const ParameterStore& store, int block, GradientBucket
     if (const int bucket = store.bucket_of_block(block, axis); bucket >= 0)
       weights->wait_weights(bucket, step.stream);
 }
+
+void zero(const Arena& arena, const Tensor& t) {
+  for (int64_t r = 0; t && !arena.measures() && r < t.rows(); ++r)
+    std::fill_n(t.row<float>(r), t.stride, 0.f);
+}
+
 }  // namespace
 
 LanguageModel::LanguageModel(const ModelSizes& sizes, ParameterStore& store,
                              const RankLayout& layout, int rank)
     : sizes_(sizes), store_(store) {
-  using Kind = Initial::Kind;
-  const double scale = sizes.init_scale;
+  const FirstValues first(sizes);
   store.begin_block("embedding");
-  // The paper's code takes 1 as the embedding's fan-in, so the cut at +-2 scale bites.
-  embedding_ = store.add("weight", {sizes.V, sizes.D},
-                         {Kind::truncated_normal, std::sqrt(scale), 2 * scale});
-  const int64_t local = sizes.E ? layout.experts_of(layout.expert_coordinate(rank)) : 0;
+  embedding_ = store.add("weight", {sizes.V, sizes.D}, first.embedding());
+  if (sizes.learned_positions > 0)
+    positions_ =
+        store.add("positions.weight", {sizes.learned_positions, sizes.D}, first.embedding());
+  LayerCounts counts;
   for (int64_t i = 0; i < sizes.blocks; ++i) {
     store.begin_block("blocks." + std::to_string(i));
-    Block block;
-    block.mamba_norm = Norm::make(store, "mamba_norm", sizes);
-    block.mamba = Mamba::make(store, "mamba", sizes, int(i));
-    if (sizes.E) {
-      block.moe_norm = Norm::make(store, "moe_norm", sizes);
-      block.moe = MoE::make(store, "moe", sizes, local, int(i));
-    }
-    blocks_.push_back(std::move(block));
+    std::vector<SubLayer>& block = blocks_.emplace_back();
+    for (const SubLayerPlan& plan : sizes.block(i))
+      block.push_back(SubLayer::make(store, sizes, plan, {layout, rank}, counts));
   }
   if (sizes.final_norm) {
     store.begin_block("final");
     final_norm_ = Norm::make(store, "norm", sizes);
   }
   store.begin_block("head");
-  head_ = store.add("weight", {sizes.V, sizes.D},
-                    {Kind::truncated_normal, std::sqrt(scale / double(sizes.D)), 2 * scale});
+  head_ = store.add("weight", {sizes.V, sizes.D}, first.reads(sizes.D));
 }
 
 LanguageModel::Saved LanguageModel::make_saved() const {
   Saved saved;
-  saved.blocks.resize(blocks_.size());
+  for (const auto& block : blocks_) {
+    auto& kept = saved.blocks.emplace_back();
+    for (const SubLayer& sub : block) kept.push_back(sub.make_saved());
+  }
   return saved;
+}
+
+Tensor LanguageModel::embed(Step& step, const Tensor& ids) const {
+  Tensor x = step.arena.take({ids.elements(), sizes_.D}, DType::f32, "embedded tokens");
+  run(step.stream, EmbeddingForward{.ids = ids, .table = embedding_->value, .y = x});
+  if (positions_)
+    run(step.stream, AddPositions{.x = x,
+                                  .table = positions_->value,
+                                  .y = x,
+                                  .sequences = step.sequences,
+                                  .first_position = step.position});
+  return x;
 }
 
 void LanguageModel::forward(Step& step, const Tensor& ids, Saved& saved,
                             GradientBuckets* weights) const {
-  const int64_t T = ids.rows() * ids.cols();
   wait_for(step, store_, kEmbedding, weights);
-  Tensor stream = step.arena.take({T, sizes_.D}, DType::f32, "embedded tokens");
-  run(step.stream, EmbeddingForward{.ids = ids, .table = embedding_->value, .y = stream});
-  Tensor pending;
+  SubLayer::Residual s{.stream = embed(step, ids), .pending = {}};
   for (size_t i = 0; i < blocks_.size(); ++i) {
-    const Block& block = blocks_[i];
-    Block::Saved& kept = saved.blocks[i];
-    wait_for(step, store_, block_index(int64_t(i)), weights);
-    Tensor y = block.mamba_norm.forward(step, stream, pending, kept.mamba_norm);
-    stream = kept.mamba_norm.s;
-    pending = block.mamba.forward(step, y, kept.mamba);
-    if (!block.moe) continue;
-    y = block.moe_norm->forward(step, stream, pending, kept.moe_norm);
-    stream = kept.moe_norm.s;
-    pending = block.moe->forward(step, y, kept.moe);
+    wait_for(step, store_, block_index(i), weights);
+    for (size_t j = 0; j < blocks_[i].size(); ++j)
+      s = blocks_[i][j].forward(step, s, saved.blocks[i][j]);
   }
   if (final_norm_) {
-    wait_for(step, store_, block_index(int64_t(blocks_.size())), weights);
-    saved.x = final_norm_->forward(step, stream, pending, saved.final_norm);
+    wait_for(step, store_, block_index(blocks_.size()), weights);
+    saved.x = final_norm_->forward(step, s.stream, s.pending, saved.final_norm);
+  } else if (s.pending) {
+    run(step.stream, Add{.a = s.stream, .b = s.pending, .out = s.pending});
+    saved.x = s.pending;
   } else {
-    run(step.stream, Add{.a = stream, .b = pending, .out = pending});
-    saved.x = pending;
+    saved.x = s.stream;
   }
   wait_for(step, store_, store_.blocks() - 1, weights);
 }
@@ -110,39 +119,31 @@ void LanguageModel::announce(Step& step, int block, GradientBuckets* ready) cons
       ready->ready(bucket, step.stream);
 }
 
-void LanguageModel::block_backward(Step& step, const Block& block, Tensor dstream,
-                                   const Block::Saved& saved) const {
-  Frame frame(step.arena);
-  Tensor dx = step.arena.take(dstream.shape, DType::f32, "gradient of a layer's input");
-  if (block.moe) {
-    block.moe->backward(step, dstream, dx, saved.moe);
-    block.moe_norm->backward(step, dx, dstream, saved.moe_norm);
-  }
-  block.mamba.backward(step, dstream, dx, saved.mamba);
-  block.mamba_norm.backward(step, dx, dstream, saved.mamba_norm);
+void LanguageModel::embed_backward(Step& step, const Tensor& ids, Tensor dy) const {
+  if (positions_)
+    run(step.stream, PositionsBackward{.dy = dy,
+                                       .dtable = positions_->gradient,
+                                       .sequences = step.sequences,
+                                       .accumulate = step.accumulate});
+  run(step.stream,
+      EmbeddingBackward{
+          .ids = ids, .dy = dy, .dtable = embedding_->gradient, .accumulate = step.accumulate});
 }
 
 void LanguageModel::backward(Step& step, const Tensor& ids, const Saved& saved,
                              GradientBuckets* ready) const {
   announce(step, store_.blocks() - 1, ready);
-  Tensor dstream = saved.dstream;
+  const Tensor dstream = saved.dstream;
   if (final_norm_) {
-    Frame frame(step.arena);
-    // The head's gradient is that of the norm's output; the stream has no other reader.
-    Tensor dy = step.arena.take(dstream.shape, DType::f32, "gradient of the final norm");
-    copy(step.stream, dstream, dy);
-    fill_zero(step.stream, dstream);
-    final_norm_->backward(step, dy, dstream, saved.final_norm);
-    announce(step, block_index(int64_t(blocks_.size())), ready);
+    final_norm_->backward(step, {.dy = dstream, .dsum = {}, .dx = dstream}, saved.final_norm);
+    announce(step, block_index(blocks_.size()), ready);
   }
   for (size_t i = blocks_.size(); i-- > 0;) {
-    block_backward(step, blocks_[i], dstream, saved.blocks[i]);
-    announce(step, block_index(int64_t(i)), ready);
+    for (size_t j = blocks_[i].size(); j-- > 0;)
+      blocks_[i][j].backward(step, dstream, saved.blocks[i][j]);
+    announce(step, block_index(i), ready);
   }
-  run(step.stream, EmbeddingBackward{.ids = ids,
-                                     .dy = dstream,
-                                     .dtable = embedding_->gradient,
-                                     .accumulate = step.accumulate});
+  embed_backward(step, ids, dstream);
   announce(step, kEmbedding, ready);
 }
 
@@ -150,17 +151,42 @@ void LanguageModel::logits(Step& step, const Tensor& x, Tensor logits) const {
   run(step.stream, Matmul{.a = x, .b = head_->value, .out = logits, .b_transposed = true});
 }
 
+void LanguageModel::balance_routers(const std::vector<double>& counts) const {
+  if (sizes_.router_bias_rate == 0) return;
+  const auto balance = [&](const Router& router) {
+    router.balance(counts.data() + router.index * sizes_.E, sizes_.router_bias_rate);
+  };
+  for (const auto& block : blocks_)
+    for (const SubLayer& sub : block)
+      for (const AnyLayer& layer : sub.layers) {
+        if (const auto* moe = std::get_if<MoE>(&layer)) balance(moe->router);
+        if (const auto* inner = std::get_if<InnerMoE>(&layer))
+          for (const std::optional<Router>* router :
+               {&inner->router, &inner->conv.router, &inner->gate.router, &inner->out.router})
+            if (*router) balance(**router);
+      }
+}
+
 std::vector<MambaState> LanguageModel::take_states(Arena& arena, int64_t sequences) const {
   std::vector<MambaState> states;
-  for (size_t i = 0; i < blocks_.size(); ++i) {
+  const int64_t layers = sizes_.layers(LayerKind::mamba) + sizes_.layers(LayerKind::inner_moe);
+  for (int64_t i = 0; i < layers; ++i) {
     // A convolution of width 1 has no past inputs.
     states.push_back({sizes_.W > 1 ? arena.take({sequences, sizes_.W - 1, sizes_.I}) : Tensor{},
                       arena.take({sequences, sizes_.I, sizes_.N})});
-    for (Tensor t : {states.back().conv, states.back().scan})
-      if (t && !arena.measures())
-        for (int64_t r = 0; r < t.rows(); ++r) std::fill_n(t.row<float>(r), t.stride, 0.f);
+    zero(arena, states.back().conv);
+    zero(arena, states.back().scan);
   }
   return states;
+}
+
+std::vector<Tensor> LanguageModel::take_caches(Arena& arena, int64_t sequences,
+                                               int64_t slots) const {
+  std::vector<Tensor> caches;
+  for (int64_t i = 0; i < sizes_.layers(LayerKind::attention); ++i)
+    caches.push_back(
+        arena.take({sequences, slots, 2 * sizes_.Hkv * sizes_.dh}, DType::f32, "keys and values"));
+  return caches;
 }
 
 }  // namespace moemamba

@@ -1,32 +1,16 @@
 #pragma once
 #include <optional>
 
-#include "model/mamba.h"
-#include "model/moe.h"
-#include "model/norm.h"
+#include "model/block.h"
 
 namespace moemamba {  // letters: T tokens = B x L, D width, V vocabulary
 
-// One block of MoE-Mamba (arXiv 2401.04081): x += mamba(norm(x)); x += moe(norm(x)).
-struct Block {
-  Norm mamba_norm;
-  Mamba mamba;
-  std::optional<Norm> moe_norm;  // none in a model without experts
-  std::optional<MoE> moe;
-
-  struct Saved {
-    Norm::Saved mamba_norm, moe_norm;
-    Mamba::Saved mamba;
-    MoE::Saved moe;
-  };
-};
-
-// Embedding, blocks, (final norm), head. The residual stream is handed on as (stream, pending):
-// the sum is formed inside the next norm.
+// Embedding (and learned positions), blocks, (final norm), head. One block of MoE-Mamba (arXiv
+// 2401.04081) is "mamba, moe": s += mamba(norm(s)); s += moe(norm(s)).
 class LanguageModel {
  public:
   struct Saved {
-    std::vector<Block::Saved> blocks;
+    std::vector<std::vector<SubLayer::Saved>> blocks;
     Norm::Saved final_norm;
     Tensor x;        // [T, D] what the head reads
     Tensor dstream;  // [T, D] in training: gradient of x, written by loss()
@@ -47,19 +31,24 @@ class LanguageModel {
   void backward(Step& step, const Tensor& ids, const Saved& saved, GradientBuckets* ready) const;
   // logits [rows, V] of some rows of x.
   void logits(Step& step, const Tensor& x, Tensor logits) const;
+  // After a step's update: every router's bias, by the choices [routers, E] of all ranks.
+  void balance_routers(const std::vector<double>& counts) const;
 
   // Zeroed states for `sequences` sequences, in order of the Mamba layers.
   std::vector<MambaState> take_states(Arena& arena, int64_t sequences) const;
+  // Room for `slots` tokens of each sequence, in order of the attention layers.
+  std::vector<Tensor> take_caches(Arena& arena, int64_t sequences, int64_t slots) const;
 
  private:
-  void block_backward(Step& step, const Block& block, Tensor dstream,
-                      const Block::Saved& saved) const;
+  Tensor embed(Step& step, const Tensor& ids) const;
+  void embed_backward(Step& step, const Tensor& ids, Tensor dy) const;
   void announce(Step& step, int block, GradientBuckets* ready) const;
 
   ModelSizes sizes_;
   ParameterStore& store_;
-  const Parameter* embedding_;  // [V, D]
-  std::vector<Block> blocks_;
+  const Parameter* embedding_;            // [V, D]
+  const Parameter* positions_ = nullptr;  // [L, D]
+  std::vector<std::vector<SubLayer>> blocks_;
   std::optional<Norm> final_norm_;
   const Parameter* head_;  // [V, D]
 };

@@ -7,12 +7,12 @@
 
 namespace moemamba {  // letters: T tokens = B sequences x L, D model width, E experts
 
-// What the router did in one micro-batch, added up over layers and micro-batches on the host.
+// What the router did in one micro-batch, added up over routers and micro-batches on the host.
 struct RoutingFacts {
-  std::vector<double> counts;  // [layers, E] choices, before dropping
-  double balance = 0, z = 0;   // sums over groups and layers, unweighted
+  std::vector<double> counts;  // [routers, E] choices, before dropping
+  double balance = 0, z = 0;   // sums over groups and routers, unweighted
   double dropped = 0;          // rows beyond capacity
-  double not_a_number = 0;     // layers in which a logit was NaN
+  double not_a_number = 0;     // routers in which a logit was NaN
 };
 
 // The recurrent state of one Mamba layer between two calls.
@@ -36,6 +36,10 @@ struct Step {
   // Recurrent decoding: states before this call, and after it (other memory); else null.
   const std::vector<MambaState>* initial = nullptr;
   const std::vector<MambaState>* final = nullptr;
+  // And of attention: keys and values of the `position` tokens before, those of this call behind
+  // them; one for each attention layer, [B, slots, 2 Hkv dh].
+  const std::vector<Tensor>* caches = nullptr;
+  int64_t position = 0;
 
   // Takes a product for a weight's gradient. Operators are values: a later version may keep them
   // until an exchange is in flight; nothing reads a weight's gradient before the block ends.

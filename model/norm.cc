@@ -30,14 +30,14 @@ Tensor Norm::forward(Step& step, Tensor x, Tensor residual, Saved& saved) const 
   return y;
 }
 
-void Norm::backward(Step& step, Tensor dy, Tensor dstream, const Saved& saved) const {
-  run(step.stream, NormBackward{.dy = dy,
+void Norm::backward(Step& step, const Gradient& g, const Saved& saved) const {
+  run(step.stream, NormBackward{.dy = g.dy,
                                 .x = saved.s,
                                 .weight = weight->value,
                                 .mean = saved.mean,
                                 .rstd = saved.rstd,
-                                .dsum = dstream,
-                                .dx = dstream,
+                                .dsum = g.dsum,
+                                .dx = g.dx,
                                 .dweight = weight->gradient,
                                 .dbias = bias ? bias->gradient : Tensor{},
                                 .kind = kind,

@@ -20,8 +20,12 @@ struct Norm {
   static Norm make(ParameterStore& store, const std::string& name, const ModelSizes& sizes);
   // residual may be empty; the sum is written over it. Returns y; saved.s is the residual stream.
   Tensor forward(Step& step, Tensor x, Tensor residual, Saved& saved) const;
-  // dstream [T, D]: gradient of s beside the norm; the norm's share is added to it in place.
-  void backward(Step& step, Tensor dy, Tensor dstream, const Saved& saved) const;
+  // dx [T, D] = gradient of s through the norm (+ dsum: what reaches s beside it, optional). dx may
+  // be dsum or dy.
+  struct Gradient {
+    Tensor dy, dsum, dx;
+  };
+  void backward(Step& step, const Gradient& g, const Saved& saved) const;
 };
 
 }  // namespace moemamba

@@ -93,21 +93,53 @@ const Parameter* ParameterStore::add(const std::string& name, Shape shape, Initi
   return &parameters_.back();
 }
 
-void ParameterStore::allocate(bool training) {
+const Parameter* ParameterStore::add_state(const std::string& name, Shape shape) {
+  states_.push_back({.name = blocks_.back().name + "." + name,
+                     .shape = shape,
+                     .initial = {},
+                     .axis = Axis::data,
+                     .bucket = -1,
+                     .offset = 0,
+                     .value = {},
+                     .gradient = {}});
+  return &states_.back();
+}
+
+void ParameterStore::allocate(Memory memory) {
+  const bool training = memory != Memory::values;
+  const auto take = [&](int64_t bytes) {
+    return memory == Memory::planned_training ? Buffer::planned(bytes)
+                                              : Buffer(DeviceKind::cpu, bytes);
+  };
   for (Bucket& bucket : buckets_) {
     const int64_t ranks = group(bucket.axis).size();
     bucket.padded = round_up(std::max<int64_t>(bucket.elements, 1), ranks * kElementAlignment);
-    bucket.value = Buffer(DeviceKind::cpu, bucket.padded * 4);
+    bucket.value = take(bucket.padded * 4);
     if (!training) continue;
-    bucket.gradient = Buffer(DeviceKind::cpu, bucket.padded * 4);
-    bucket.m = Buffer(DeviceKind::cpu, bucket.padded / ranks * 4);
-    bucket.v = Buffer(DeviceKind::cpu, bucket.padded / ranks * 4);
+    bucket.gradient = take(bucket.padded * 4);
+    bucket.m = take(bucket.padded / ranks * 4);
+    bucket.v = take(bucket.padded / ranks * 4);
   }
   for (Parameter& p : parameters_) {
     const Bucket& bucket = buckets_[size_t(p.bucket)];
     p.value = view(bucket.value.data() + p.offset * 4, p.shape, DType::f32);
     if (training) p.gradient = view(bucket.gradient.data() + p.offset * 4, p.shape, DType::f32);
   }
+  for (Parameter& state : states_) {
+    state_values_.push_back(take(state.shape.elements() * 4));
+    state.value = view(state_values_.back().data(), state.shape, DType::f32);
+  }
+}
+
+ParameterStore::Bytes ParameterStore::bytes() const {
+  Bytes sum;
+  for (const Bucket& b : buckets_) {
+    sum.values += b.value.bytes();
+    sum.gradients += b.gradient.bytes();
+    sum.moments += b.m.bytes() + b.v.bytes();
+  }
+  for (const Buffer& b : state_values_) sum.values += b.bytes();
+  return sum;
 }
 
 int ParameterStore::bucket_of_block(int block, Axis axis) const {
@@ -157,6 +189,7 @@ std::vector<NamedTensor> ParameterStore::named_tensors() const {
       list.push_back({expert_name(p.name, groups_.layout.first_expert(coordinate) + e),
                       p.value.row_range(e * rows, (e + 1) * rows)});
   }
+  for (const Parameter& state : states_) list.push_back({state.name, state.value});
   return list;
 }
 

@@ -54,13 +54,26 @@ class ParameterStore {
   void begin_block(const std::string& name);
   const Parameter* add(const std::string& name, Shape shape, Initial initial,
                        Axis axis = Axis::data);
-  void allocate(bool training = true);  // not for training: values alone
+  // A tensor that steps change but no gradient does: kept beside the buckets, alike on all ranks,
+  // zero at first, stored with the weights.
+  const Parameter* add_state(const std::string& name, Shape shape);
+  enum class Memory : uint8_t {
+    training,          // values, gradients, moments
+    values,            // those alone
+    planned_training,  // addresses without memory, for dry streams; sizes as of training
+  };
+  void allocate(Memory memory = Memory::training);
 
   int bucket_of_block(int block, Axis axis) const;  // -1: the block has no such parameters
   int blocks() const { return int(blocks_.size()); }
   std::vector<GradientBuckets::Bucket> buckets() const;
   Tensor moments(int bucket, int which) const;  // [P / N] of this rank; which: 0 = m, 1 = v
-  const std::deque<Parameter>& parameters() const { return parameters_; }
+  const std::deque<Parameter>& parameters() const { return parameters_; }  // those with gradients
+  const std::deque<Parameter>& states() const { return states_; }
+  struct Bytes {
+    int64_t values = 0, gradients = 0, moments = 0;
+  };
+  Bytes bytes() const;  // of this rank, padding included
 
   // Fills this rank's values: a pure function of (seed, global name, index).
   void initialise(uint64_t seed);
@@ -82,7 +95,8 @@ class ParameterStore {
     return axis == Axis::data ? *groups_.data : *groups_.expert_data;
   }
   const ProcessGroups& groups_;
-  std::deque<Parameter> parameters_;
+  std::deque<Parameter> parameters_, states_;
+  std::vector<Buffer> state_values_;
   std::vector<Bucket> buckets_;
   std::vector<Block> blocks_;
 };

@@ -20,4 +20,7 @@ struct ProcessGroups {
 std::vector<ProcessGroups> make_thread_groups(const RankLayout& layout,
                                               std::chrono::milliseconds deadline);
 
+// The seats of one rank of a layout that does not run: for plans on dry streams. Any call throws.
+ProcessGroups make_planned_groups(const RankLayout& layout, int rank);
+
 }  // namespace moemamba

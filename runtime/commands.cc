@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "model/counts.h"
 #include "runtime/plot.h"
 #include "runtime/progress.h"
 #include "runtime/run_folder.h"
@@ -22,7 +23,7 @@ std::vector<std::string> list(const google::protobuf::RepeatedPtrField<std::stri
 TrainerOptions trainer_options(const TrainRequest& request, const Tokenizer& tokenizer) {
   const TrainConfig& train = request.train;
   TrainerOptions options;
-  options.sizes = model_sizes(request.model, tokenizer.vocabulary());
+  options.sizes = model_sizes(request.model, tokenizer.vocabulary(), train.sequence_length());
   options.optimizer = optimizer_settings(train);
   options.data.files = list(request.data.train());
   options.data.vocabulary = options.sizes.V;
@@ -99,9 +100,9 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
   progress_.emplace(
       stderr,
       ProgressOptions{.steps = request.train.steps(),
-                      .experts = sizes.moe_layers() * sizes.E,
+                      .experts = sizes.routers() * sizes.E,
                       .routed_rows = int64_t(request.train.global_batch_size()) *
-                                     request.train.sequence_length() * sizes.K * sizes.moe_layers(),
+                                     request.train.sequence_length() * sizes.K * sizes.routers(),
                       .bytes_per_token = bytes_per_token,
                       .terminal = request.terminal || request.train.progress() == TrainConfig::ON,
                       .color = request.color,
@@ -114,10 +115,13 @@ void Run::introduce() {
   Session& session = trainer_.session();
   const ModelSizes& s = session.model.sizes();
   const RankLayout& layout = groups_.layout;
-  progress_->say(concat("model      ", s.blocks, " blocks of (Mamba, ", s.E, " experts x top-", s.K,
-                        "), width ", s.D, ", vocabulary ", s.V));
-  progress_->say(concat("parameters ", s.parameters_total(), " in all, ", s.parameters_active(),
-                        " active per token, and ", 2 * s.V * s.D, " in embedding and head"));
+  const ModelCounts counts = count_model(s);
+  progress_->say(concat("model      ", s.blocks, " blocks of (", s.pattern_text(), "), ",
+                        s.E ? concat(s.E, " experts x top-", s.K, ", ") : "", "width ", s.D,
+                        ", vocabulary ", s.V));
+  progress_->say(concat("parameters ", counts.total, " in all, ", counts.active,
+                        " active per token, and ", counts.embedding_and_head,
+                        " in embedding and head"));
   std::string experts;
   for (int c = 0; c < layout.expert_size(); ++c)
     experts += concat(c ? ", " : "", layout.experts_of(c));
@@ -209,10 +213,10 @@ std::optional<Evaluation> Run::go() {
 }
 
 // The model of a finished run, for reading only.
-Session open_session(ProcessGroups& groups, const UseRequest& request, int64_t vocabulary,
+Session open_session(ProcessGroups& groups, const UseRequest& request, const ModelSizes& sizes,
                      int64_t sequences, int64_t length) {
-  return Session(groups, model_sizes(request.model, vocabulary), request.threads, sequences, length,
-                 request.parallel.exchange_rows(), false);
+  return Session(groups, sizes, request.threads, sequences, length,
+                 request.parallel.exchange_rows(), Session::Memory::values);
 }
 
 }  // namespace
@@ -242,8 +246,9 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
   const BatchShare share =
       share_of_batch(request.train.global_batch_size(), request.train.routing_group(),
                      request.train.micro_batch_size(), groups.rank, groups.layout.ranks());
-  Session session = open_session(groups, request, tokenizer.vocabulary(), share.micro_batch,
-                                 request.train.sequence_length());
+  const int64_t length = request.train.sequence_length();
+  const ModelSizes sizes = model_sizes(request.model, tokenizer.vocabulary(), length);
+  Session session = open_session(groups, request, sizes, share.micro_batch, length);
   load_weights(request.weights, session.store, groups);
   Evaluator evaluator(session, open_held_out(list(request.data.validation())),
                       request.train.routing_group(), request.train.eval_tokens());
@@ -254,7 +259,10 @@ std::string run_generation(ProcessGroups& groups, const UseRequest& request,
                            const std::string& prompt, const SamplingOptions& options, FILE* out) {
   const Tokenizer tokenizer = open_tokenizer(request.data.tokenizer());
   constexpr int64_t kPiece = 64;  // tokens of the prompt that are read at once
-  Session session = open_session(groups, request, tokenizer.vocabulary(), 1, kPiece);
+  ModelSizes sizes =
+      model_sizes(request.model, tokenizer.vocabulary(), request.train.sequence_length());
+  sizes.capacity_factor = 0;  // a capacity shares out a batch; here every token is alone
+  Session session = open_session(groups, request, sizes, 1, kPiece);
   load_weights(request.weights, session.store, groups);
   if (groups.rank == 0) std::fputs(prompt.c_str(), out);
   const auto piece = [out](std::string_view text) {

@@ -47,7 +47,7 @@ Evaluator::Evaluator(Session& session, HeldOut held_out, int64_t routing_group, 
   starts_.resize(size_t(T));
   line_.resize(size_t(L + 1));
   const ModelSizes& sizes = session.model.sizes();
-  facts_.resize(size_t(1 + sizes.moe_layers() * sizes.E));
+  facts_.resize(size_t(1 + sizes.routers() * sizes.E));
   gathered_.resize(facts_.size() * size_t(session.groups.layout.ranks()));
 }
 

@@ -12,7 +12,7 @@ struct Evaluation {
   int64_t tokens = 0;                   // that were predicted
   double loss_sum = 0;                  // nats
   std::optional<double> bits_per_byte;  // where the text's length in bytes is known
-  std::vector<double> counts;           // [layers, E] choices
+  std::vector<double> counts;           // [routers, E] choices
 };
 
 // Held-out text: token files, and how many bytes of text they stand for (0: not known).

@@ -40,19 +40,28 @@ int32_t Sampler::choose(const float* logits, uint64_t index) {
   return order_[kept - 1].second;
 }
 
-Decoder::Decoder(Session& session) : session_(session), states_(Arena::measure("state")) {
-  session.model.take_states(states_, 1);
-  session.model.take_states(states_, 1);
+Decoder::Decoder(Session& session, int64_t most_tokens)
+    : session_(session), states_(Arena::measure("state")), most_tokens_(most_tokens) {
+  const ModelSizes& sizes = session.model.sizes();
+  check(sizes.learned_positions == 0 || most_tokens <= sizes.learned_positions,
+        "the model has learned ", sizes.learned_positions, " positions (train.sequence_length), ",
+        most_tokens, " tokens are asked for; ask for fewer, or take a model with other positions");
+  take_states();
   states_ = Arena("state", DeviceKind::cpu, states_.peak());
-  before_ = session.model.take_states(states_, 1);
-  after_ = session.model.take_states(states_, 1);
-  logits_ = Buffer(DeviceKind::cpu, session.model.sizes().V * 4);
+  reset();
+  logits_ = Buffer(DeviceKind::cpu, sizes.V * 4);
+}
+
+void Decoder::take_states() {
+  before_ = session_.model.take_states(states_, 1);
+  after_ = session_.model.take_states(states_, 1);
+  caches_ = session_.model.take_caches(states_, 1, most_tokens_);
 }
 
 void Decoder::reset() {
   states_.give_back(0);
-  before_ = session_.model.take_states(states_, 1);
-  after_ = session_.model.take_states(states_, 1);
+  position_ = 0;
+  take_states();
 }
 
 const float* Decoder::feed_piece(std::span<const int32_t> ids) {
@@ -61,15 +70,20 @@ const float* Decoder::feed_piece(std::span<const int32_t> ids) {
   Step step = session_.begin(1, 1);
   step.initial = &before_;
   step.final = &after_;
+  step.caches = &caches_;
+  step.position = position_;
   session_.model.forward(step, view(ids_.data(), {T}), session_.saved, nullptr);
   session_.model.logits(step, session_.saved.x.row_range(T - 1, T),
                         view(logits_.data(), {1, session_.model.sizes().V}, DType::f32));
   std::swap(before_, after_);
+  position_ += T;
   return reinterpret_cast<const float*>(logits_.data());
 }
 
 const float* Decoder::feed(std::span<const int32_t> ids) {
   check(!ids.empty(), "there is no token to go on from; give a prompt");
+  check(position_ + int64_t(ids.size()) <= most_tokens_, "decoding was made for ", most_tokens_,
+        " tokens, ", position_ + int64_t(ids.size()), " are fed");
   const float* logits = nullptr;
   while (!ids.empty()) {
     const size_t piece = std::min(ids.size(), size_t(session_.length));
@@ -85,7 +99,7 @@ std::string generate(Session& session, const Tokenizer& tokenizer, std::string_v
   Communicator& control = *session.groups.control;
   std::vector<int32_t> ids = tokenizer.encode(prompt);
   if (ids.empty()) ids.push_back(tokenizer.end_of_document());
-  Decoder decoder(session);
+  Decoder decoder(session, int64_t(ids.size()) + options.tokens);
   Sampler sampler(options, session.model.sizes().V);
   std::vector<int32_t> made, tokens(size_t(control.size()));
   constexpr size_t kLongestCharacter = 4;  // bytes of UTF-8

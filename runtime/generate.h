@@ -28,20 +28,25 @@ class Sampler {
 };
 
 // Recurrent decoding: the state of every Mamba layer is carried from token to token, so that time
-// and memory per token do not grow. Every rank calls it; experts stay where they are. The session
-// must hold one sequence of at least one token; longer prompts are read piece by piece.
+// and memory per token do not grow; attention layers look back on all keys and values so far.
+// Every rank calls it; experts stay where they are. The session must hold one sequence of at least
+// one token; longer prompts are read piece by piece.
 class Decoder {
  public:
-  explicit Decoder(Session& session);
+  // most_tokens: fed at most before reset(); matters to attention and learned positions alone.
+  Decoder(Session& session, int64_t most_tokens);
   void reset();
   // Takes in `ids`; returns the logits [V] after the last of them.
   const float* feed(std::span<const int32_t> ids);
 
  private:
+  void take_states();
   const float* feed_piece(std::span<const int32_t> ids);
   Session& session_;
   Arena states_;
   std::vector<MambaState> before_, after_;
+  std::vector<Tensor> caches_;
+  int64_t most_tokens_, position_ = 0;
   std::vector<int32_t> ids_;
   Buffer logits_;
 };

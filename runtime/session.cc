@@ -29,7 +29,7 @@ BatchShare share_of_batch(int64_t global_batch, int64_t routing_group, int64_t m
 }
 
 Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
-                 int64_t length, double exchange_rows, bool training)
+                 int64_t length, double exchange_rows, Memory memory)
     : groups(groups),
       compute(Stream::immediate(threads)),
       communication(Stream::worker()),
@@ -38,13 +38,14 @@ Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, in
       saved(model.make_saved()),
       sequences(sequences),
       length(length),
-      training(training),
       exchange(*groups.expert, groups.layout,
                exchange_capacity(sizes, sequences * length, exchange_rows, groups.expert->size()),
                std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K))),
       arena(Arena::measure("activation")) {
-  store.allocate(training);
-  arena = Arena("activation", DeviceKind::cpu, measure());
+  store.allocate(memory);
+  activation_bytes = measure(memory != Memory::values);
+  if (memory != Memory::planned_training)
+    arena = Arena("activation", DeviceKind::cpu, activation_bytes);
 }
 
 Step Session::begin(int64_t sequences, int64_t routing_group) {
@@ -56,7 +57,7 @@ Step Session::begin(int64_t sequences, int64_t routing_group) {
               .routing_groups = std::max<int64_t>(1, sequences / routing_group)};
 }
 
-int64_t Session::measure() {
+int64_t Session::measure(bool training) {
   Stream dry = Stream::dry();
   Arena counting = Arena::measure("activation");
   // Every sequence a routing group of its own: the most that the router's tables can take.

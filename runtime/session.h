@@ -7,9 +7,11 @@ namespace moemamba {  // letters: B sequences, L length, C exchange rows
 // One rank's model and where it runs: streams, parameters, the exchange of expert rows, and the
 // arena of its activations, sized by a dry run of the very code that will use it.
 struct Session {
-  // training: gradients and moments too. sequences, length: of the largest micro-batch.
+  // sequences, length: of the largest micro-batch. planned_training: everything has its size and
+  // nothing has memory.
+  using Memory = ParameterStore::Memory;
   Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
-          int64_t length, double exchange_rows, bool training);
+          int64_t length, double exchange_rows, Memory memory);
 
   // An empty step of `sequences` sequences over the arena, whose memory is free again.
   Step begin(int64_t sequences, int64_t routing_group);
@@ -20,12 +22,12 @@ struct Session {
   LanguageModel model;
   LanguageModel::Saved saved;
   int64_t sequences, length;
-  bool training;
   ExpertExchange exchange;
+  int64_t activation_bytes;  // what the arena holds, or would
   Arena arena;
 
  private:
-  int64_t measure();
+  int64_t measure(bool training);
 };
 
 // Rows that one chunk of the exchange holds: `factor` times the even share of a micro-batch, at

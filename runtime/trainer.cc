@@ -13,7 +13,7 @@ double since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Facts of a step that all ranks add up, in this order; the choices per layer and expert follow.
+// Facts of a step that all ranks add up, in this order; the choices per router and expert follow.
 enum Fact { kLoss, kBalance, kZ, kDropped, kNotANumber, kSquares, kStop, kFacts };
 
 }  // namespace
@@ -48,12 +48,12 @@ Trainer::Trainer(ProcessGroups& groups, const TrainerOptions& options)
       share_(share_of_batch(options.data.global_batch, options.routing_group, options.micro_batch,
                             groups.rank, groups.layout.ranks())),
       session_(groups, options.sizes, options.threads, share_.micro_batch,
-               options.data.sequence_length, options.exchange_rows, true),
+               options.data.sequence_length, options.exchange_rows, Session::Memory::training),
       buckets_(session_.store.buckets(), session_.communication),
       optimizer_(options.optimizer, session_.store, buckets_),
       data_(options.data) {
   const int64_t T = share_.micro_batch * options.data.sequence_length;
-  const int64_t choices = options.sizes.moe_layers() * options.sizes.E;
+  const int64_t choices = options.sizes.routers() * options.sizes.E;
   ids_ = Buffer(DeviceKind::cpu, T * 4);
   targets_ = Buffer(DeviceKind::cpu, T * 4);
   starts_ = Buffer(DeviceKind::cpu, T);
@@ -82,7 +82,7 @@ void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const int64_t count = std::clamp<int64_t>(share_.count - before, 0, share_.micro_batch);
   const double global_tokens = double(options_.data.global_batch * L);
   const double groups = double(options_.data.global_batch / options_.routing_group);
-  const double layers = double(std::max<int64_t>(1, options_.sizes.moe_layers()));
+  const double routers = double(std::max<int64_t>(1, options_.sizes.routers()));
   auto start = Clock::now();
   auto* ids = reinterpret_cast<int32_t*>(ids_.data());
   auto* targets = reinterpret_cast<int32_t*>(targets_.data());
@@ -95,8 +95,8 @@ void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   step.facts = &facts_;
   step.accumulate = index > 0;
   if (options_.sizes.reset_at_documents) step.starts = view(starts, {count * L});
-  step.balance_scale = float(options_.sizes.balance_loss / (groups * layers));
-  step.z_scale = float(options_.sizes.z_loss / (groups * layers));
+  step.balance_scale = float(options_.sizes.balance_loss / (groups * routers));
+  step.z_scale = float(options_.sizes.z_loss / (groups * routers));
   const Tensor loss = step.arena.take({count * L}, DType::f32, "loss");
   const Tensor id_tensor = view(ids, {count * L});
   session_.model.forward(step, id_tensor, session_.saved, &buckets_);
@@ -129,10 +129,10 @@ void Trainer::share_facts(StepRecord& record) {
                  view(gather_buffer_.data(), {session_.groups.layout.ranks(), facts_tensor_.cols()},
                       DType::f64));
   const double groups = double(options_.data.global_batch / options_.routing_group);
-  const double layers = double(std::max<int64_t>(1, options_.sizes.moe_layers()));
+  const double routers = double(std::max<int64_t>(1, options_.sizes.routers()));
   record.ce = facts[kLoss] / double(options_.data.global_batch * options_.data.sequence_length);
-  record.balance_loss = options_.sizes.balance_loss * facts[kBalance] / (groups * layers);
-  record.z_loss = options_.sizes.z_loss * facts[kZ] / (groups * layers);
+  record.balance_loss = options_.sizes.balance_loss * facts[kBalance] / (groups * routers);
+  record.z_loss = options_.sizes.z_loss * facts[kZ] / (groups * routers);
   record.loss = record.ce + record.balance_loss + record.z_loss;
   record.grad_norm = std::sqrt(facts[kSquares]);
   record.dropped_rows = int64_t(facts[kDropped]);
@@ -177,6 +177,7 @@ StepRecord Trainer::take_step(int64_t k) {
   share_facts(record);
   judge(record);
   optimizer_.update(session_.compute, verdict_, k);
+  if (!skipped_) session_.model.balance_routers(counts_);
   buckets_.gather_weights(session_.compute);
   record.seconds.optimizer = since(phase);
   record.tokens_per_second =

@@ -34,7 +34,7 @@ class Trainer {
   void ask_to_stop() { stop_wanted_ = true; }
   bool stopping() const { return stopping_; }
 
-  // Choices of the latest step, [layers, E], over all ranks.
+  // Choices of the latest step, [routers, E], over all ranks.
   const std::vector<double>& expert_counts() const { return counts_; }
   void wait_weights();  // the newest values of all parameters are there
   Session& session() { return session_; }
@@ -61,7 +61,7 @@ class Trainer {
   bool skipped_ = false, stop_wanted_ = false, stopping_ = false;
 };
 
-// Fills load_max_over_mean and dead_experts from choices [layers, E].
+// Fills load_max_over_mean and dead_experts from choices [routers, E].
 void describe_load(const std::vector<double>& counts, int64_t experts, StepRecord& record);
 
 }  // namespace moemamba

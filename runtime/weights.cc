@@ -119,6 +119,7 @@ std::string differences(const ParameterStore& store, const RankLayout& layout, c
       want(p.name.substr(0, at) + std::to_string(e) + p.name.substr(at + 2),
            {p.shape[1], p.shape[2]});
   }
+  for (const Parameter& state : store.states()) want(state.name, state.shape);
   for (const auto& [name, unused] : found)
     if (!wanted.count(name)) text += concat("\n  ", name, ": the model has no such tensor");
   return text;

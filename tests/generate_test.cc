@@ -36,7 +36,7 @@ std::vector<int32_t> some_tokens(int64_t count) {
 std::vector<double> forward_logits(ProcessGroups& groups, const ModelSizes& sizes,
                                    std::vector<int32_t> ids) {
   const auto T = int64_t(ids.size());
-  Session session(groups, sizes, 1, 1, T, 4, false);
+  Session session(groups, sizes, 1, 1, T, 4, Session::Memory::values);
   session.store.initialise(5);
   Step step = session.begin(1, 1);
   session.model.forward(step, view(ids.data(), {T}), session.saved, nullptr);
@@ -51,9 +51,9 @@ void expect_decoding(ProcessGroups& groups, const ModelSizes& sizes, int64_t hel
                      const std::vector<int64_t>& pieces) {
   const std::vector<int32_t> ids = some_tokens(29);
   const std::vector<double> expected = forward_logits(groups, sizes, ids);
-  Session session(groups, sizes, 1, 1, held, 1.25, false);
+  Session session(groups, sizes, 1, 1, held, 1.25, Session::Memory::values);
   session.store.initialise(5);
-  Decoder decoder(session);
+  Decoder decoder(session, 64);
   for (int again : {0, 1}) {
     size_t fed = 0;
     for (size_t i = 0; fed < ids.size(); ++i) {
@@ -92,8 +92,8 @@ TEST(Decoder, FindsItsExpertsOnOtherRanks) {
 TEST(Decoder, WantsAToken) {
   const ModelSizes sizes = sizes_of(2, 1, false);
   in_world(RankLayout(1, 1, 2), [&](ProcessGroups& groups) {
-    Session session(groups, sizes, 1, 1, 4, 1.25, false);
-    Decoder decoder(session);
+    Session session(groups, sizes, 1, 1, 4, 1.25, Session::Memory::values);
+    Decoder decoder(session, 64);
     EXPECT_THROW(decoder.feed({}), Error);
   });
 }
@@ -163,7 +163,7 @@ TEST(Generate, GivesTheSameTextForTheSameSeedOnEveryLayout) {
   std::map<std::string, int> texts;
   for (int ranks : {1, 1, 2}) {
     in_world(RankLayout(ranks, ranks, 6), [&](ProcessGroups& groups) {
-      Session session(groups, sizes, 1, 1, 16, 1.25, false);
+      Session session(groups, sizes, 1, 1, 16, 1.25, Session::Memory::values);
       session.store.initialise(5);
       std::string shown;
       const std::string text =

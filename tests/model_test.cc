@@ -21,7 +21,7 @@ constexpr int kDirections = 3;
 
 struct Kind {
   ModelConfig::Norm norm = ModelConfig::LAYER_NORM;
-  ModelConfig::ExpertActivation activation = ModelConfig::RELU;
+  ModelConfig::Activation activation = ModelConfig::RELU;
   int experts = 5, top_k = 1;
   float capacity_factor = 0;
   bool renormalise = false, final_norm = false, resets = false;
@@ -48,7 +48,8 @@ ModelSizes sizes_of(const Kind& kind) {
   config.set_state(5);
   config.set_dt_rank(3);
   config.set_conv(3);
-  config.set_experts(kind.experts);
+  config.set_experts(std::max(1, kind.experts));
+  if (kind.experts == 0) config.add_pattern("mamba");
   config.set_top_k(kind.top_k);
   config.set_expert_hidden(9);
   config.set_norm(kind.norm);
@@ -139,7 +140,7 @@ double run_model(Session& session, const Kind& kind, const definition::ModelInpu
   std::vector<int32_t> targets(in.targets.begin(), in.targets.end());
   std::vector<uint8_t> starts(in.starts.begin(), in.starts.end());
   RoutingFacts facts;
-  facts.counts.resize(size_t(session.model.sizes().moe_layers() * session.model.sizes().E));
+  facts.counts.resize(size_t(session.model.sizes().routers() * session.model.sizes().E));
   const int64_t sequences = kSequences / kind.micro_batches, T = sequences * kLength;
   double loss = 0;
   for (int64_t i = 0; i < kind.micro_batches; ++i) {
@@ -166,7 +167,7 @@ TEST(LanguageModel, AgreesWithItsDefinitionAndItsGradient) {
     const ModelSizes sizes = sizes_of(kind);
     in_world(RankLayout(1, 1, kind.experts), [&](ProcessGroups& groups) {
       Session session(groups, sizes, 1, kSequences / kind.micro_batches, kLength,
-                      kind.exchange_rows, true);
+                      kind.exchange_rows, Session::Memory::training);
       session.store.initialise(1);
       disturb(session.store);
       const definition::ModelInput in = make_input(sizes, kind);
@@ -188,7 +189,7 @@ void expect_layer(const Kind& kind, MakeLayer make, Define define) {
     ParameterStore store(groups);
     store.begin_block("layer");
     const auto layer = make(store, sizes);
-    store.allocate(true);
+    store.allocate();
     store.initialise(1);
     disturb(store);
     Case keeper(7);
@@ -261,7 +262,7 @@ TEST(Norm, PassesOnTheGradientsOfBothItsOutputs) {
       ParameterStore store(groups);
       store.begin_block("layer");
       const Norm layer = Norm::make(store, "n", sizes);
-      store.allocate(true);
+      store.allocate();
       disturb(store);
       Case keeper(7);
       const Shape shape{kTokens, sizes.D};
@@ -276,7 +277,7 @@ TEST(Norm, PassesOnTheGradientsOfBothItsOutputs) {
       Step step{.stream = stream, .arena = arena};
       Norm::Saved saved;
       layer.forward(step, x, residual, saved);
-      layer.backward(step, dy, dstream, saved);
+      layer.backward(step, {.dy = dy, .dsum = dstream, .dx = dstream}, saved);
       Weights gradients = gradients_of(store);
       gradients["x"] = to_doubles(dstream);
       expect_gradients(gradients, at, [&](const Weights& moved) {

@@ -25,6 +25,9 @@ const RouteShape kShapes[] = {
     {.T = 12, .E = 4, .K = 4, .G = 6, .renormalise = true},
     {.T = 18, .E = 6, .K = 3, .G = 3, .capacity_factor = 0.75},
     {.T = 12, .E = 8, .K = 1, .capacity_factor = 0.25},
+    // 23 and 7 rows, which no binary fraction gives exactly
+    {.T = 100, .E = 5, .K = 1, .capacity_factor = 1.15},
+    {.T = 80, .E = 8, .K = 1, .capacity_factor = 0.7},
 };
 
 // Every shape for both kinds of router, renormalised or not, with a bias and a scale or without.
@@ -66,7 +69,7 @@ Route make(Case& c, const RouteShape& s, const Tensor& logits) {
           .z = c.empty({s.G}),
           .flag = c.empty({1}, DType::i32),
           .groups = s.G,
-          .capacity_factor = float(s.capacity_factor),
+          .capacity_factor = s.capacity_factor,
           .renormalise = s.renormalise,
           .kind = kind_of(s),
           .scale = float(s.scale)};

@@ -94,7 +94,7 @@ run: 3
           "run.textproto:1:1: modle: no such setting; did you mean \"model\"?",
           "run.textproto:3:3: model.widht: no such setting; did you mean \"width\"?",
           "run.textproto:4:11: model.blocks: expected a whole number, found a text in quotes",
-          "run.textproto:5:12: model.experts: out of range: must be 0 to 4096, found -1",
+          "run.textproto:5:12: model.experts: out of range: must be 1 to 4096, found -1",
           "run.textproto:6:9: model.norm: expected LAYER_NORM or RMS_NORM, found \"RMS\"",
           "run.textproto:7:10: model.top_k: expected a whole number, found \"1.5\"",
           "run.textproto:8:15: model.final_norm: expected true or false, found \"yes\"",

@@ -29,7 +29,7 @@ struct Holder {
 
   Holder(ProcessGroups& groups, const ModelSizes& sizes, uint64_t seed)
       : store(groups), model(sizes, store, groups.layout, groups.rank) {
-    store.allocate(false);
+    store.allocate(ParameterStore::Memory::values);
     store.initialise(seed);
   }
   // Names whose values are not, bit for bit, those that `seed` initialises.

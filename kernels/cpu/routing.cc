@@ -71,7 +71,8 @@ void admit(const Route& op) {
   const int64_t tokens = T / op.groups;
   const bool dropless = op.capacity_factor == 0;
   const int64_t capacity =
-      int64_t(std::floor(double(op.capacity_factor) * double(tokens) * double(K) / double(E)));
+      // A factor like 1.15 lies a little below its decimal: that must not cost a row.
+      int64_t(std::floor(op.capacity_factor * double(tokens) * double(K) / double(E) + 1e-9));
   auto* offsets = op.offsets.as<int32_t>();
   std::fill_n(offsets, E + 1, 0);
   for (int64_t g = 0; g < op.groups; ++g) {

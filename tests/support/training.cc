@@ -1,5 +1,6 @@
 #include "tests/support/training.h"
 
+#include <google/protobuf/text_format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -56,7 +57,8 @@ TrainerOptions trainer_options(const TrainingCase& c) {
   config.set_vocabulary(int(c.vocabulary));
   config.set_width(int(c.width));
   config.set_blocks(int(c.blocks));
-  config.set_experts(int(c.experts));
+  config.set_experts(int(std::max<int64_t>(1, c.experts)));
+  if (c.experts == 0) config.add_pattern("mamba");
   config.set_top_k(int(c.top_k));
   config.set_expert_hidden(int(c.hidden));
   config.set_expert_activation(c.activation);
@@ -64,11 +66,12 @@ TrainerOptions trainer_options(const TrainingCase& c) {
   config.set_reset_at_documents(c.reset_at_documents);
   config.set_z_loss(c.z_loss);
   config.set_state(8);
+  check(google::protobuf::TextFormat::MergeFromString(c.model, &config), "not a model: ", c.model);
   TrainConfig train;
   train.set_steps(c.steps);
   train.set_lr(c.lr);
   TrainerOptions options;
-  options.sizes = model_sizes(config, 0);
+  options.sizes = model_sizes(config, 0, c.length);
   options.optimizer = optimizer_settings(train);
   options.data.files = {synthetic_tokens(c.vocabulary)};
   options.data.vocabulary = c.vocabulary;

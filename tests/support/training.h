@@ -9,15 +9,17 @@ namespace moemamba {
 
 // A small model and synthetic text to train it on, for tests of whole steps.
 struct TrainingCase {
-  int64_t experts = 5, top_k = 1, blocks = 2, width = 24, hidden = 20, vocabulary = 61;
+  int64_t experts = 5;  // 0: blocks are Mamba alone
+  int64_t top_k = 1, blocks = 2, width = 24, hidden = 20, vocabulary = 61;
   int64_t batch = 4, micro_batch = 0, routing_group = 1, length = 12;
   double capacity_factor = 0, exchange_rows = 1.25;
-  ModelConfig::ExpertActivation activation = ModelConfig::RELU;
+  ModelConfig::Activation activation = ModelConfig::RELU;
   bool reset_at_documents = false;
   float lr = 1e-2f;
   int64_t steps = 20;
   int threads = 1;
   float z_loss = 0;
+  const char* model = "";  // further fields of ModelConfig, as text; they win
 };
 TrainerOptions trainer_options(const TrainingCase& c);
 

@@ -102,14 +102,11 @@ inline MoEResult moe(const ModelSizes& s, const Weights& w, const std::string& n
                               matmul(x, w.at(name + ".router.weight"), T, s.E, s.D, false, true));
   const std::vector<double> rows = permute(x, r.source, r.offsets.back(), s.D, s.K);
   std::vector<double> hidden = grouped_matmul(rows, experts("up"), r.offsets, s.F, s.D, true);
-  if (s.gated())
+  if (s.expert.gated)
     hidden =
         swiglu_forward(grouped_matmul(rows, experts("gate"), r.offsets, s.F, s.D, true), hidden);
   else
-    hidden = activation_forward(s.activation == ModelConfig::GELU   ? Activation::gelu
-                                : s.activation == ModelConfig::SILU ? Activation::silu
-                                                                    : Activation::relu,
-                                hidden);
+    hidden = activation_forward(s.expert.activation, hidden);
   const auto out = grouped_matmul(hidden, experts("down"), r.offsets, s.D, s.F, true);
   MoEResult result{.y = unpermute(out, r.position, r.weight, s.D, s.K)};
   for (double value : r.balance) result.balance += value;

@@ -84,7 +84,8 @@ inline void sort_by_expert(const RouteShape& s, const std::vector<bool>& kept, R
 inline RouteResult route(const RouteShape& s, const std::vector<double>& logits) {
   RouteResult r;
   const int64_t tokens = s.T / s.G;
-  const int64_t capacity = int64_t(std::floor(s.capacity_factor * tokens * s.K / s.E));
+  // 1e-9: factors are meant as decimals, and 1.15 * 100 is a little less than 115
+  const int64_t capacity = int64_t(std::floor(s.capacity_factor * tokens * s.K / s.E + 1e-9));
   std::vector<bool> kept;
   r.counts.resize(s.G * s.E);
   r.balance.resize(s.G);

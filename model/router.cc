@@ -1,0 +1,123 @@
+#include "model/router.h"
+
+#include "kernels/matmul.h"
+#include "kernels/routing.h"
+#include "model/first_values.h"
+
+namespace moemamba {
+
+namespace {
+
+// Reads what the router decided; the host's copy of the facts is f64 and added in layer order.
+void collect(RoutingFacts& facts, int router, const Router::Saved& saved, const Tensor& balance,
+             const Tensor& z, const Tensor& flag) {
+  const int64_t G = saved.counts.rows(), E = saved.counts.cols();
+  double chosen = 0;
+  for (int64_t g = 0; g < G; ++g)
+    for (int64_t e = 0; e < E; ++e) {
+      const double count = saved.counts.row<int32_t>(g)[e];
+      facts.counts[size_t(router * E + e)] += count;
+      chosen += count;
+    }
+  for (int64_t g = 0; g < G; ++g) {
+    facts.balance += balance.as<float>()[g];
+    facts.z += z.as<float>()[g];
+  }
+  facts.dropped += chosen - saved.offsets.as<int32_t>()[E];
+  facts.not_a_number += flag.as<int32_t>()[0];
+}
+
+RouterKind kind_of(const Router& router) {
+  return router.sigmoid ? RouterKind::sigmoid : RouterKind::softmax;
+}
+
+}  // namespace
+
+Router Router::make(ParameterStore& store, const std::string& name, const ModelSizes& s,
+                    int64_t width, int index) {
+  Router router{.index = index,
+                .K = s.K,
+                .sigmoid = s.sigmoid_router,
+                .capacity_factor = s.capacity_factor,
+                .renormalise = s.renormalise,
+                .scale = s.routed_scale};
+  router.weight = store.add(name + ".weight", {s.E, width}, FirstValues(s).reads(width));
+  if (s.router_bias_rate > 0) router.bias = store.add_state(name + ".bias", {s.E});
+  return router;
+}
+
+void Router::forward(Step& step, Tensor x, Saved& saved) const {
+  const int64_t T = x.rows(), E = experts(), G = step.routing_groups;
+  Arena& arena = step.arena;
+  saved.x = x;
+  saved.logits = arena.take({T, E}, DType::f32, "router logits");
+  saved.probabilities = arena.take({T, E}, DType::f32, "router probabilities");
+  saved.expert = arena.take({T, K}, DType::i32, "chosen experts");
+  saved.weight = arena.take({T, K}, DType::f32, "expert weights");
+  saved.position = arena.take({T, K}, DType::i32, "row positions");
+  saved.source = arena.take({T * K}, DType::i32, "row sources");
+  saved.offsets = arena.take({E + 1}, DType::i32, "expert offsets");
+  saved.counts = arena.take({G, E}, DType::i32, "expert counts");
+  Tensor balance = arena.take({G}, DType::f32, "balance loss");
+  Tensor z = arena.take({G}, DType::f32, "z-loss");
+  Tensor flag = arena.take({1}, DType::i32, "router flag");
+  run(step.stream,
+      Matmul{.a = saved.x, .b = weight->value, .out = saved.logits, .b_transposed = true});
+  run(step.stream, Route{.logits = saved.logits,
+                         .bias = bias ? bias->value : Tensor{},
+                         .probabilities = saved.probabilities,
+                         .expert = saved.expert,
+                         .weight = saved.weight,
+                         .position = saved.position,
+                         .source = saved.source,
+                         .offsets = saved.offsets,
+                         .counts = saved.counts,
+                         .balance = balance,
+                         .z = z,
+                         .flag = flag,
+                         .groups = G,
+                         .capacity_factor = capacity_factor,
+                         .renormalise = renormalise,
+                         .kind = kind_of(*this),
+                         .scale = scale});
+  if (step.facts && !step.stream.is_dry() && T > 0)
+    collect(*step.facts, index, saved, balance, z, flag);
+}
+
+void Router::backward(Step& step, Tensor dweight, Tensor dx, const Saved& saved) const {
+  Frame frame(step.arena);
+  Tensor dlogits = step.arena.take(saved.logits.shape, DType::f32, "gradient of router logits");
+  run(step.stream, RouteBackward{.logits = saved.logits,
+                                 .probabilities = saved.probabilities,
+                                 .expert = saved.expert,
+                                 .position = saved.position,
+                                 .counts = saved.counts,
+                                 .dweight = dweight,
+                                 .dlogits = dlogits,
+                                 .groups = step.routing_groups,
+                                 .renormalise = renormalise,
+                                 .kind = kind_of(*this),
+                                 .scale = scale,
+                                 .balance_scale = step.balance_scale,
+                                 .z_scale = step.z_scale});
+  step.weight_work(Matmul{.a = dlogits,
+                          .b = saved.x,
+                          .out = weight->gradient,
+                          .a_transposed = true,
+                          .accumulate = step.accumulate});
+  run(step.stream, Matmul{.a = dlogits, .b = weight->value, .out = dx, .accumulate = true});
+}
+
+void Router::balance(const double* counts, float rate) const {
+  if (!bias) return;
+  const int64_t E = experts();
+  double sum = 0;
+  for (int64_t e = 0; e < E; ++e) sum += counts[e];
+  auto* values = bias->value.as<float>();
+  for (int64_t e = 0; e < E; ++e) {
+    const double above = counts[e] * double(E) - sum;  // exact: counts are whole numbers
+    values[e] += above < 0 ? rate : above > 0 ? -rate : 0.f;
+  }
+}
+
+}  // namespace moemamba
