@@ -61,7 +61,7 @@ TEST_F(CommandLine, HelpNamesEverySetting) {
   const Result result = shell("$moemamba train --help");
   EXPECT_EQ(result.code, 0);
   EXPECT_NE(result.out.find("--ranks"), std::string::npos);
-  EXPECT_NE(result.out.find("--model.experts=8  (whole number, 0 to 4096)"), std::string::npos);
+  EXPECT_NE(result.out.find("--model.experts=8  (whole number, 1 to 4096)"), std::string::npos);
   EXPECT_NE(result.out.find("--data.train=(none)"), std::string::npos);
   for (const char* command : {"", "prepare", "evaluate", "generate", "settings"})
     EXPECT_EQ(shell(std::string("$moemamba ") + command + " --help").code, 0) << command;

@@ -1,5 +1,6 @@
 #include "runtime/generate.h"
 
+#include <google/protobuf/text_format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -7,14 +8,15 @@
 
 #include "tests/support/cases.h"
 #include "tests/support/in_world.h"
+#include "tests/support/systems.h"
 
 namespace moemamba {
 namespace {
 
-ModelSizes sizes_of(int experts, int top_k, bool final_norm) {
+ModelSizes sizes_of(int experts, int top_k, bool final_norm, const char* model = "") {
   ModelConfig config;
   config.set_vocabulary(37);
-  config.set_width(20);
+  config.set_width(24);
   config.set_blocks(2);
   config.set_state(8);
   config.set_experts(experts);
@@ -22,7 +24,8 @@ ModelSizes sizes_of(int experts, int top_k, bool final_norm) {
   config.set_expert_hidden(24);
   config.set_final_norm(final_norm);
   config.set_init_scale(1);
-  return model_sizes(config, 0);
+  check(google::protobuf::TextFormat::MergeFromString(model, &config), "not a model: ", model);
+  return model_sizes(config, 0, 64);
 }
 
 std::vector<int32_t> some_tokens(int64_t count) {
@@ -72,14 +75,28 @@ void expect_decoding(ProcessGroups& groups, const ModelSizes& sizes, int64_t hel
 }
 
 TEST(Decoder, TokenByTokenGivesTheLogitsOfTheWholeForwardPass) {
-  for (int experts : {0, 7})
-    for (int top_k : {1, 2}) {
-      const ModelSizes sizes = sizes_of(experts, top_k, top_k == 2);
-      in_world(RankLayout(1, 1, experts), [&](ProcessGroups& groups) {
-        expect_decoding(groups, sizes, 1, {1});
-        expect_decoding(groups, sizes, 8, {3, 1, 11, 2});
-      });
-    }
+  for (const System& system : kSystems) {
+    SCOPED_TRACE(system.name);
+    ModelSizes sizes = sizes_of(7, 1, false, system.model);
+    sizes.capacity_factor = 0;  // as in generation: a capacity depends on who else is there
+    in_world(RankLayout(1, 1, int(sizes.E)), [&](ProcessGroups& groups) {
+      expect_decoding(groups, sizes, 1, {1});
+      expect_decoding(groups, sizes, 8, {3, 1, 11, 2});
+    });
+  }
+}
+
+TEST(Decoder, RefusesMoreTokensThanItHasRoomOrPositionsFor) {
+  const ModelSizes sizes = sizes_of(2, 1, false, "pattern: 'attention, moe' positions: LEARNED");
+  in_world(RankLayout(1, 1, 2), [&](ProcessGroups& groups) {
+    Session session(groups, sizes, 1, 1, 4, 1.25, Session::Memory::values);
+    EXPECT_THROW(Decoder(session, 65), Error);  // 64 positions
+    Decoder decoder(session, 5);
+    decoder.feed(std::vector<int32_t>{1, 2, 3, 4, 5});
+    EXPECT_THROW(decoder.feed(std::vector<int32_t>{6}), Error);
+    decoder.reset();
+    EXPECT_NO_THROW(decoder.feed(std::vector<int32_t>{6}));
+  });
 }
 
 TEST(Decoder, FindsItsExpertsOnOtherRanks) {

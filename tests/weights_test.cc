@@ -8,6 +8,7 @@
 #include "tests/support/cases.h"
 #include "tests/support/faulty_files.h"
 #include "tests/support/in_world.h"
+#include "tests/support/systems.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/training.h"
 
@@ -82,6 +83,44 @@ TEST(Weights, OfAnyLayoutAreReadByAnyOther) {
     for (auto [readers, readers_expert] : layouts(4, 42))
       expect_loads(path, sizes, readers, readers_expert);
   }
+}
+
+TEST(Weights, OfEverySystemAreReadByOtherLayouts) {
+  for (const System& system : kSystems) {
+    SCOPED_TRACE(system.name);
+    TemporaryFolder folder;
+    const ModelSizes sizes = trainer_options({.model = system.model}).sizes;
+    save(folder / "w", sizes, 4, sizes.E ? 4 : 1);
+    expect_loads(folder / "w", sizes, 3, sizes.E ? 3 : 1);
+  }
+}
+
+TEST(Weights, CarryTheBiasesOfRouters) {
+  TemporaryFolder folder;
+  const ModelSizes sizes = trainer_options({.model = "router_bias_rate: 0.01"}).sizes;
+  const auto biases = [](const Holder& holder) {
+    std::vector<double> all;
+    for (const Parameter& state : holder.store.states())
+      for (double value : to_doubles(state.value)) all.push_back(value);
+    return all;
+  };
+  std::vector<double> written;
+  in_world(RankLayout(1, 1, 5), [&](ProcessGroups& groups) {
+    Holder holder(groups, sizes, 1);
+    float next = 0.25f;
+    for (const Parameter& state : holder.store.states())
+      for (int64_t e = 0; e < sizes.E; ++e) state.value.as<float>()[e] = next += 1;
+    written = biases(holder);
+    Stream stream = Stream::immediate();
+    PosixFileSystem files;
+    save_weights(files, folder / "w", holder.store, groups, stream, "", 1);
+  });
+  EXPECT_EQ(written.size(), size_t(2 * sizes.E));
+  in_world(RankLayout(2, 2, 5), [&](ProcessGroups& groups) {
+    Holder holder(groups, sizes, 2);
+    load_weights(folder / "w", holder.store, groups);
+    EXPECT_EQ(biases(holder), written);
+  });
 }
 
 TEST(Weights, OfADenseModelAreReadToo) {
