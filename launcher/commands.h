@@ -18,5 +18,6 @@ Command add_evaluate(CLI::App& app, const Words& words);
 Command add_generate(CLI::App& app, const Words& words);
 Command add_prepare(CLI::App& app, const Words& words);
 Command add_settings(CLI::App& app, const Words& words);
+Command add_compare(CLI::App& app, const Words& words);
 
 }  // namespace moemamba

@@ -45,7 +45,8 @@ int run(int argc, char** argv) {
                                                       {"train", add_train(app, words)},
                                                       {"evaluate", add_evaluate(app, words)},
                                                       {"generate", add_generate(app, words)},
-                                                      {"settings", add_settings(app, words)}};
+                                                      {"settings", add_settings(app, words)},
+                                                      {"compare", add_compare(app, words)}};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -201,10 +201,9 @@ std::vector<double> smoothed(const std::vector<double>& values, double half_life
   return means;
 }
 
-Plot loss_plot(const std::string& metrics_path) {
+MetricColumns read_metrics(const std::string& metrics_path) {
   const std::string content = read_file(metrics_path);
-  Series raw{.label = "each step", .x = {}, .y = {}, .faint = true};
-  Series held_out{.label = "held out", .x = {}, .y = {}, .points = true};
+  MetricColumns columns;
   for (size_t begin = 0, end = 0; (end = content.find('\n', begin)) != std::string::npos;
        begin = end + 1) {
     const auto row = nlohmann::json::parse(content.substr(begin, end - begin), nullptr, false);
@@ -213,14 +212,27 @@ Plot loss_plot(const std::string& metrics_path) {
       return row.contains(name) && row[name].is_number() ? row[name].get<double>()
                                                          : std::numeric_limits<double>::quiet_NaN();
     };
-    raw.x.push_back(value("step"));
-    raw.y.push_back(value("ce"));
+    columns.step.push_back(value("step"));
+    columns.ce.push_back(value("ce"));
+    columns.tokens_per_second.push_back(value("tokens_per_second"));
     if (!row.contains("val_loss")) continue;
-    held_out.x.push_back(value("step"));
-    held_out.y.push_back(value("val_loss"));
+    columns.held_out_step.push_back(value("step"));
+    columns.held_out_loss.push_back(value("val_loss"));
+    columns.held_out_bpb.push_back(value("val_bpb"));
   }
-  Series mean{.label = "training", .x = raw.x, .y = {}};
-  mean.y = smoothed(raw.y, std::max(1.0, double(raw.y.size()) / 50));
+  return columns;
+}
+
+Plot loss_plot(const std::string& metrics_path) {
+  MetricColumns metrics = read_metrics(metrics_path);
+  Series held_out{
+      .label = "held out", .x = metrics.held_out_step, .y = metrics.held_out_loss, .points = true};
+  Series mean{.label = "training", .x = metrics.step, .y = {}};
+  mean.y = smoothed(metrics.ce, std::max(1.0, double(metrics.ce.size()) / 50));
+  Series raw{.label = "each step",
+             .x = std::move(metrics.step),
+             .y = std::move(metrics.ce),
+             .faint = true};
   Plot plot{.title = "Loss", .x_label = "step", .y_label = "cross-entropy, nats per token"};
   plot.series = {std::move(mean), std::move(raw)};
   if (!held_out.x.empty()) plot.series.insert(plot.series.begin() + 1, std::move(held_out));

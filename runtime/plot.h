@@ -28,8 +28,15 @@ std::string to_svg(const Plot& plot);
 // Exponential mean with a half-life of `half_life` points, corrected at its start.
 std::vector<double> smoothed(const std::vector<double>& values, double half_life);
 
-// Cross-entropy per step (pale), smoothed, and the held-out points, from a metrics.jsonl. A last
-// line that is cut off is ignored.
+// What a metrics.jsonl holds, column by column; a value that is missing is NaN. A last line that is
+// cut off is ignored.
+struct MetricColumns {
+  std::vector<double> step, ce, tokens_per_second;
+  std::vector<double> held_out_step, held_out_loss, held_out_bpb;  // where there was an evaluation
+};
+MetricColumns read_metrics(const std::string& metrics_path);
+
+// Cross-entropy per step (pale), smoothed, and the held-out points, from a metrics.jsonl.
 Plot loss_plot(const std::string& metrics_path);
 
 // Draws `folder`/metrics.jsonl as `folder`/loss.svg.

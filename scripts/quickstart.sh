@@ -11,8 +11,7 @@ cd "$(dirname "$0")/.."
 started=$(date +%s)
 most_bits=1.90
 ranks=2
-corpus=data/austen
-tokens=$corpus/tokens
+tokens=data/austen/tokens
 run=runs/quickstart
 moemamba=build/cpu-release/moemamba
 
@@ -22,29 +21,8 @@ say "install and build"
 sh scripts/install.sh
 sh scripts/build.sh cpu-release moemamba
 
-say "corpus: Debian's r-cran-janeaustenr, unpacked, not installed"
-novels=$corpus/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb
-fetch() { (cd "$corpus" && apt-get download --quiet=2 r-cran-janeaustenr 2>download.log); }
-if [ ! -f "$novels" ]; then
-  rm -rf "$corpus"
-  mkdir -p "$corpus"
-  if ! fetch; then  # no package lists, or old ones
-    root=
-    [ "$(id -u)" -eq 0 ] || root=sudo
-    $root apt-get update --quiet=2 || true
-    fetch || { cat "$corpus/download.log" >&2; exit 1; }
-  fi
-  dpkg-deb -x "$corpus"/r-cran-janeaustenr_*.deb "$corpus"
-fi
-echo "$novels, $(wc -c <"$novels") bytes"
-
-say "tokens: BPE of 4096 pieces; Persuasion is held out"
-if [ ! -f "$tokens/summary.json" ]; then
-  "$moemamba" prepare --output "$tokens" --tokenizer bpe --vocabulary 4096 \
-    --hold-out Persuasion "$novels"
-else
-  echo "$tokens is there"
-fi
+say "corpus: Debian's r-cran-janeaustenr, unpacked, not installed; Persuasion is held out"
+sh scripts/fetch_austen.sh "$moemamba"
 
 say "train on $ranks ranks, the experts spread over them"
 train_started=$(date +%s)
