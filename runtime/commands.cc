@@ -40,6 +40,12 @@ TrainerOptions trainer_options(const TrainRequest& request, const Tokenizer& tok
   return options;
 }
 
+EvaluatorOptions evaluator_options(const TrainConfig& train, const Tokenizer& tokenizer) {
+  return {.routing_group = train.routing_group(),
+          .most_tokens = train.eval_tokens(),
+          .end_of_document = tokenizer.end_of_document()};
+}
+
 // The tokenizer of a run, once its token files are known to be of use with it.
 Tokenizer checked_tokenizer(const DataConfig& data, bool trains) {
   Tokenizer tokenizer = open_tokenizer(data.tokenizer());
@@ -86,8 +92,7 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
   if (request.data.validation_size() > 0) {
     HeldOut held_out = open_held_out(list(request.data.validation()));
     bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
-    evaluator_.emplace(session, std::move(held_out), request.train.routing_group(),
-                       request.train.eval_tokens());
+    evaluator_.emplace(session, std::move(held_out), evaluator_options(request.train, tokenizer_));
   }
   if (!request.init_from.empty()) load_weights(request.init_from, session.store, groups);
   barrier(*groups.control, session.compute);
@@ -246,7 +251,7 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
                                  request.train.sequence_length());
   load_weights(request.weights, session.store, groups);
   Evaluator evaluator(session, open_held_out(list(request.data.validation())),
-                      request.train.routing_group(), request.train.eval_tokens());
+                      evaluator_options(request.train, tokenizer));
   return evaluator.run();
 }
 
