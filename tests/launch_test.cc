@@ -42,6 +42,26 @@ TEST_F(Launch, RanksWithOtherSettingsRefuseToStart) {
   EXPECT_FALSE(file_exists(run()));
 }
 
+// A machine that was left with an older build of the same version.
+TEST_F(Launch, RanksOfOtherSourcesRefuseToStart) {
+  const std::string version = shell("$moemamba --version").out;
+  const std::string mark = "sources: ";
+  const std::string own = version.substr(version.find(mark) + mark.size(), 16);
+  std::string program = read_file(MOEMAMBA_BINARY_DIR "/moemamba");
+  ASSERT_EQ(count(program, own), 1);
+  program.replace(program.find(own), own.size(), "0123456789abcdef");
+  put("older", program);
+  std::filesystem::permissions(*this / "older", std::filesystem::perms::owner_all);
+  const std::string words = " train --parallel.expert=2" + small_training(2);
+  const Result result = shell("$mpirun -n 1 $moemamba" + words + " : -n 1 ./older" + words);
+  EXPECT_EQ(result.code, 1) << result.err;
+  EXPECT_EQ(count(result.err, "build sources: rank 0 \"" + own + "\", rank 1 \"0123456789abcdef\""),
+            1)
+      << result.err;
+  EXPECT_EQ(count(result.err, "build version"), 0) << result.err;
+  EXPECT_FALSE(file_exists(run()));
+}
+
 // As tasks of srun without PMIx are: each would train alone, all into one folder.
 TEST_F(Launch, RanksThatDoNotFindEachOtherRefuseToStart) {
   const Result result =
