@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "core/file.h"
+#include "runtime/token_files.h"
 #include "tests/support/program.h"
 
 namespace moemamba {
@@ -53,6 +54,27 @@ TEST_F(BadInput, TokenFilesThatCannotBeRead) {
   EXPECT_EQ(result.code, 1);
   EXPECT_NE(result.err.find("--data.train=nothing: nothing.bin: cannot open"), std::string::npos);
   EXPECT_FALSE(file_exists(run()));
+}
+
+// What a file alone cannot tell: an llm.c file has no index, a Megatron pair may lose its own.
+TEST_F(BadInput, TokenFilesThatAreNotWhatTheirSummaryTells) {
+  const std::string train = "$moemamba train" + small_training(3);
+  const int64_t tokens = TokenFile(*this / "tokens/train").size();
+  std::filesystem::create_directory(*this / "other");
+  for (const char* name : {"summary.json", "tokenizer.model", "train.bin", "validation.bin"})
+    copy(std::string("tokens/") + name, std::string("other/") + name);
+  for (const std::string split : {"train", "validation"}) {
+    const std::string option = "--data." + split + "=other/" + split;
+    expect_refused(train + option, 1,
+                   {option + ": other/" + split + ".idx: missing; `moemamba prepare` wrote it"});
+  }
+  PosixFileSystem files;
+  TokenWriter writer(files, *this / "other/train", TokenFormat::megatron, 257);
+  writer.add_document(std::vector<int32_t>(1000, 1));
+  writer.commit();
+  expect_refused(train + "--data.train=other/train", 1,
+                 {"other/train.bin: expected the " + std::to_string(tokens) +
+                  " tokens of other/summary.json, found 1000: the file is cut off"});
 }
 
 TEST_F(BadInput, TokensOutsideTheVocabulary) {
