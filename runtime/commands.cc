@@ -115,6 +115,9 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
 }
 
 void Run::introduce() {
+  const std::string idle = idle_ranks_warning(
+      request_.train.global_batch_size(), request_.train.routing_group(), groups_.layout.ranks());
+  if (speaks() && !idle.empty()) std::fprintf(stderr, "moemamba: %s\n", idle.c_str());
   if (!progress_) return;
   Session& session = trainer_.session();
   const ModelSizes& s = session.model.sizes();

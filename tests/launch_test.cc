@@ -104,6 +104,21 @@ TEST_F(Launch, EveryLayoutWritesTheSameLosses) {
   std::printf("worst relative difference %.2g, bound %.2g\n", worst, kBound);
 }
 
+TEST_F(Launch, RanksWithoutSequencesAreTold) {
+  const std::string train = "$moemamba train --ranks 3 --overwrite=true" + small_training(1);
+  Result result = shell(train + "--train.routing_group=4");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(count(result.err,
+                  "moemamba: 2 of 3 ranks have no sequences: train.global_batch_size 4 is 1 x "
+                  "train.routing_group 4, and a group stays on one rank; set "
+                  "train.global_batch_size to 12 or lower train.routing_group\n"),
+            1)
+      << result.err;
+  result = shell(train + "--train.progress=off");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(result.err, "");
+}
+
 TEST_F(Launch, ADeadRankEndsTheOthersAndIsNamed) {
   const Result result = while_training("--train.progress=off", [](const Processes& processes) {
     kill(processes.ranks[1], SIGKILL);
