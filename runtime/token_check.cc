@@ -63,15 +63,15 @@ void check_first_ids(const TokenFile& file, int64_t vocabulary) {
 }  // namespace
 
 void check_token_files(const std::string& setting, const std::vector<std::string>& paths,
-                       const Tokenizer& tokenizer) {
+                       const std::optional<Tokenizer>& tokenizer, int64_t vocabulary) {
   for (const std::string& path : paths) {
     try {
       const TokenFile file(path);
       if (const std::optional<Prepared> prepared = find_prepared(file)) {
         check_whole(file, *prepared);
-        check_maker(file, *prepared, tokenizer);
+        if (tokenizer) check_maker(file, *prepared, *tokenizer);
       }
-      check_first_ids(file, tokenizer.vocabulary());
+      check_first_ids(file, vocabulary);
     } catch (const Error& error) {
       throw Error(concat("--", setting, "=", path, ": ", error.what(),
                          "; expected token files as `moemamba prepare` writes them"));

@@ -103,7 +103,37 @@ TEST_F(BadInput, TokenizersThatDoNotFit) {
                  {"--data.tokenizer=none.model: none.model: cannot open"});
   expect_refused(train + "--data.tokenizer=text.txt", 1,
                  {"text.txt: neither a SentencePiece model nor a bytes tokenizer",
-                  "expected \"bytes\" or a tokenizer.model"});
+                  "expected \"bytes\", \"none\" or a tokenizer.model"});
+  expect_refused(train + "--data.tokenizer=none --data.sampling=CIRCULAR", 2,
+                 {"model.vocabulary: data.tokenizer is \"none\": give the number of ids",
+                  "--data.sampling=CIRCULAR: CIRCULAR puts an end-of-document id"});
+}
+
+// llm.c's GPT-2 tokens: 50257 ids, of which no file here says what they mean.
+TEST_F(BadInput, TokensWithoutATokenizerAreTrainedOnAndEvaluatedButMakeNoText) {
+  const std::string train = "$moemamba train --data.tokenizer=none" + small_training(2) +
+                            "--data.train=gpt2.bin --data.validation=gpt2.bin ";
+  PosixFileSystem files;
+  TokenWriter writer(files, *this / "gpt2", TokenFormat::llmc, 50257);
+  std::vector<int32_t> ids(2000);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = int32_t(i * 7919 % 50257);
+  ids[1234] = 50256;
+  writer.add_document(ids);
+  writer.commit();
+  expect_refused(train + "--model.vocabulary=50256", 1,
+                 {"gpt2.bin, token 1234 (byte 3492): token id 50256 is outside the vocabulary of "
+                  "50256"});
+  Result result = shell(train + "--model.vocabulary=50257");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_FALSE(file_exists(run() + "/tokenizer.model"));
+  result = shell("$moemamba evaluate --run run");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(count(result.out, "held-out: 1999 tokens, loss "), 1) << result.out;
+  result = shell("$moemamba generate --run run --tokens 3");
+  EXPECT_EQ(result.code, 1);
+  EXPECT_EQ(result.out, "");
+  EXPECT_EQ(count(result.err, "--data.tokenizer=none: this model was trained on ids alone"), 1)
+      << result.err;
 }
 
 TEST_F(BadInput, TooLittleTextForOneBatch) {
