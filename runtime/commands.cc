@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "runtime/model_kind.h"
 #include "runtime/plot.h"
 #include "runtime/progress.h"
 #include "runtime/run_folder.h"
@@ -106,7 +107,10 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
     bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
     evaluator_.emplace(session, std::move(held_out), evaluator_options(request.train, tokenizer_));
   }
-  if (!request.init_from.empty()) load_weights(request.init_from, session.store, groups);
+  if (!request.init_from.empty()) {
+    load_weights(request.init_from, session.store, groups);
+    check_same_kind(request.init_from, request.model, tokenizer_);
+  }
   barrier(*groups.control, session.compute);
   if (!speaks()) return;
   claim_run_folder(files, request.run, request.resolved_text, request.overwrite);
@@ -169,8 +173,10 @@ void Run::evaluate(StepRecord& record) {
 void Run::save(int64_t step) {
   trainer_.wait_weights();
   Session& session = trainer_.session();
+  WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
+  metadata["config"] = request_.resolved_text;
   save_weights(files_, join_path(request_.run, "weights"), session.store, groups_, session.compute,
-               request_.resolved_text, step);
+               metadata, step);
   if (speaks() && tokenizer_ && tokenizer_->kind() == TokenizerKind::bpe)
     tokenizer_->save(files_, join_path(request_.run, "tokenizer.model"));
 }

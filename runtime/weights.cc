@@ -29,12 +29,13 @@ std::vector<NamedTensor> own_tensors(const ParameterStore& store, bool first) {
 }
 
 void write_shard(FileSystem& files, const std::string& path, const std::vector<NamedTensor>& own,
-                 const std::string& config, int64_t step) {
+                 WeightsMetadata metadata, int64_t step) {
+  metadata["step"] = std::to_string(step);
+  metadata["format"] = "pt";
   std::vector<StoredTensor> stored;
   for (const NamedTensor& t : own)
     stored.push_back({.name = t.name, .dtype = DType::f32, .shape = t.value.shape});
-  SafetensorsWriter writer(files, path, stored,
-                           {{"config", config}, {"step", std::to_string(step)}, {"format", "pt"}});
+  SafetensorsWriter writer(files, path, stored, metadata);
   for (const NamedTensor& t : own) writer.write(t.value);
   writer.commit();
 }
@@ -127,7 +128,8 @@ std::string differences(const ParameterStore& store, const RankLayout& layout, c
 }  // namespace
 
 void save_weights(FileSystem& files, const std::string& folder, const ParameterStore& store,
-                  ProcessGroups& groups, Stream& stream, const std::string& config, int64_t step) {
+                  ProcessGroups& groups, Stream& stream, const WeightsMetadata& metadata,
+                  int64_t step) {
   const int shards = groups.layout.expert_size();
   const int shard = groups.layout.expert_coordinate(groups.rank);
   const bool writes = groups.layout.expert_data_coordinate(groups.rank) == 0;
@@ -139,7 +141,7 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
   barrier(*groups.control, stream);
   if (writes)
     write_shard(files, join_path(temporary, shard_name(shard, shards)),
-                own_tensors(store, shard == 0), config, step);
+                own_tensors(store, shard == 0), metadata, step);
   barrier(*groups.control, stream);
   if (groups.rank == 0) {
     if (shards > 1) write_index(files, temporary, shards);
@@ -153,6 +155,10 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
     fs::remove_all(old);
   }
   barrier(*groups.control, stream);
+}
+
+WeightsMetadata read_weights_metadata(const std::string& path) {
+  return open_all(path).front().metadata();
 }
 
 void load_weights(const std::string& path, const ParameterStore& store,
