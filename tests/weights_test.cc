@@ -256,6 +256,41 @@ TEST(Weights, AreReplacedAtOnce) {
   expect_all_or_nothing(2, 2, true);
 }
 
+// One operation of one rank fails, each in turn; the disk is well again when rank 0 cleans up.
+void expect_nothing_left_behind(int ranks, int expert, int failing) {
+  const ModelSizes sizes = sizes_of(4);
+  TemporaryFolder folder;
+  bool done = false;
+  for (int64_t left = 0; !done; ++left) {
+    ASSERT_LT(left, 1000);
+    const std::string path = folder / (std::to_string(left) + "/weights");
+    save(path, sizes, ranks, expert, 1);
+    done = true;
+    try {
+      in_world(RankLayout(ranks, expert, 4), [&](ProcessGroups& groups) {
+        Holder holder(groups, sizes, 2);
+        Stream stream = Stream::immediate();
+        FaultyFiles faulty(groups.rank == failing ? left : 1 << 30);
+        faulty.refusals = 1;
+        save_weights(faulty, path, holder.store, groups, stream, {}, 1);
+      });
+    } catch (const Error&) {
+      done = false;
+    }
+    std::string found;
+    for (const auto& entry : fs::directory_iterator(folder / std::to_string(left)))
+      found += entry.path().filename().string() + " ";
+    EXPECT_EQ(found, "weights ") << "operation " << left << " of rank " << failing;
+    EXPECT_EQ(fs::exists(path + "/model.safetensors.index.json"), expert > 1);
+  }
+}
+
+TEST(Weights, LeaveNothingHalfWrittenBehind) {
+  expect_nothing_left_behind(1, 1, 0);
+  expect_nothing_left_behind(2, 2, 0);
+  expect_nothing_left_behind(2, 2, 1);
+}
+
 TEST(Weights, AreWhereAnotherTrainingGoesOn) {
   TemporaryFolder folder;
   const TrainingCase c{.experts = 5, .width = 16, .batch = 8, .steps = 3};
