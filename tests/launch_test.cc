@@ -104,6 +104,22 @@ TEST_F(Launch, EveryLayoutWritesTheSameLosses) {
   std::printf("worst relative difference %.2g, bound %.2g\n", worst, kBound);
 }
 
+// A prompt that looks like an option reaches the ranks as it is.
+TEST_F(Launch, GeneratesTheSameTextOnAnyNumberOfRanks) {
+  ASSERT_EQ(shell("$moemamba train" + small_training(2)).code, 0);
+  for (const std::string prompt : {"--ranks", "--ranks=3", "The 7th"}) {
+    const std::string words = " --run run --prompt '" + prompt + "' --tokens 40 --seed 5";
+    const Result alone = shell("$moemamba generate" + words);
+    EXPECT_EQ(alone.code, 0) << alone.err;
+    EXPECT_EQ(alone.out.substr(0, prompt.size()), prompt);
+    EXPECT_EQ(alone.out.back(), '\n');
+    EXPECT_GT(alone.out.size(), prompt.size() + 1);
+    const Result shared = shell("$moemamba generate --ranks 2" + words);
+    EXPECT_EQ(shared.code, 0) << shared.err;
+    EXPECT_EQ(shared.out, alone.out);
+  }
+}
+
 TEST_F(Launch, RanksWithoutSequencesAreTold) {
   const std::string train = "$moemamba train --ranks 3 --overwrite=true" + small_training(1);
   Result result = shell(train + "--train.routing_group=4");
