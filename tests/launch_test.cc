@@ -136,13 +136,18 @@ TEST_F(Launch, RanksWithoutSequencesAreTold) {
 }
 
 TEST_F(Launch, ADeadRankEndsTheOthersAndIsNamed) {
-  const Result result = while_training("--train.progress=off", [](const Processes& processes) {
-    kill(processes.ranks[1], SIGKILL);
-  });
-  EXPECT_EQ(result.code, 75) << result.err;
-  EXPECT_NE(result.err.find("process rank "), std::string::npos) << result.err;
-  EXPECT_NE(result.err.find("a rank was lost (signal 9: Killed)"), std::string::npos) << result.err;
-  EXPECT_FALSE(file_exists(run() + "/weights"));
+  for (size_t dead : {0, 1}) {
+    const Result result = while_training(
+        "--train.progress=off --overwrite=true",
+        [dead](const Processes& processes) { kill(processes.ranks[dead], SIGKILL); });
+    EXPECT_EQ(result.code, 75) << result.err;
+    EXPECT_EQ(count(result.err, "process rank " + std::to_string(dead) + " with PID "), 1)
+        << result.err;
+    EXPECT_EQ(count(result.err, "process rank "), 1) << result.err;
+    EXPECT_EQ(count(result.err, "a rank was lost (signal 9: Killed)"), 1) << result.err;
+    EXPECT_FALSE(file_exists(run() + "/weights"));
+    std::filesystem::remove_all(run());
+  }
 }
 
 void expect_whole(const std::string& metrics) {
