@@ -11,6 +11,7 @@
 
 #include "core/file.h"
 #include "tests/support/program.h"
+#include "tests/support/training.h"
 
 namespace moemamba {
 namespace {
@@ -73,7 +74,6 @@ TEST_F(Launch, RanksThatDoNotFindEachOtherRefuseToStart) {
 
 // Experts over four, two and one of four ranks, and one rank alone: the same model, the same text.
 TEST_F(Launch, EveryLayoutWritesTheSameLosses) {
-  constexpr double kBound = 1e-6;  // relative: f32 sums in another order
   const std::string words = small_training(6) +
                             "--model.blocks=2 --model.experts=42 --model.top_k=2 "
                             "--train.global_batch_size=13 --train.lr=0.01 "
@@ -96,12 +96,12 @@ TEST_F(Launch, EveryLayoutWritesTheSameLosses) {
       for (size_t i = 0; i < one.size(); ++i) {
         const double difference = std::abs(four[i] / one[i] - 1);
         worst = std::max(worst, difference);
-        EXPECT_LE(difference, kBound)
+        EXPECT_LE(difference, kLossBound)
             << field << " " << i << ", experts over " << expert << " of four ranks";
       }
     }
   }
-  std::printf("worst relative difference %.2g, bound %.2g\n", worst, kBound);
+  std::printf("worst relative difference %.2g, bound %.2g\n", worst, kLossBound);
 }
 
 // A prompt that looks like an option reaches the ranks as it is.
