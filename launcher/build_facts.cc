@@ -9,6 +9,7 @@ namespace moemamba {
 
 Facts build_facts() {
   return {{"version", std::string(build_version())},
+          {"sources", std::string(build_sources())},
           {"compiler", std::string(build_compiler())},
           {"flags", std::string(build_flags())},
           {"BLAS", blas_core()},

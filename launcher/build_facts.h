@@ -10,11 +10,12 @@ namespace moemamba {
 std::string_view build_version();   // "0.1"
 std::string_view build_compiler();  // "GNU 12.2.0"
 std::string_view build_flags();     // "-O2 -g1"
+std::string_view build_sources();   // a digest of all sources (sources.cmake)
 // The schema of RunConfig with its comments: a serialised FileDescriptorSet.
 std::string_view run_config_descriptors();
 
-// All that decides about bits, and must be the same on all ranks: version, compiler, flags, the
-// core that OpenBLAS computes for, the instruction set of the vector kernels.
+// All that decides about bits, and must be the same on all ranks: version, sources, compiler,
+// flags, the core that OpenBLAS computes for, the instruction set of the vector kernels.
 Facts build_facts();
 std::string version_text();  // for --version, one fact a line
 

@@ -18,9 +18,10 @@ struct CompareOptions {
 
 ComparedRun open_run(const std::string& folder) {
   const RunConfig config = read_run_settings(folder, {}, 1);
-  const int64_t vocabulary = config.model().vocabulary()
-                                 ? config.model().vocabulary()
-                                 : open_tokenizer(config.data().tokenizer()).vocabulary();
+  int64_t vocabulary = config.model().vocabulary();
+  if (vocabulary == 0)
+    if (const auto tokenizer = open_tokenizer(config.data().tokenizer()))
+      vocabulary = tokenizer->vocabulary();
   const ModelSizes sizes =
       model_sizes(config.model(), vocabulary, config.train().sequence_length());
   const auto path = std::filesystem::path(folder).lexically_normal();

@@ -31,8 +31,9 @@ void print_evaluation(const RunConfig& config, const Evaluation& evaluation) {
   std::printf("\n");
   const std::vector<std::string> paths(config.data().validation().begin(),
                                        config.data().validation().end());
-  const int64_t vocabulary = open_tokenizer(config.data().tokenizer()).vocabulary();
-  print_baselines(config.data(), vocabulary, open_held_out(paths).bytes);
+  const auto tokenizer = open_tokenizer(config.data().tokenizer());
+  print_baselines(config.data(), tokenizer ? tokenizer->vocabulary() : config.model().vocabulary(),
+                  open_held_out(paths).bytes);
   if (config.model().experts() > 0)
     std::printf("\n%s", expert_table(evaluation.counts, config.model().experts()).c_str());
   std::fflush(stdout);

@@ -55,6 +55,8 @@ std::vector<std::string> export_environment() {
   return names;
 }
 
+// The words stay as they are, --ranks among them: only the parser knows which of them are values
+// of others, and under mpirun the option only has to agree (must_launch).
 std::vector<std::string> command_of(int ranks, const std::vector<std::string>& words) {
   std::vector<std::string> command{"mpirun",          "-n",        concat(ranks),
                                    "--oversubscribe", "--bind-to", "none"};
@@ -64,12 +66,7 @@ std::vector<std::string> command_of(int ranks, const std::vector<std::string>& w
     command.push_back(name);
   }
   command.push_back(own_path());
-  for (size_t i = 0; i < words.size(); ++i) {
-    if (words[i] == "--ranks")
-      ++i;  // and its value
-    else if (words[i].rfind("--ranks=", 0) != 0)
-      command.push_back(words[i]);
-  }
+  command.insert(command.end(), words.begin(), words.end());
   return command;
 }
 

@@ -27,7 +27,7 @@ enum class OnSignal {
   ask,  // reaches them as SIGUSR1, which mpirun hands on (StopSignals); the second one ends them
 };
 
-// Runs this program with `words` (without --ranks) under mpirun, with what this machine needs:
+// Runs this program with `words` under mpirun, with what this machine needs:
 // root, more ranks than cores, no binding, one BLAS thread, copies that containers allow. Waits;
 // if this process dies, so do the ranks. Returns mpirun's exit code, which is that of the first
 // rank that failed, but 128 + n after signal n (SIGUSR1 asks for no more than it gets: 0), and

@@ -37,6 +37,18 @@ void check_model(Settings& settings, const ModelConfig& model) {
     settings.object(problem.setting, problem.text);
 }
 
+void check_data(Settings& settings, const RunConfig& config) {
+  if (config.data().tokenizer() != "none") return;
+  if (config.model().vocabulary() == 0)
+    settings.object("model.vocabulary",
+                    "data.tokenizer is \"none\": give the number of ids of the tokenizer that made "
+                    "the token files (50257 for GPT-2's)");
+  if (config.data().sampling() == DataConfig::CIRCULAR)
+    settings.object("data.sampling",
+                    "CIRCULAR puts an end-of-document id behind every document, and data.tokenizer "
+                    "\"none\" has none; take EPOCHS");
+}
+
 void check_training(Settings& settings, const RunConfig& config) {
   const TrainConfig& train = config.train();
   const auto whole_groups = [&](const char* setting, int sequences) {
@@ -89,6 +101,7 @@ RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks
   if (purpose != Purpose::show) {
     check_layout(settings, config, ranks);
     check_model(settings, config.model());
+    check_data(settings, config);
   }
   if (purpose == Purpose::train) check_training(settings, config);
   settings.throw_problems();

@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "model/counts.h"
+#include "runtime/model_kind.h"
 #include "runtime/plot.h"
 #include "runtime/progress.h"
 #include "runtime/run_folder.h"
@@ -20,14 +21,23 @@ std::vector<std::string> list(const google::protobuf::RepeatedPtrField<std::stri
   return {values.begin(), values.end()};
 }
 
-TrainerOptions trainer_options(const TrainRequest& request, const Tokenizer& tokenizer) {
+// Of the tokenizer; 0 and -1 where there is none.
+int64_t vocabulary_of(const std::optional<Tokenizer>& tokenizer) {
+  return tokenizer ? tokenizer->vocabulary() : 0;
+}
+int32_t end_of_document(const std::optional<Tokenizer>& tokenizer) {
+  return tokenizer ? tokenizer->end_of_document() : -1;
+}
+
+TrainerOptions trainer_options(const TrainRequest& request,
+                               const std::optional<Tokenizer>& tokenizer) {
   const TrainConfig& train = request.train;
   TrainerOptions options;
-  options.sizes = model_sizes(request.model, tokenizer.vocabulary(), train.sequence_length());
+  options.sizes = model_sizes(request.model, vocabulary_of(tokenizer), train.sequence_length());
   options.optimizer = optimizer_settings(train);
   options.data.files = list(request.data.train());
   options.data.vocabulary = options.sizes.V;
-  options.data.end_of_document = tokenizer.end_of_document();
+  options.data.end_of_document = end_of_document(tokenizer);
   options.data.sequence_length = train.sequence_length();
   options.data.global_batch = train.global_batch_size();
   options.data.seed = train.seed();
@@ -41,11 +51,20 @@ TrainerOptions trainer_options(const TrainRequest& request, const Tokenizer& tok
   return options;
 }
 
+EvaluatorOptions evaluator_options(const TrainConfig& train,
+                                   const std::optional<Tokenizer>& tokenizer) {
+  return {.routing_group = train.routing_group(),
+          .most_tokens = train.eval_tokens(),
+          .end_of_document = end_of_document(tokenizer)};
+}
+
 // The tokenizer of a run, once its token files are known to be of use with it.
-Tokenizer checked_tokenizer(const DataConfig& data, bool trains) {
-  Tokenizer tokenizer = open_tokenizer(data.tokenizer());
-  if (trains) check_token_files("data.train", list(data.train()), tokenizer);
-  check_token_files("data.validation", list(data.validation()), tokenizer);
+std::optional<Tokenizer> checked_tokenizer(const DataConfig& data, const ModelConfig& model,
+                                           bool trains) {
+  std::optional<Tokenizer> tokenizer = open_tokenizer(data.tokenizer());
+  const int64_t vocabulary = tokenizer ? tokenizer->vocabulary() : model.vocabulary();
+  if (trains) check_token_files("data.train", list(data.train()), tokenizer, vocabulary);
+  check_token_files("data.validation", list(data.validation()), tokenizer, vocabulary);
   return tokenizer;
 }
 
@@ -67,7 +86,7 @@ class Run {
   FileSystem& files_;
   ProcessGroups& groups_;
   const TrainRequest& request_;
-  Tokenizer tokenizer_;
+  std::optional<Tokenizer> tokenizer_;  // data.tokenizer may be "none"
   Trainer trainer_;
   std::optional<Evaluator> evaluator_;
   std::optional<MetricsWriter> metrics_;
@@ -80,17 +99,19 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
     : files_(files),
       groups_(groups),
       request_(request),
-      tokenizer_(checked_tokenizer(request.data, true)),
+      tokenizer_(checked_tokenizer(request.data, request.model, true)),
       trainer_(groups, trainer_options(request, tokenizer_)) {
   Session& session = trainer_.session();
   double bytes_per_token = 0;
   if (request.data.validation_size() > 0) {
     HeldOut held_out = open_held_out(list(request.data.validation()));
     bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
-    evaluator_.emplace(session, std::move(held_out), request.train.routing_group(),
-                       request.train.eval_tokens());
+    evaluator_.emplace(session, std::move(held_out), evaluator_options(request.train, tokenizer_));
   }
-  if (!request.init_from.empty()) load_weights(request.init_from, session.store, groups);
+  if (!request.init_from.empty()) {
+    load_weights(request.init_from, session.store, groups);
+    check_same_kind(request.init_from, request.model, tokenizer_);
+  }
   barrier(*groups.control, session.compute);
   if (!speaks()) return;
   claim_run_folder(files, request.run, request.resolved_text, request.overwrite);
@@ -111,6 +132,9 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
 }
 
 void Run::introduce() {
+  const std::string idle = idle_ranks_warning(
+      request_.train.global_batch_size(), request_.train.routing_group(), groups_.layout.ranks());
+  if (speaks() && !idle.empty()) std::fprintf(stderr, "moemamba: %s\n", idle.c_str());
   if (!progress_) return;
   Session& session = trainer_.session();
   const ModelSizes& s = session.model.sizes();
@@ -153,10 +177,12 @@ void Run::evaluate(StepRecord& record) {
 void Run::save(int64_t step) {
   trainer_.wait_weights();
   Session& session = trainer_.session();
+  WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
+  metadata["config"] = request_.resolved_text;
   save_weights(files_, join_path(request_.run, "weights"), session.store, groups_, session.compute,
-               request_.resolved_text, step);
-  if (speaks() && tokenizer_.kind() == TokenizerKind::bpe)
-    tokenizer_.save(files_, join_path(request_.run, "tokenizer.model"));
+               metadata, step);
+  if (speaks() && tokenizer_ && tokenizer_->kind() == TokenizerKind::bpe)
+    tokenizer_->save(files_, join_path(request_.run, "tokenizer.model"));
 }
 
 // The terminal's line of a step, and what is out of the ordinary in it.
@@ -221,14 +247,15 @@ Session open_session(ProcessGroups& groups, const UseRequest& request, const Mod
 
 }  // namespace
 
-Tokenizer open_tokenizer(const std::string& setting) {
+std::optional<Tokenizer> open_tokenizer(const std::string& setting) {
+  if (setting == "none") return {};
   if (setting == "bytes") return Tokenizer::bytes();
   try {
     return Tokenizer::load(setting);
   } catch (const Error& error) {
-    throw Error(
-        concat("--data.tokenizer=", setting, ": ", error.what(),
-               "; expected \"bytes\" or a tokenizer.model as `moemamba prepare` writes it"));
+    throw Error(concat(
+        "--data.tokenizer=", setting, ": ", error.what(),
+        "; expected \"bytes\", \"none\" or a tokenizer.model as `moemamba prepare` writes it"));
   }
 }
 
@@ -242,25 +269,28 @@ std::optional<Evaluation> run_training(FileSystem& files, ProcessGroups& groups,
 Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
   check(request.data.validation_size() > 0,
         "data.validation: no token file to evaluate on; --data.validation=FILE");
-  const Tokenizer tokenizer = checked_tokenizer(request.data, false);
+  const std::optional<Tokenizer> tokenizer = checked_tokenizer(request.data, request.model, false);
   const BatchShare share =
       share_of_batch(request.train.global_batch_size(), request.train.routing_group(),
                      request.train.micro_batch_size(), groups.rank, groups.layout.ranks());
   const int64_t length = request.train.sequence_length();
-  const ModelSizes sizes = model_sizes(request.model, tokenizer.vocabulary(), length);
+  const ModelSizes sizes = model_sizes(request.model, vocabulary_of(tokenizer), length);
   Session session = open_session(groups, request, sizes, share.micro_batch, length);
   load_weights(request.weights, session.store, groups);
   Evaluator evaluator(session, open_held_out(list(request.data.validation())),
-                      request.train.routing_group(), request.train.eval_tokens());
+                      evaluator_options(request.train, tokenizer));
   return evaluator.run();
 }
 
 std::string run_generation(ProcessGroups& groups, const UseRequest& request,
                            const std::string& prompt, const SamplingOptions& options, FILE* out) {
-  const Tokenizer tokenizer = open_tokenizer(request.data.tokenizer());
+  const std::optional<Tokenizer> tokenizer = open_tokenizer(request.data.tokenizer());
+  check(tokenizer.has_value(),
+        "--data.tokenizer=none: this model was trained on ids alone, which no tokenizer turns into "
+        "text; give the tokenizer that made its token files: --data.tokenizer=FILE");
   constexpr int64_t kPiece = 64;  // tokens of the prompt that are read at once
   ModelSizes sizes =
-      model_sizes(request.model, tokenizer.vocabulary(), request.train.sequence_length());
+      model_sizes(request.model, tokenizer->vocabulary(), request.train.sequence_length());
   sizes.capacity_factor = 0;  // a capacity shares out a batch; here every token is alone
   Session session = open_session(groups, request, sizes, 1, kPiece);
   load_weights(request.weights, session.store, groups);
@@ -269,7 +299,7 @@ std::string run_generation(ProcessGroups& groups, const UseRequest& request,
     std::fwrite(text.data(), 1, text.size(), out);
     std::fflush(out);
   };
-  const std::string text = generate(session, tokenizer, prompt, options, piece);
+  const std::string text = generate(session, *tokenizer, prompt, options, piece);
   if (groups.rank == 0) std::fputs("\n", out);
   return text;
 }

@@ -49,8 +49,8 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request);
 std::string run_generation(ProcessGroups& groups, const UseRequest& request,
                            const std::string& prompt, const SamplingOptions& options, FILE* out);
 
-// "bytes" or a file.
-Tokenizer open_tokenizer(const std::string& setting);
+// "bytes" or a file; nothing for "none".
+std::optional<Tokenizer> open_tokenizer(const std::string& setting);
 
 // Share of the choices of each expert, one line per MoE layer, for people.
 std::string expert_table(const std::vector<double>& counts, int64_t experts);

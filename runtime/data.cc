@@ -82,8 +82,12 @@ void Batches::find_documents() {
   check(!documents_.empty(), files_[0].path(), ": holds no documents, only ends of documents");
 }
 
+size_t Batches::file_at(int64_t position) const {
+  return size_t(std::upper_bound(first_.begin(), first_.end(), position) - first_.begin()) - 1;
+}
+
 void Batches::read(int64_t position, int64_t count, int32_t* out) const {
-  size_t f = size_t(std::upper_bound(first_.begin(), first_.end(), position) - first_.begin()) - 1;
+  size_t f = file_at(position);
   while (count > 0) {
     const int64_t part = std::min(count, first_[f + 1] - position);
     files_[f].read(position - first_[f], part, out);
@@ -103,20 +107,25 @@ int32_t Batches::read_one(int64_t position) const {
 }
 
 void Batches::refuse(int64_t position, int32_t id) const {
-  const size_t f =
-      size_t(std::upper_bound(first_.begin(), first_.end(), position) - first_.begin()) - 1;
+  const size_t f = file_at(position);
   throw Error(concat(files_[f].place(position - first_[f]), ": token id ", id,
                      " is outside the vocabulary of ", options_.vocabulary,
                      "; the file was made with another tokenizer or is damaged"));
 }
 
-bool Batches::take_window(int64_t window) {
+void Batches::take_window(int64_t window, uint8_t* starts) {
   const int64_t begin = window * options_.sequence_length;
+  const int64_t end = begin + options_.sequence_length;
   read(begin, int64_t(window_.size()), window_.data());
-  return begin == 0 || read_one(begin - 1) == options_.end_of_document;
+  for (int64_t at = begin; at < end;) {
+    const size_t f = file_at(at);
+    const int64_t part = std::min(end, first_[f + 1]) - at;
+    files_[f].mark_starts(at - first_[f], part, options_.end_of_document, starts + (at - begin));
+    at += part;
+  }
 }
 
-bool Batches::take_crop(uint64_t sample) {
+void Batches::take_crop(uint64_t sample, uint8_t* starts) {
   const int64_t T = options_.sequence_length;
   const uint64_t numbers = drawn_.size() + 1;  // of the counter that one sample may use
   int64_t total = 0, longest = 0;
@@ -131,7 +140,7 @@ bool Batches::take_crop(uint64_t sample) {
   int64_t start = int64_t(random_.integer(sample * numbers + numbers - 1, uint64_t(total)));
   size_t d = 0;
   while (start >= drawn_[d].length + 1) start -= drawn_[d++].length + 1;
-  const bool begins_document = start == 0;
+  starts[0] = start == 0;
   for (size_t filled = 0; filled < window_.size(); start = 0, d = (d + 1) % count) {
     const int64_t room = int64_t(window_.size() - filled);
     const int64_t part = std::min(room, std::max<int64_t>(drawn_[d].length - start, 0));
@@ -139,7 +148,7 @@ bool Batches::take_crop(uint64_t sample) {
     filled += size_t(part);
     if (part < room) window_[filled++] = options_.end_of_document;
   }
-  return begins_document;
+  for (int64_t t = 1; t < T; ++t) starts[t] = window_[size_t(t) - 1] == options_.end_of_document;
 }
 
 void Batches::fill(int64_t step, int64_t first_sequence, int64_t count, int32_t* inputs,
@@ -150,22 +159,17 @@ void Batches::fill(int64_t step, int64_t first_sequence, int64_t count, int32_t*
   const int64_t T = options_.sequence_length;
   for (int64_t s = 0; s < count; ++s) {
     const int64_t sample = step * options_.global_batch + first_sequence + s;
-    bool begins_document = false;
     if (options_.sampling == Sampling::circular) {
-      begins_document = take_crop(uint64_t(sample));
+      take_crop(uint64_t(sample), starts + s * T);
     } else {
       int64_t window = sample % windows_;
       if (options_.sampling == Sampling::epochs)
         window = int64_t(
             permuted(random_, uint64_t(sample / windows_), uint64_t(windows_), uint64_t(window)));
-      begins_document = take_window(window);
+      take_window(window, starts + s * T);
     }
     std::copy_n(window_.begin(), T, inputs + s * T);
     std::copy_n(window_.begin() + 1, T, targets + s * T);
-    if (!starts) continue;
-    for (int64_t t = 0; t < T; ++t)
-      starts[s * T + t] =
-          t == 0 ? begins_document : window_[size_t(t) - 1] == options_.end_of_document;
   }
 }
 

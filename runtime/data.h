@@ -18,7 +18,7 @@ enum class Sampling { epochs, circular, in_order };
 struct DataOptions {
   std::vector<std::string> files;  // read as one text, in this order
   int64_t vocabulary = 0;
-  int32_t end_of_document = -1;  // -1: the tokens have none
+  int32_t end_of_document = -1;  // -1: the tokens have none; circular sampling needs one
   int64_t sequence_length = 0;
   int64_t global_batch = 0;  // sequences of one step, over all ranks
   uint64_t seed = 0;
@@ -34,7 +34,8 @@ class Batches {
 
   // Sequences [first_sequence, first_sequence + count) of `step` into [count, sequence_length]
   // each. targets are inputs moved on by one token; starts is 1 where a token is the first of a
-  // document (may be null). A token id outside the vocabulary: Error with file and offset.
+  // document, by its end-of-document id, its file's index or the file's border. A token id outside
+  // the vocabulary: Error with file and offset.
   void fill(int64_t step, int64_t first_sequence, int64_t count, int32_t* inputs, int32_t* targets,
             uint8_t* starts);
 
@@ -50,10 +51,12 @@ class Batches {
   };
   void find_documents();
   void add_document(int64_t begin, int64_t end);
+  size_t file_at(int64_t position) const;
   void read(int64_t position, int64_t count, int32_t* out) const;
   int32_t read_one(int64_t position) const;
-  bool take_window(int64_t window);  // into window_; true = its first token begins a document
-  bool take_crop(uint64_t sample);   // same
+  // Into window_; starts [sequence_length] as fill() gives them.
+  void take_window(int64_t window, uint8_t* starts);
+  void take_crop(uint64_t sample, uint8_t* starts);
   [[noreturn]] void refuse(int64_t position, int32_t id) const;
 
   DataOptions options_;

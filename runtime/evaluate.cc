@@ -29,10 +29,23 @@ HeldOut open_held_out(const std::vector<std::string>& paths) {
   return held_out;
 }
 
-Evaluator::Evaluator(Session& session, HeldOut held_out, int64_t routing_group, int64_t most_tokens)
-    : session_(session), held_out_(std::move(held_out)), routing_group_(routing_group) {
-  const int64_t L = session.length, T = session.sequences * L;
-  const int64_t limit = most_tokens > 0 ? most_tokens : held_out_.tokens();
+Evaluator::Evaluator(Session& session, HeldOut held_out, const EvaluatorOptions& options)
+    : session_(session), held_out_(std::move(held_out)), options_(options) {
+  cut_windows(options.most_tokens > 0 ? options.most_tokens : held_out_.tokens());
+  check(!windows_.empty(), "data.validation: the held-out text has fewer than two tokens");
+  cut_pieces();
+  const auto T = size_t(session.sequences * session.length);
+  ids_.resize(T);
+  targets_.resize(T);
+  starts_.resize(T);
+  line_.resize(size_t(session.length + 1));
+  const ModelSizes& sizes = session.model.sizes();
+  facts_.resize(size_t(1 + sizes.routers() * sizes.E));
+  gathered_.resize(facts_.size() * size_t(session.groups.layout.ranks()));
+}
+
+void Evaluator::cut_windows(int64_t limit) {
+  const int64_t L = session_.length;
   for (size_t f = 0; f < held_out_.files.size(); ++f) {
     const int64_t last = held_out_.files[f].size() - 1;  // the last token predicts nothing
     for (int64_t first = 0; first < last && predicted_ < limit; first += L) {
@@ -41,60 +54,69 @@ Evaluator::Evaluator(Session& session, HeldOut held_out, int64_t routing_group, 
       predicted_ += count;
     }
   }
-  check(!windows_.empty(), "data.validation: the held-out text has fewer than two tokens");
-  ids_.resize(size_t(T));
-  targets_.resize(size_t(T));
-  starts_.resize(size_t(T));
-  line_.resize(size_t(L + 1));
-  const ModelSizes& sizes = session.model.sizes();
-  facts_.resize(size_t(1 + sizes.routers() * sizes.E));
-  gathered_.resize(facts_.size() * size_t(session.groups.layout.ranks()));
+  std::stable_partition(windows_.begin(), windows_.end(),
+                        [L](const Window& window) { return window.count == L; });
 }
 
-void Evaluator::fill(int64_t first_window, int64_t count) {
-  const int64_t L = session_.length, V = session_.model.sizes().V;
-  std::fill(ids_.begin(), ids_.end(), 0);
-  std::fill(targets_.begin(), targets_.end(), -1);
-  std::fill(starts_.begin(), starts_.end(), uint8_t(0));
-  for (int64_t w = 0; w < count; ++w) {
-    const Window& window = windows_[size_t(first_window + w)];
+void Evaluator::cut_pieces() {
+  const int64_t L = session_.length, group = options_.routing_group;
+  const auto full = int64_t(std::ranges::count(windows_, L, &Window::count));
+  for (int64_t first = 0; first < full;) {
+    int64_t windows = std::min(full - first, session_.sequences);
+    if (windows > group) windows -= windows % group;
+    pieces_.push_back({size_t(first), windows, L, std::min(windows, group)});
+    first += windows;
+  }
+  for (size_t w = size_t(full); w < windows_.size(); ++w)
+    pieces_.push_back({w, 1, windows_[w].count, 1});
+}
+
+void Evaluator::fill(const Piece& piece) {
+  const int64_t V = session_.model.sizes().V;
+  for (int64_t w = 0; w < piece.windows; ++w) {
+    const Window& window = windows_[piece.first_window + size_t(w)];
     const TokenFile& file = held_out_.files[size_t(window.file)];
+    const int64_t at = w * piece.length;
     file.read(window.first, window.count + 1, line_.data());
     for (int64_t t = 0; t <= window.count; ++t)
       check(line_[size_t(t)] >= 0 && line_[size_t(t)] < V, file.place(window.first + t), ": id ",
             line_[size_t(t)], " is outside the vocabulary of ", V,
             "; was the file made with another tokenizer?");
-    std::copy_n(line_.begin(), window.count, ids_.begin() + w * L);
-    std::copy_n(line_.begin() + 1, window.count, targets_.begin() + w * L);
+    std::copy_n(line_.begin(), window.count, ids_.begin() + at);
+    std::copy_n(line_.begin() + 1, window.count, targets_.begin() + at);
+    file.mark_starts(window.first, window.count, options_.end_of_document, &starts_[size_t(at)]);
   }
 }
 
+// Sum over the piece's tokens. Every rank calls it equally often, for experts are shared.
+double Evaluator::loss_of(const Piece& piece, RoutingFacts& routing) {
+  const int64_t T = piece.windows * piece.length;
+  fill(piece);
+  Step step = session_.begin(piece.windows, piece.routing_group);
+  step.facts = &routing;
+  if (session_.model.sizes().reset_at_documents) step.starts = view(starts_.data(), {T});
+  const Tensor loss = step.arena.take({T}, DType::f32, "loss");
+  session_.model.forward(step, view(ids_.data(), {T}), session_.saved, nullptr);
+  session_.model.loss(step, view(targets_.data(), {T}), loss, 1, false, session_.saved);
+  double sum = 0;
+  for (int64_t t = 0; t < T; ++t) sum += double(loss.as<float>()[t]);
+  return sum;
+}
+
 Evaluation Evaluator::run() {
-  const int64_t L = session_.length, B = session_.sequences;
-  const int64_t ranks = session_.groups.layout.ranks(), rank = session_.groups.rank;
-  const int64_t all = int64_t(windows_.size());
+  const size_t ranks = size_t(session_.groups.layout.ranks()), rank = size_t(session_.groups.rank);
   RoutingFacts routing;
   routing.counts.assign(facts_.size() - 1, 0.0);
   double sum = 0;
-  for (int64_t round = 0; round * ranks * B < all; ++round) {
-    const int64_t first = (round * ranks + rank) * B;
-    const int64_t windows = std::clamp<int64_t>(all - first, 0, B);
-    // Whole routing groups, so that capacities mean what they meant in training.
-    const int64_t count = (windows + routing_group_ - 1) / routing_group_ * routing_group_;
-    fill(first, windows);
-    Step step = session_.begin(count, routing_group_);
-    step.facts = &routing;
-    if (session_.model.sizes().reset_at_documents) step.starts = view(starts_.data(), {count * L});
-    const Tensor loss = step.arena.take({count * L}, DType::f32, "loss");
-    session_.model.forward(step, view(ids_.data(), {count * L}), session_.saved, nullptr);
-    session_.model.loss(step, view(targets_.data(), {count * L}), loss, 1, false, session_.saved);
-    for (int64_t t = 0; t < count * L; ++t) sum += double(loss.as<float>()[t]);
+  for (size_t first = 0; first < pieces_.size(); first += ranks) {
+    const bool takes_part = first + rank < pieces_.size();
+    sum += loss_of(takes_part ? pieces_[first + rank] : Piece{0, 0, 1, 1}, routing);
   }
   facts_[0] = sum;
   std::copy(routing.counts.begin(), routing.counts.end(), facts_.begin() + 1);
   const int64_t n = int64_t(facts_.size());
   all_reduce_sum(*session_.groups.control, session_.compute, view(facts_.data(), {n}),
-                 view(gathered_.data(), {ranks, n}));
+                 view(gathered_.data(), {int64_t(ranks), n}));
   session_.exchange.take_seconds();
   Evaluation result;
   result.loss_sum = facts_[0];

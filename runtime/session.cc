@@ -28,6 +28,16 @@ BatchShare share_of_batch(int64_t global_batch, int64_t routing_group, int64_t m
   return share;
 }
 
+std::string idle_ranks_warning(int64_t global_batch, int64_t routing_group, int ranks) {
+  const int64_t groups = global_batch / routing_group;
+  if (groups >= ranks) return "";
+  return concat(ranks - groups, " of ", ranks, ranks - groups == 1 ? " ranks has" : " ranks have",
+                " no sequences: train.global_batch_size ", global_batch, " is ", groups,
+                " x train.routing_group ", routing_group, ", and a group stays on one rank; set ",
+                "train.global_batch_size to ", routing_group * ranks, " or lower ",
+                "train.routing_group");
+}
+
 Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
                  int64_t length, double exchange_rows, Memory memory)
     : groups(groups),

@@ -44,4 +44,8 @@ struct BatchShare {
 BatchShare share_of_batch(int64_t global_batch, int64_t routing_group, int64_t micro_batch,
                           int rank, int ranks);
 
+// What to say where a step has fewer routing groups than there are ranks, some of which then only
+// serve their experts; empty where every rank has sequences.
+std::string idle_ranks_warning(int64_t global_batch, int64_t routing_group, int ranks);
+
 }  // namespace moemamba

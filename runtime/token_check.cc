@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <optional>
 
 #include "core/error.h"
 #include "runtime/prepare.h"
@@ -13,12 +14,34 @@ namespace {
 
 constexpr int64_t kFirstIds = int64_t{1} << 22;  // of each file; 10 ms
 
-void check_maker(const TokenFile& file, const Tokenizer& tokenizer) {
+// The part of a prepared folder that the file is, where summary.json tells of one.
+struct Prepared {
+  std::string folder, name;
+  PrepareSummary summary;
+};
+
+std::optional<Prepared> find_prepared(const TokenFile& file) {
   const std::string folder = folder_of(file.path());
   const std::string name = std::filesystem::path(file.path()).stem().string();
-  if (name != "train" && name != "validation") return;
-  if (!file_exists(join_path(folder, "summary.json"))) return;
-  const PrepareSummary made = read_summary(folder);
+  if (name != "train" && name != "validation") return {};
+  if (!file_exists(join_path(folder, "summary.json"))) return {};
+  return Prepared{folder, name, read_summary(folder)};
+}
+
+void check_whole(const TokenFile& file, const Prepared& prepared) {
+  const bool trains = prepared.name == "train";
+  const int64_t tokens = (trains ? prepared.summary.train : prepared.summary.validation).tokens;
+  check(file.format() != TokenFormat::raw_u16, join_path(prepared.folder, prepared.name),
+        ".idx: ", "missing; `moemamba prepare` wrote it beside ", file.path(),
+        ": bring both, or prepare the ", "text again");
+  check(file.size() == tokens, file.path(), ": expected the ", tokens, " tokens of ",
+        join_path(prepared.folder, "summary.json"), ", found ", file.size(),
+        ": the file is cut off or another one; prepare the text again");
+}
+
+void check_maker(const TokenFile& file, const Prepared& prepared, const Tokenizer& tokenizer) {
+  const std::string& folder = prepared.folder;
+  const PrepareSummary& made = prepared.summary;
   check(made.tokenizer_digest == tokenizer.digest(), file.path(), ": was made with the tokenizer ",
         tokenizer_path(folder), " (", made.tokenizer, "), data.tokenizer is another (",
         tokenizer.description(), "); give --data.tokenizer=", tokenizer_path(folder));
@@ -40,12 +63,15 @@ void check_first_ids(const TokenFile& file, int64_t vocabulary) {
 }  // namespace
 
 void check_token_files(const std::string& setting, const std::vector<std::string>& paths,
-                       const Tokenizer& tokenizer) {
+                       const std::optional<Tokenizer>& tokenizer, int64_t vocabulary) {
   for (const std::string& path : paths) {
     try {
       const TokenFile file(path);
-      check_maker(file, tokenizer);
-      check_first_ids(file, tokenizer.vocabulary());
+      if (const std::optional<Prepared> prepared = find_prepared(file)) {
+        check_whole(file, *prepared);
+        if (tokenizer) check_maker(file, *prepared, *tokenizer);
+      }
+      check_first_ids(file, vocabulary);
     } catch (const Error& error) {
       throw Error(concat("--", setting, "=", path, ": ", error.what(),
                          "; expected token files as `moemamba prepare` writes them"));

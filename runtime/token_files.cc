@@ -208,6 +208,25 @@ int64_t TokenFile::document_begin(int64_t document) const {
   return load<int64_t>(offsets + sequence * 8) / width_bytes();
 }
 
+void TokenFile::mark_starts(int64_t position, int64_t count, int32_t end_of_document,
+                            uint8_t* starts) const {
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t before = -1;
+    if (position + i > 0 && end_of_document >= 0) read(position + i - 1, 1, &before);
+    starts[i] = position + i == 0 || (end_of_document >= 0 && before == end_of_document);
+  }
+  int64_t low = 0, high = documents_;  // the first document that begins at `position` or later
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (document_begin(middle) < position)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  for (int64_t d = low; d < documents_ && document_begin(d) < position + count; ++d)
+    starts[document_begin(d) - position] = 1;
+}
+
 TokenWriter::TokenWriter(FileSystem& files, const std::string& path, TokenFormat format,
                          int64_t vocabulary)
     : files_(files),

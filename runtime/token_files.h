@@ -30,6 +30,11 @@ class TokenFile {
   int64_t documents() const { return documents_; }
   int64_t document_begin(int64_t document) const;  // documents() is allowed: the end of the last
 
+  // Of tokens [position, position + count): 1 where one is the first of a document, else 0. A
+  // document begins with the file, after an `end_of_document` id (-1: the tokens have none), and
+  // where the file's own index says so.
+  void mark_starts(int64_t position, int64_t count, int32_t end_of_document, uint8_t* starts) const;
+
  private:
   void open_megatron(const std::string& stem);
   void check_megatron_sequences();

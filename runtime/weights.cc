@@ -13,6 +13,14 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// Where a folder of weights is made, and where the one before waits until it is replaced.
+std::string fresh_name(const std::string& folder) {
+  return folder + ".tmp";
+}
+std::string old_name(const std::string& folder) {
+  return folder + ".old";
+}
+
 std::string shard_name(int shard, int shards) {
   if (shards == 1) return "model.safetensors";
   char name[64];
@@ -29,12 +37,11 @@ std::vector<NamedTensor> own_tensors(const ParameterStore& store, bool first) {
 }
 
 void write_shard(FileSystem& files, const std::string& path, const std::vector<NamedTensor>& own,
-                 const std::string& config, int64_t step) {
+                 const WeightsMetadata& metadata) {
   std::vector<StoredTensor> stored;
   for (const NamedTensor& t : own)
     stored.push_back({.name = t.name, .dtype = DType::f32, .shape = t.value.shape});
-  SafetensorsWriter writer(files, path, stored,
-                           {{"config", config}, {"step", std::to_string(step)}, {"format", "pt"}});
+  SafetensorsWriter writer(files, path, stored, metadata);
   for (const NamedTensor& t : own) writer.write(t.value);
   writer.commit();
 }
@@ -57,7 +64,7 @@ void write_index(FileSystem& files, const std::string& folder, int shards) {
 
 // A crash between the two renames of save_weights leaves the weights before under their old name.
 std::string whole_folder(const std::string& folder) {
-  const std::string old = folder + ".old";
+  const std::string old = old_name(folder);
   return !fs::exists(folder) && fs::is_directory(old) ? old : folder;
 }
 
@@ -125,35 +132,69 @@ std::string differences(const ParameterStore& store, const RankLayout& layout, c
   return text;
 }
 
-}  // namespace
+void replace_folder(FileSystem& files, const std::string& folder) {
+  const std::string fresh = fresh_name(folder), old = old_name(folder);
+  files.sync_folder(fresh);
+  if (fs::exists(folder)) {  // else `old` may be all there is
+    remove_tree(files, old);
+    files.rename(folder, old);
+  }
+  files.rename(fresh, folder);
+  files.sync_folder(folder_of(folder));
+  remove_tree(files, old);
+}
 
-void save_weights(FileSystem& files, const std::string& folder, const ParameterStore& store,
-                  ProcessGroups& groups, Stream& stream, const std::string& config, int64_t step) {
+// After a failure: what is half-written goes, the weights before come back. As far as the disk
+// lets it; load_weights and the next save put up with the rest.
+void clean_up(FileSystem& files, const std::string& folder) noexcept {
+  try {
+    remove_tree(files, fresh_name(folder));
+    if (fs::exists(folder))
+      remove_tree(files, old_name(folder));
+    else if (fs::exists(old_name(folder)))
+      files.rename(old_name(folder), folder);
+  } catch (const std::exception&) {  // the first error is the one to report
+  }
+}
+
+void write_folder(FileSystem& files, const std::string& folder, const ParameterStore& store,
+                  ProcessGroups& groups, Stream& stream, const WeightsMetadata& metadata) {
   const int shards = groups.layout.expert_size();
   const int shard = groups.layout.expert_coordinate(groups.rank);
   const bool writes = groups.layout.expert_data_coordinate(groups.rank) == 0;
-  const std::string temporary = folder + ".tmp", old = folder + ".old";
+  const std::string fresh = fresh_name(folder);
   if (groups.rank == 0) {
-    fs::remove_all(temporary);
-    files.make_folders(temporary);
+    remove_tree(files, fresh);
+    files.make_folders(fresh);
   }
   barrier(*groups.control, stream);
   if (writes)
-    write_shard(files, join_path(temporary, shard_name(shard, shards)),
-                own_tensors(store, shard == 0), config, step);
+    write_shard(files, join_path(fresh, shard_name(shard, shards)), own_tensors(store, shard == 0),
+                metadata);
   barrier(*groups.control, stream);
   if (groups.rank == 0) {
-    if (shards > 1) write_index(files, temporary, shards);
-    files.sync_folder(temporary);
-    if (fs::exists(folder)) {  // else `old` may be all there is
-      fs::remove_all(old);
-      files.rename(folder, old);
-    }
-    files.rename(temporary, folder);
-    files.sync_folder(folder_of(folder));
-    fs::remove_all(old);
+    if (shards > 1) write_index(files, fresh, shards);
+    replace_folder(files, folder);
   }
   barrier(*groups.control, stream);
+}
+
+}  // namespace
+
+void save_weights(FileSystem& files, const std::string& folder, const ParameterStore& store,
+                  ProcessGroups& groups, Stream& stream, WeightsMetadata metadata, int64_t step) {
+  metadata["step"] = std::to_string(step);
+  metadata["format"] = "pt";
+  try {
+    write_folder(files, folder, store, groups, stream, metadata);
+  } catch (const std::exception&) {
+    if (groups.rank == 0) clean_up(files, folder);
+    throw;
+  }
+}
+
+WeightsMetadata read_weights_metadata(const std::string& path) {
+  return open_all(path).front().metadata();
 }
 
 void load_weights(const std::string& path, const ParameterStore& store,

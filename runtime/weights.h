@@ -1,4 +1,5 @@
 #pragma once
+#include <map>
 #include <string>
 
 #include "core/file.h"
@@ -10,14 +11,17 @@ namespace moemamba {
 // model.safetensors.index.json where the experts are on several ranks; f32, one tensor per expert
 // under global names. Every rank calls both; any layout reads what any layout wrote.
 
-// The folder appears whole; one that is there is replaced. `config`: settings as text, kept in the
-// files' metadata. Values must be complete on every rank (Trainer::wait_weights).
+// The folder appears whole; one that is there is replaced; a failure leaves nothing half-written.
+// `metadata`, and the step, are kept in the files' headers. Values must be complete on every rank
+// (Trainer::wait_weights).
+using WeightsMetadata = std::map<std::string, std::string>;
 void save_weights(FileSystem& files, const std::string& folder, const ParameterStore& store,
-                  ProcessGroups& groups, Stream& stream, const std::string& config, int64_t step);
+                  ProcessGroups& groups, Stream& stream, WeightsMetadata metadata, int64_t step);
 
 // path: such a folder, a run's folder, or one .safetensors file. Names that are missing, left over
 // or of another shape are all listed in one Error before anything is read.
 void load_weights(const std::string& path, const ParameterStore& store,
                   const ProcessGroups& groups);
+WeightsMetadata read_weights_metadata(const std::string& path);
 
 }  // namespace moemamba

@@ -8,7 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "runtime/commands.h"
 #include "tests/support/in_world.h"
+#include "tests/support/temporary_folder.h"
 #include "tests/support/training.h"
 
 // glibc's own allocator, under the names that it keeps for programs that replace malloc().
@@ -109,6 +111,35 @@ TEST(Allocation, EndsWithStepOne) {
                                      .threads = threads},
                                     ranks, expert);
     }
+}
+
+// The loop around the steps: metrics, progress, and the question whether to stop, which is asked
+// before each step and so can begin and end the count.
+TEST(Allocation, EndsWithStepOneInTheRunsLoopToo) {
+  for (int ranks : {1, 2}) {
+    TemporaryFolder folder;
+    PosixFileSystem files;
+    TrainRequest request{.run = folder / "run"};
+    request.model.set_width(16);
+    request.model.set_blocks(1);
+    request.model.set_experts(2);
+    request.train.set_steps(9);
+    request.train.set_log_interval(1);
+    request.train.set_sequence_length(16);
+    request.train.set_global_batch_size(4);
+    request.data.add_train(synthetic_tokens(61));
+    in_world(RankLayout(ranks, ranks, 2), [&](ProcessGroups& groups) {
+      TrainRequest own = request;
+      own.stop_wanted = [step = 0, rank = groups.rank]() mutable {
+        if (rank == 0 && step == 2) counter.calls = counter.bytes = 0, counter.on = true;
+        if (rank == 0 && step == 7) counter.on = false;  // the last step writes weights
+        ++step;
+        return false;
+      };
+      run_training(files, groups, own);
+    });
+    EXPECT_EQ(counter.calls, 0) << counter.bytes << " bytes; " << ranks << " ranks";
+  }
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // The program's command line as a user meets it: settings, usage, help.
+#include <sstream>
+
 #include "core/file.h"
 #include "tests/support/program.h"
 
@@ -70,8 +72,20 @@ TEST_F(CommandLine, HelpNamesEverySetting) {
 TEST_F(CommandLine, VersionSaysWhatTheBuildIsMadeOf) {
   const Result result = shell("$moemamba --version");
   EXPECT_EQ(result.code, 0);
-  for (const char* part : {"moemamba 0.", "compiler: ", "BLAS: OpenBLAS", "SIMD: avx"})
+  for (const char* part : {"moemamba 0.", "sources: ", "compiler: ", "BLAS: OpenBLAS", "SIMD: avx"})
     EXPECT_NE(result.out.find(part), std::string::npos) << result.out;
+}
+
+// After an incremental build too.
+TEST_F(CommandLine, VersionHasADigestOfTheSourcesAsTheyAre) {
+  std::istringstream names(read_file(MOEMAMBA_BINARY_DIR "/generated/launcher/sources.txt"));
+  std::string lines;
+  int sources = 0;
+  for (std::string name; std::getline(names, name); ++sources)
+    lines += sha256_of_file(MOEMAMBA_SOURCE_DIR "/" + name) + "  " + name + "\n";
+  EXPECT_GT(sources, 100);
+  const Result result = shell("$moemamba --version");
+  EXPECT_EQ(count(result.out, "  sources: " + sha256(lines).substr(0, 16) + "\n"), 1) << result.out;
 }
 
 // Out of date? Write it again: ./moemamba settings > docs/settings.md

@@ -141,6 +141,40 @@ TEST(Data, StartsMarkFirstTokensOfDocuments) {
   EXPECT_EQ(starts, expected);
 }
 
+// Tokens of other tokenizers: no end-of-document id, and documents only in the index, if anywhere.
+TEST(Data, StartsComeFromIndexAndFileBordersWhereNoIdEndsADocument) {
+  TemporaryFolder folder;
+  PosixFileSystem files;
+  std::vector<std::string> paths;
+  std::vector<uint8_t> expected;
+  for (const TokenFormat format : {TokenFormat::megatron, TokenFormat::llmc}) {
+    paths.push_back(folder / std::to_string(paths.size()));
+    TokenWriter writer(files, paths.back(), format, 10);
+    for (const size_t length : {3, 0, 5, 1}) {
+      writer.add_document(std::vector<int32_t>(length, 7));
+      expected.resize(expected.size() + length);
+      const bool begins = format == TokenFormat::megatron || length == 3;  // llm.c has no index
+      if (length > 0 && begins) *(expected.end() - int64_t(length)) = 1;
+    }
+    writer.commit();
+  }
+  for (const int64_t length : {1, 2, 4, 17}) {
+    Batches batches({.files = paths,
+                     .vocabulary = 10,
+                     .sequence_length = length,
+                     .global_batch = 1,
+                     .sampling = Sampling::in_order});
+    std::vector<uint8_t> starts;
+    for (int64_t w = 0; w < batches.windows(); ++w) {
+      const Batch one = take(batches, w, 0, 1);
+      starts.insert(starts.end(), one.starts.begin(), one.starts.end());
+    }
+    EXPECT_EQ(starts,
+              std::vector<uint8_t>(expected.begin(), expected.begin() + int64_t(starts.size())))
+        << length;
+  }
+}
+
 TEST(Data, PermutesEverySizeCompletely) {
   const Random random(1, "permutation");
   for (const uint64_t size : {1, 2, 3, 4, 5, 16, 17, 64, 1000, 1025}) {

@@ -12,6 +12,31 @@
 #include "tests/support/training.h"
 
 namespace moemamba {
+
+namespace {
+constexpr SimdLevel kLevels[] = {SimdLevel::avx2, SimdLevel::avx512};
+
+bool can_run(SimdLevel level) {
+  if (level == SimdLevel::avx2) return __builtin_cpu_supports("avx2") > 0;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+SimdLevel widest() {
+  return can_run(SimdLevel::avx512) ? SimdLevel::avx512 : SimdLevel::avx2;
+}
+SimdLevel forced_level = widest();  // simd_level() has no arguments to pass it in
+}  // namespace
+
+// In place of kernels/cpu/level.cc, which the linker then leaves out: all kernels of this program
+// run at the level that a test asks for.
+SimdLevel simd_level() {
+  return forced_level;
+}
+const char* name_of(SimdLevel level) {
+  return level == SimdLevel::avx512 ? "avx512" : "avx2";
+}
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -34,13 +59,14 @@ fs::path golden_folder() {
 }
 
 // Bits depend on OpenBLAS' kernels; the vector width is named for the day when they depend on it.
-std::string golden_name() {
-  std::string name = blas_core() + " " + name_of(simd_level()) + ".txt";
+std::string golden_name(SimdLevel level) {
+  std::string name = blas_core() + " " + name_of(level) + ".txt";
   for (char& c : name) c = c == ' ' ? '-' : char(std::tolower(c));
   return name;
 }
 
-std::vector<double> losses(int threads) {
+std::vector<double> losses(int threads, SimdLevel level = widest()) {
+  forced_level = level;
   TrainingCase c = kCase;
   c.threads = threads;
   const TrainingResult result = train(c, 2, 2);
@@ -69,9 +95,9 @@ std::vector<double> read_losses(const fs::path& path) {
   return values;
 }
 
-// The file of this machine's kind; else the one whose name agrees longest, to kOtherKernels alone.
+// The file whose name begins most like this machine's.
 fs::path nearest_golden() {
-  const std::string own = golden_name();
+  const std::string own = golden_name(widest());
   fs::path nearest;
   long longest = -1;
   for (const auto& entry : fs::directory_iterator(golden_folder())) {
@@ -91,24 +117,40 @@ fs::path nearest_golden() {
 // Rounding of other BLAS kernels, grown over fifty steps.
 constexpr double kOtherKernels = 1e-4;
 
-TEST(Golden, FiftyLossesAreThoseOfTheFile) {
+class GoldenBits : public testing::TestWithParam<SimdLevel> {};
+
+TEST_P(GoldenBits, AreThoseOfTheFileOfThisKind) {
+  if (!can_run(GetParam()))
+    GTEST_SKIP() << "this processor has no " << name_of(GetParam())
+                 << ": run golden_test on one that has it";
+  const fs::path path = golden_folder() / golden_name(GetParam());
+  if (!fs::exists(path))
+    GTEST_SKIP() << "no tests/golden/" << path.filename().string()
+                 << " to compare bits with: once the losses are known to be right, "
+                    "build/cpu-release/golden_test --write-golden makes it";
+  const std::vector<double> found = losses(1, GetParam()), expected = read_losses(path);
+  ASSERT_EQ(found.size(), expected.size()) << path;
+  for (size_t k = 0; k < found.size(); ++k)
+    ASSERT_EQ(found[k], expected[k]) << "step " << k << " differs from " << path
+                                     << "; a change that moves numbers says so and brings a new "
+                                        "file (golden_test --write-golden)";
+}
+
+INSTANTIATE_TEST_SUITE_P(Levels, GoldenBits, testing::ValuesIn(kLevels),
+                         [](const auto& level) { return name_of(level.param); });
+
+TEST(Golden, LossesAreCloseToThoseOfTheNearestKind) {
   const std::vector<double> found = losses(1);
   const fs::path path = nearest_golden();
   const std::vector<double> expected = read_losses(path);
   ASSERT_EQ(found.size(), expected.size()) << path;
-  const bool same_kind = path.filename() == golden_name();
-  if (!same_kind)
-    std::printf("no %s: compared with %s within %.0e; golden_test --write-golden makes one\n",
-                golden_name().c_str(), path.filename().c_str(), kOtherKernels);
-  for (size_t k = 0; k < found.size(); ++k) {
-    if (same_kind)
-      EXPECT_EQ(found[k], expected[k]) << "step " << k << " differs from " << path
-                                       << "; a change that moves numbers says so and brings a new "
-                                          "file (golden_test --write-golden)";
-    else
-      EXPECT_NEAR(found[k], expected[k], kOtherKernels * expected[k]) << "step " << k;
-    if (testing::Test::HasFailure()) break;
-  }
+  for (size_t k = 0; k < found.size(); ++k)
+    ASSERT_NEAR(found[k], expected[k], kOtherKernels * expected[k]) << "step " << k << ", " << path;
+}
+
+TEST(Golden, BothVectorWidthsGiveTheSameBits) {
+  if (!can_run(SimdLevel::avx512)) GTEST_SKIP() << "this processor has AVX2 only";
+  EXPECT_EQ(to_text(losses(1, SimdLevel::avx2)), to_text(losses(1, SimdLevel::avx512)));
 }
 
 TEST(Golden, TwoThreadsAndASecondRunGiveTheSameBits) {
@@ -117,12 +159,15 @@ TEST(Golden, TwoThreadsAndASecondRunGiveTheSameBits) {
   EXPECT_EQ(once, to_text(losses(1)));
 }
 
-// Makes the file of this machine's kind.
+// Makes the files of this machine's kind, one for each vector width that it has.
 void write_golden() {
-  const fs::path path = golden_folder() / golden_name();
   fs::create_directories(golden_folder());
-  std::ofstream(path) << to_text(losses(1));
-  std::printf("wrote %s\n", path.c_str());
+  for (SimdLevel level : kLevels) {
+    if (!can_run(level)) continue;
+    const fs::path path = golden_folder() / golden_name(level);
+    std::ofstream(path) << to_text(losses(1, level));
+    std::printf("wrote %s\n", path.c_str());
+  }
 }
 
 }  // namespace

@@ -2,16 +2,16 @@
 
 #include <gtest/gtest.h>
 
-#include <cstring>
+#include <atomic>
+#include <thread>
 
 #include "core/random.h"
 #include "tests/support/in_world.h"
-#include "tests/support/slow_communicator.h"
+#include "tests/support/wires.h"
 
 namespace moemamba {
 namespace {
 
-using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 float gradient_of(int rank, int64_t bucket, int64_t i) {
@@ -85,41 +85,52 @@ TEST(GradientBuckets, SumInRankOrderAndGatherWhatTheOwnersWrote) {
   }
 }
 
-// On a wire that takes 150 ms: the compute stream is past its next work, block k - 1's backward,
-// before the reduction of block k has ended.
+constexpr milliseconds kSlow(50);  // of a wire; nothing must be faster, so nothing can be flaky
+
+// The wire carries bucket 1 only once block 0's backward pass has begun: a ready() that waited for
+// the wire would never come to it. finish() waits for the slow wire of the last bucket.
 TEST(GradientBuckets, ReduceWhileTheBackwardPassGoesOn) {
   in_world(RankLayout(2, 1, 0), [](ProcessGroups& groups) {
-    SlowCommunicator slow(*groups.data, milliseconds(150));
+    Milestone backward_began;
+    std::atomic<int> carried{0}, in_vain{0};
+    WatchedWire wire(std::move(groups.data), [&](CallKind, int64_t n) {
+      if (n == 0 && !backward_began.wait()) ++in_vain;
+      if (n == 1) std::this_thread::sleep_for(kSlow);
+      ++carried;
+    });
     Stream communication = Stream::worker(), compute = Stream::immediate();
-    Owner owner(slow, {1000, 1000});
-    GradientBuckets buckets(owner.buckets(slow), communication);
-    const auto start = Clock::now();
-    Clock::time_point backward_began, reduced;
+    Owner owner(wire, {1000, 1000});
+    GradientBuckets buckets(owner.buckets(wire), communication);
     buckets.ready(1, compute);
-    communication.submit([&reduced] { reduced = Clock::now(); });
-    compute.submit([&backward_began] { backward_began = Clock::now(); });  // of block 0
+    compute.submit([&] { backward_began.reach(); });  // of block 0
     buckets.ready(0, compute);
-    EXPECT_LT(Clock::now() - start, milliseconds(100)) << "ready() waited for the wire";
     buckets.finish(compute);
-    EXPECT_GE(Clock::now() - start, milliseconds(300)) << "finish() did not wait";
-    EXPECT_LT(backward_began, reduced);
-    EXPECT_GE(buckets.take_seconds(), 0.3);
+    EXPECT_EQ(in_vain, 0) << "ready() waited for the wire";
+    EXPECT_EQ(carried, 2) << "finish() did not wait";
+    EXPECT_GE(buckets.take_seconds(), std::chrono::duration<double>(kSlow).count());
   });
 }
 
+// The wire carries the weights of bucket 1 only once those of bucket 0 have been waited for.
 TEST(GradientBuckets, WaitForOneBucketsWeightsOnly) {
   in_world(RankLayout(2, 1, 0), [](ProcessGroups& groups) {
-    SlowCommunicator slow(*groups.data, milliseconds(100));
+    Milestone first_is_there;
+    std::atomic<int> carried{0}, in_vain{0};
+    WatchedWire wire(std::move(groups.data), [&](CallKind, int64_t n) {
+      if (n == 1 && !first_is_there.wait()) ++in_vain;
+      if (n == 2) std::this_thread::sleep_for(kSlow);
+      ++carried;
+    });
     Stream communication = Stream::worker(), compute = Stream::immediate();
-    Owner owner(slow, {10, 10, 10});
-    GradientBuckets buckets(owner.buckets(slow), communication);
+    Owner owner(wire, {10, 10, 10});
+    GradientBuckets buckets(owner.buckets(wire), communication);
     buckets.wait_weights(2, compute);  // before the first gather: no wait
-    const auto start = Clock::now();
     buckets.gather_weights(compute);
     buckets.wait_weights(0, compute);
-    EXPECT_LT(Clock::now() - start, milliseconds(200)) << "waited for other buckets too";
+    first_is_there.reach();
     buckets.wait_weights(2, compute);
-    EXPECT_GE(Clock::now() - start, milliseconds(300));
+    EXPECT_EQ(in_vain, 0) << "waited for other buckets too";
+    EXPECT_EQ(carried, 3) << "did not wait for its own";
   });
 }
 

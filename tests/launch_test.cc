@@ -11,6 +11,7 @@
 
 #include "core/file.h"
 #include "tests/support/program.h"
+#include "tests/support/training.h"
 
 namespace moemamba {
 namespace {
@@ -42,6 +43,26 @@ TEST_F(Launch, RanksWithOtherSettingsRefuseToStart) {
   EXPECT_FALSE(file_exists(run()));
 }
 
+// A machine that was left with an older build of the same version.
+TEST_F(Launch, RanksOfOtherSourcesRefuseToStart) {
+  const std::string version = shell("$moemamba --version").out;
+  const std::string mark = "sources: ";
+  const std::string own = version.substr(version.find(mark) + mark.size(), 16);
+  std::string program = read_file(MOEMAMBA_BINARY_DIR "/moemamba");
+  ASSERT_EQ(count(program, own), 1);
+  program.replace(program.find(own), own.size(), "0123456789abcdef");
+  put("older", program);
+  std::filesystem::permissions(*this / "older", std::filesystem::perms::owner_all);
+  const std::string words = " train --parallel.expert=2" + small_training(2);
+  const Result result = shell("$mpirun -n 1 $moemamba" + words + " : -n 1 ./older" + words);
+  EXPECT_EQ(result.code, 1) << result.err;
+  EXPECT_EQ(count(result.err, "build sources: rank 0 \"" + own + "\", rank 1 \"0123456789abcdef\""),
+            1)
+      << result.err;
+  EXPECT_EQ(count(result.err, "build version"), 0) << result.err;
+  EXPECT_FALSE(file_exists(run()));
+}
+
 // As tasks of srun without PMIx are: each would train alone, all into one folder.
 TEST_F(Launch, RanksThatDoNotFindEachOtherRefuseToStart) {
   const Result result =
@@ -53,7 +74,6 @@ TEST_F(Launch, RanksThatDoNotFindEachOtherRefuseToStart) {
 
 // Experts over four, two and one of four ranks, and one rank alone: the same model, the same text.
 TEST_F(Launch, EveryLayoutWritesTheSameLosses) {
-  constexpr double kBound = 1e-6;  // relative: f32 sums in another order
   const std::string words = small_training(6) +
                             "--model.blocks=2 --model.experts=42 --model.top_k=2 "
                             "--train.global_batch_size=13 --train.lr=0.01 "
@@ -76,22 +96,58 @@ TEST_F(Launch, EveryLayoutWritesTheSameLosses) {
       for (size_t i = 0; i < one.size(); ++i) {
         const double difference = std::abs(four[i] / one[i] - 1);
         worst = std::max(worst, difference);
-        EXPECT_LE(difference, kBound)
+        EXPECT_LE(difference, kLossBound)
             << field << " " << i << ", experts over " << expert << " of four ranks";
       }
     }
   }
-  std::printf("worst relative difference %.2g, bound %.2g\n", worst, kBound);
+  std::printf("worst relative difference %.2g, bound %.2g\n", worst, kLossBound);
+}
+
+// A prompt that looks like an option reaches the ranks as it is.
+TEST_F(Launch, GeneratesTheSameTextOnAnyNumberOfRanks) {
+  ASSERT_EQ(shell("$moemamba train" + small_training(2)).code, 0);
+  for (const std::string prompt : {"--ranks", "--ranks=3", "The 7th"}) {
+    const std::string words = " --run run --prompt '" + prompt + "' --tokens 40 --seed 5";
+    const Result alone = shell("$moemamba generate" + words);
+    EXPECT_EQ(alone.code, 0) << alone.err;
+    EXPECT_EQ(alone.out.substr(0, prompt.size()), prompt);
+    EXPECT_EQ(alone.out.back(), '\n');
+    EXPECT_GT(alone.out.size(), prompt.size() + 1);
+    const Result shared = shell("$moemamba generate --ranks 2" + words);
+    EXPECT_EQ(shared.code, 0) << shared.err;
+    EXPECT_EQ(shared.out, alone.out);
+  }
+}
+
+TEST_F(Launch, RanksWithoutSequencesAreTold) {
+  const std::string train = "$moemamba train --ranks 3 --overwrite=true" + small_training(1);
+  Result result = shell(train + "--train.routing_group=4");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(count(result.err,
+                  "moemamba: 2 of 3 ranks have no sequences: train.global_batch_size 4 is 1 x "
+                  "train.routing_group 4, and a group stays on one rank; set "
+                  "train.global_batch_size to 12 or lower train.routing_group\n"),
+            1)
+      << result.err;
+  result = shell(train + "--train.progress=off");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(result.err, "");
 }
 
 TEST_F(Launch, ADeadRankEndsTheOthersAndIsNamed) {
-  const Result result = while_training("--train.progress=off", [](const Processes& processes) {
-    kill(processes.ranks[1], SIGKILL);
-  });
-  EXPECT_EQ(result.code, 75) << result.err;
-  EXPECT_NE(result.err.find("process rank "), std::string::npos) << result.err;
-  EXPECT_NE(result.err.find("a rank was lost (signal 9: Killed)"), std::string::npos) << result.err;
-  EXPECT_FALSE(file_exists(run() + "/weights"));
+  for (size_t dead : {0, 1}) {
+    const Result result = while_training(
+        "--train.progress=off --overwrite=true",
+        [dead](const Processes& processes) { kill(processes.ranks[dead], SIGKILL); });
+    EXPECT_EQ(result.code, 75) << result.err;
+    EXPECT_EQ(count(result.err, "process rank " + std::to_string(dead) + " with PID "), 1)
+        << result.err;
+    EXPECT_EQ(count(result.err, "process rank "), 1) << result.err;
+    EXPECT_EQ(count(result.err, "a rank was lost (signal 9: Killed)"), 1) << result.err;
+    EXPECT_FALSE(file_exists(run() + "/weights"));
+    std::filesystem::remove_all(run());
+  }
 }
 
 void expect_whole(const std::string& metrics) {

@@ -4,6 +4,7 @@
 
 #include <filesystem>
 
+#include "runtime/model_kind.h"
 #include "runtime/safetensors.h"
 #include "tests/support/cases.h"
 #include "tests/support/faulty_files.h"
@@ -50,7 +51,7 @@ void save(const std::string& folder, const ModelSizes& sizes, int ranks, int exp
     Holder holder(groups, sizes, seed);
     Stream stream = Stream::immediate();
     PosixFileSystem files;
-    save_weights(files, folder, holder.store, groups, stream, "model { experts: 42 }", 17);
+    save_weights(files, folder, holder.store, groups, stream, {{"config", "experts: 42"}}, 17);
   });
 }
 
@@ -113,7 +114,7 @@ TEST(Weights, CarryTheBiasesOfRouters) {
     written = biases(holder);
     Stream stream = Stream::immediate();
     PosixFileSystem files;
-    save_weights(files, folder / "w", holder.store, groups, stream, "", 1);
+    save_weights(files, folder / "w", holder.store, groups, stream, {}, 1);
   });
   EXPECT_EQ(written.size(), size_t(2 * sizes.E));
   in_world(RankLayout(2, 2, 5), [&](ProcessGroups& groups) {
@@ -139,7 +140,7 @@ TEST(Weights, HaveOneTensorPerExpertUnderGlobalNamesAndTheirSettings) {
   ASSERT_NE(up, nullptr);
   EXPECT_EQ(to_string(up->shape), "[7, 12]");
   EXPECT_EQ(last.find("blocks.1.moe.experts.31.up.weight"), nullptr);
-  EXPECT_EQ(last.metadata().at("config"), "model { experts: 42 }");
+  EXPECT_EQ(last.metadata().at("config"), "experts: 42");
   EXPECT_EQ(last.metadata().at("step"), "17");
 }
 
@@ -173,6 +174,71 @@ TEST(Weights, OfAnotherModelAreRefusedFieldByField) {
       << fewer;
 }
 
+// What check_same_kind says of weights with this metadata; "" = nothing.
+std::string objection(const WeightsMetadata& metadata, const ModelConfig& model,
+                      const std::optional<Tokenizer>& tokenizer) {
+  TemporaryFolder folder;
+  PosixFileSystem files;
+  SafetensorsWriter(files, folder / "model.safetensors", {}, metadata).commit();
+  try {
+    check_same_kind(folder.path(), model, tokenizer);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(Weights, OfAnotherKindAreRefusedSettingBySetting) {
+  const Tokenizer bytes = Tokenizer::bytes();
+  ModelConfig trained;
+  trained.set_top_k(2);
+  const WeightsMetadata kind = describe_kind(trained, bytes);
+  EXPECT_EQ(objection(kind, trained, bytes), "");
+  ModelConfig other = trained;
+  other.set_top_k(3);
+  other.set_norm_eps(1e-3f);
+  other.set_expert_activation(ModelConfig::GELU);
+  other.set_renormalise(true);
+  const std::string text = objection(kind, other, bytes);
+  for (const char* part :
+       {"model.top_k: 2 there, 3 here", "model.expert_activation: RELU there, GELU here",
+        "model.norm_eps: 1e-05 there, 0.001 here", "model.renormalise: false there, true here",
+        "set model.* and data.tokenizer as in the config.textproto"})
+    EXPECT_NE(text.find(part), std::string::npos) << part << "\nin\n" << text;
+  EXPECT_EQ(text.find("model.width"), std::string::npos) << text;
+}
+
+TEST(Weights, GoOnWithOtherSettingsOfTrainingAndWithWrittenOutSizes) {
+  const WeightsMetadata kind = describe_kind(ModelConfig(), Tokenizer::bytes());
+  ModelConfig model;
+  model.set_capacity_factor(1.5);
+  model.set_balance_loss(0.5);
+  model.set_z_loss(0.5);
+  model.set_init_scale(3);
+  model.set_reset_at_documents(true);
+  model.set_vocabulary(257);
+  model.set_expert_hidden(3 * 192);
+  EXPECT_EQ(objection(kind, model, Tokenizer::bytes()), "");
+}
+
+TEST(Weights, OfAnotherTokenizerAreRefusedWhereBothHaveOne) {
+  const WeightsMetadata kind = describe_kind({}, Tokenizer::bytes());
+  WeightsMetadata other = kind;
+  other["tokenizer"] = "bpe, vocabulary 257, sha256 00";
+  EXPECT_NE(objection(other, {}, Tokenizer::bytes())
+                .find("tokenizer: bpe, vocabulary 257, sha256 00 there, bytes, vocabulary 257, "),
+            std::string::npos);
+  EXPECT_EQ(objection(other, {}, {}), "");
+  EXPECT_EQ(objection(describe_kind({}, {}), {}, Tokenizer::bytes()), "");
+}
+
+TEST(Weights, WithoutWordsOfTheirKindAreTakenAsTheyAre) {
+  ModelConfig model;
+  model.set_top_k(7);
+  EXPECT_EQ(objection({}, model, Tokenizer::bytes()), "");
+  EXPECT_EQ(objection({{"model", "of_the_future: 3 top_k: 7"}}, model, Tokenizer::bytes()), "");
+}
+
 TEST(Weights, ThatAreNotThereOrNotWholeAreRefused) {
   TemporaryFolder folder;
   const ModelSizes sizes = sizes_of(4);
@@ -200,7 +266,7 @@ void expect_all_or_nothing(int ranks, int expert, bool replace) {
         Holder holder(groups, sizes, 2);
         Stream stream = Stream::immediate();
         FaultyFiles faulty(groups.rank == 0 ? left : 1 << 30);
-        save_weights(faulty, path, holder.store, groups, stream, "", 1);
+        save_weights(faulty, path, holder.store, groups, stream, {}, 1);
       });
     } catch (const Error&) {
       done = false;
@@ -229,6 +295,41 @@ TEST(Weights, AreReplacedAtOnce) {
   expect_all_or_nothing(2, 2, true);
 }
 
+// One operation of one rank fails, each in turn; the disk is well again when rank 0 cleans up.
+void expect_nothing_left_behind(int ranks, int expert, int failing) {
+  const ModelSizes sizes = sizes_of(4);
+  TemporaryFolder folder;
+  bool done = false;
+  for (int64_t left = 0; !done; ++left) {
+    ASSERT_LT(left, 1000);
+    const std::string path = folder / (std::to_string(left) + "/weights");
+    save(path, sizes, ranks, expert, 1);
+    done = true;
+    try {
+      in_world(RankLayout(ranks, expert, 4), [&](ProcessGroups& groups) {
+        Holder holder(groups, sizes, 2);
+        Stream stream = Stream::immediate();
+        FaultyFiles faulty(groups.rank == failing ? left : 1 << 30);
+        faulty.refusals = 1;
+        save_weights(faulty, path, holder.store, groups, stream, {}, 1);
+      });
+    } catch (const Error&) {
+      done = false;
+    }
+    std::string found;
+    for (const auto& entry : fs::directory_iterator(folder / std::to_string(left)))
+      found += entry.path().filename().string() + " ";
+    EXPECT_EQ(found, "weights ") << "operation " << left << " of rank " << failing;
+    EXPECT_EQ(fs::exists(path + "/model.safetensors.index.json"), expert > 1);
+  }
+}
+
+TEST(Weights, LeaveNothingHalfWrittenBehind) {
+  expect_nothing_left_behind(1, 1, 0);
+  expect_nothing_left_behind(2, 2, 0);
+  expect_nothing_left_behind(2, 2, 1);
+}
+
 TEST(Weights, AreWhereAnotherTrainingGoesOn) {
   TemporaryFolder folder;
   const TrainingCase c{.experts = 5, .width = 16, .batch = 8, .steps = 3};
@@ -240,7 +341,7 @@ TEST(Weights, AreWhereAnotherTrainingGoesOn) {
     for (int64_t k = 0; k < 3; ++k) trainer.step(k);
     trainer.wait_weights();
     Session& session = trainer.session();
-    save_weights(files, folder / "weights", session.store, groups, session.compute, "", 3);
+    save_weights(files, folder / "weights", session.store, groups, session.compute, {}, 3);
     const double loss = trainer.step(3).loss;
     if (groups.rank == 0) expected = loss;
   });

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <thread>
 
 #include "core/file.h"
@@ -15,7 +16,7 @@ namespace moemamba {
 
 namespace {
 
-std::string words_of(pid_t id, const char* what) {  // "cmdline" or "comm"
+std::string words_of(pid_t id, const char* what) {  // "cmdline", "comm" or "environ"
   std::ifstream file("/proc/" + std::to_string(id) + "/" + what, std::ios::binary);
   return std::string((std::istreambuf_iterator<char>(file)), {});
 }
@@ -79,11 +80,17 @@ ProgramTest::Result ProgramTest::while_training(const std::string& words,
   const std::string mark = "--run=" + run();
   const auto programs = [&] {
     Processes processes;
+    std::map<int, pid_t> by_rank;
     for (pid_t id : processes_with(mark)) {
       if (words_of(id, "comm") != "moemamba\n") continue;  // the shell, mpirun
-      const bool launcher = words_of(id, "cmdline").find("--ranks") != std::string::npos;
-      (launcher ? processes.launchers : processes.ranks).push_back(id);
+      const std::string name = "OMPI_COMM_WORLD_RANK=", environment = words_of(id, "environ");
+      const size_t at = environment.find(name);
+      if (at == std::string::npos)
+        processes.launchers.push_back(id);
+      else
+        by_rank[std::atoi(environment.c_str() + at + name.size())] = id;
     }
+    for (const auto& [rank, id] : by_rank) processes.ranks.push_back(id);
     return processes;
   };
   std::thread actor([&] {

@@ -37,7 +37,8 @@ class ProgramTest : public testing::Test {
   std::string run() const { return folder_ / "run"; }
 
   struct Processes {
-    std::vector<pid_t> launchers, ranks;
+    std::vector<pid_t> launchers;
+    std::vector<pid_t> ranks;  // in the order of their numbers
   };
   // Starts an endless training with two ranks and `words`, calls `act` after its first steps, and
   // expects that all of its processes end within 20 s. Returns what the launcher left behind.
