@@ -1,4 +1,5 @@
 #include <cctype>
+#include <cstdint>
 #include <utility>
 
 #include "core/schema_parts.h"
