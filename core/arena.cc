@@ -74,7 +74,30 @@ Tensor Arena::take(Shape shape, DType dtype, const char* who) {
   Tensor tensor{.data = base + used_, .shape = shape, .stride = row / size, .dtype = dtype};
   used_ += bytes;
   peak_ = std::max(peak_, used_);
+  if (measures() && bytes > 0) out_.push_back({who, bytes});
   return tensor;
+}
+
+void Arena::give_back(int64_t used) {
+  if (measures()) {
+    if (used < used_ && used_ == peak_) remember_peak();
+    for (int64_t left = used_; left > used; out_.pop_back()) left -= out_.back().bytes;
+    alike_ = std::min(alike_, out_.size());
+  }
+  used_ = used;
+}
+
+// Copies only what has changed since the last time: a peak in every layer stays cheap.
+void Arena::remember_peak() {
+  at_peak_.resize(alike_);
+  at_peak_.insert(at_peak_.end(), out_.begin() + std::ptrdiff_t(alike_), out_.end());
+  alike_ = out_.size();
+}
+
+const std::vector<Arena::Taken>& Arena::at_peak() {
+  check(measures(), name_, " arena: only one that measures knows who held its memory");
+  if (used_ == peak_) remember_peak();
+  return at_peak_;
 }
 
 }  // namespace moemamba

@@ -1,5 +1,6 @@
 #pragma once
 #include <limits>
+#include <vector>
 
 #include "core/device.h"
 
@@ -32,6 +33,11 @@ class Arena {
   Arena(std::string name, DeviceKind device, int64_t bytes);
   // Only counts: its tensors have addresses but no memory. For dry streams.
   static Arena measure(std::string name);
+  // What a measuring arena gave out: to whom (a literal) and how much, padding included.
+  struct Taken {
+    const char* who;
+    int64_t bytes;
+  };
 
   Tensor take(Shape shape, DType dtype = DType::f32, const char* who = "tensor");
   int64_t used() const { return used_; }
@@ -39,15 +45,20 @@ class Arena {
   int64_t capacity() const { return capacity_; }
   bool measures() const { return buffer_.data() == nullptr; }
   void reset_peak() { peak_ = used_; }
-  void give_back(int64_t used) { used_ = used; }
+  void give_back(int64_t used);
+  // All that was out when the arena was fullest, in order. REQUIRES: measures().
+  const std::vector<Taken>& at_peak();
 
  private:
   Arena() = default;
+  void remember_peak();
   std::string name_;
   Buffer buffer_;
   int64_t capacity_ = 0;
   int64_t used_ = 0;
   int64_t peak_ = 0;
+  std::vector<Taken> out_, at_peak_;  // of a measuring arena
+  size_t alike_ = 0;                  // first entries of out_ that at_peak_ has as well
 };
 
 // Gives back, when it ends, all that was taken since it began.

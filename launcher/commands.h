@@ -17,6 +17,7 @@ Command add_train(CLI::App& app, const Words& words);
 Command add_evaluate(CLI::App& app, const Words& words);
 Command add_generate(CLI::App& app, const Words& words);
 Command add_prepare(CLI::App& app, const Words& words);
+Command add_plan(CLI::App& app, const Words& words);
 Command add_settings(CLI::App& app, const Words& words);
 Command add_compare(CLI::App& app, const Words& words);
 

@@ -3,6 +3,7 @@
 #include <hwloc.h>
 
 #include <algorithm>
+#include <fstream>
 #include <memory>
 #include <type_traits>
 
@@ -15,6 +16,7 @@ namespace {
 struct DestroyTopology {
   void operator()(hwloc_topology_t topology) const { hwloc_topology_destroy(topology); }
 };
+using Topology = std::unique_ptr<std::remove_pointer_t<hwloc_topology_t>, DestroyTopology>;
 struct FreeBitmap {
   void operator()(hwloc_bitmap_t bitmap) const { hwloc_bitmap_free(bitmap); }
 };
@@ -28,23 +30,42 @@ int cores_in(hwloc_topology_t topology, hwloc_const_bitmap_t set) {
   return count > 0 ? count : std::max(1, hwloc_bitmap_weight(set));  // no cores known: threads
 }
 
+// instead: what a user sets where hwloc fails.
+Topology load_topology(const char* instead) {
+  hwloc_topology_t loaded = nullptr;
+  check(hwloc_topology_init(&loaded) == 0, "hwloc cannot start; set ", instead);
+  Topology topology(loaded);
+  check(hwloc_topology_load(loaded) == 0, "hwloc cannot read the machine's topology; set ",
+        instead);
+  return topology;
+}
+
 }  // namespace
 
 int threads_per_rank(int ranks) {
-  hwloc_topology_t loaded = nullptr;
-  check(hwloc_topology_init(&loaded) == 0, "hwloc cannot start; set train.threads");
-  const std::unique_ptr<std::remove_pointer_t<hwloc_topology_t>, DestroyTopology> topology(loaded);
-  check(hwloc_topology_load(loaded) == 0,
-        "hwloc cannot read the machine's topology; set train.threads");
+  const Topology topology = load_topology("train.threads");
   const std::unique_ptr<hwloc_bitmap_s, FreeBitmap> bound(hwloc_bitmap_alloc());
-  const hwloc_const_bitmap_t allowed = hwloc_topology_get_allowed_cpuset(loaded);
-  const int machine = cores_in(loaded, allowed);
+  const hwloc_const_bitmap_t allowed = hwloc_topology_get_allowed_cpuset(topology.get());
+  const int machine = cores_in(topology.get(), allowed);
   const int share = std::max(1, machine / std::max(1, ranks));
-  if (hwloc_get_cpubind(loaded, bound.get(), HWLOC_CPUBIND_PROCESS) != 0) return share;
-  const int own = cores_in(loaded, bound.get());
+  if (hwloc_get_cpubind(topology.get(), bound.get(), HWLOC_CPUBIND_PROCESS) != 0) return share;
+  const int own = cores_in(topology.get(), bound.get());
   // A binding to fewer cores may be this rank's alone or one that all ranks share (taskset around
   // mpirun, a socket); the even share of the machine is never too many in the first case.
   return std::max(1, std::min(own, share));
+}
+
+int64_t machine_memory() {
+  const Topology topology = load_topology("--memory");
+  int64_t bytes = int64_t(hwloc_get_root_obj(topology.get())->total_memory);
+  check(bytes > 0, "hwloc does not know this machine's memory; give --memory");
+  // A container may have less of it (control groups, versions 2 and 1).
+  for (const char* file :
+       {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    int64_t limit = 0;
+    if (std::ifstream(file) >> limit && limit > 0) bytes = std::min(bytes, limit);
+  }
+  return bytes;
 }
 
 }  // namespace moemamba

@@ -45,6 +45,7 @@ int run(int argc, char** argv) {
                                                       {"train", add_train(app, words)},
                                                       {"evaluate", add_evaluate(app, words)},
                                                       {"generate", add_generate(app, words)},
+                                                      {"plan", add_plan(app, words)},
                                                       {"settings", add_settings(app, words)},
                                                       {"compare", add_compare(app, words)}};
   try {

@@ -21,12 +21,14 @@ std::string divisors_text(int ranks) {
   return text;
 }
 
-void check_layout(Settings& settings, const RunConfig& config, int ranks) {
+void check_layout(Settings& settings, const RunConfig& config, Purpose purpose, int ranks) {
   const int expert = config.parallel().expert();
   const int experts = has_routers(config.model()) ? config.model().experts() : 0;
   if (ranks % expert != 0)
-    settings.object("parallel.expert", concat("must divide the ", ranks, " ranks that were ",
-                                              "started; try ", divisors_text(ranks)));
+    settings.object("parallel.expert",
+                    concat("must divide the ", ranks, " ranks that ",
+                           purpose == Purpose::plan ? "are planned" : "were started", "; try ",
+                           divisors_text(ranks)));
   if (expert > std::max(1, experts))
     settings.object("parallel.expert", concat(expert, " ranks cannot share ", experts,
                                               " experts (model.experts); at least one each"));
@@ -49,7 +51,7 @@ void check_data(Settings& settings, const RunConfig& config) {
                     "\"none\" has none; take EPOCHS");
 }
 
-void check_training(Settings& settings, const RunConfig& config) {
+void check_steps(Settings& settings, const RunConfig& config) {
   const TrainConfig& train = config.train();
   const auto whole_groups = [&](const char* setting, int sequences) {
     if (sequences % train.routing_group() != 0)
@@ -63,6 +65,10 @@ void check_training(Settings& settings, const RunConfig& config) {
     settings.object("train.warmup_steps",
                     concat("must be at most the ", train.steps(),
                            " steps of the run (train.steps), found ", train.warmup_steps()));
+}
+
+void check_training(Settings& settings, const RunConfig& config) {
+  check_steps(settings, config);
   if (config.data().train_size() == 0)
     settings.object("data.train",
                     "no token files to train on; give what `moemamba prepare` wrote: "
@@ -99,10 +105,11 @@ RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks
   if (purpose == Purpose::use && settings.place_of("parallel.expert").rfind("--", 0) != 0)
     config.mutable_parallel()->set_expert(std::gcd(config.parallel().expert(), ranks));
   if (purpose != Purpose::show) {
-    check_layout(settings, config, ranks);
+    check_layout(settings, config, purpose, ranks);
     check_model(settings, config.model());
     check_data(settings, config);
   }
+  if (purpose == Purpose::plan) check_steps(settings, config);
   if (purpose == Purpose::train) check_training(settings, config);
   settings.throw_problems();
   return config;

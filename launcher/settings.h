@@ -23,6 +23,7 @@ void take_remaining(const CLI::App& app, SettingsSource& source);
 // What a configuration must satisfy beyond its ranges.
 enum class Purpose {
   show,   // nothing more
+  plan,   // sizes that fit each other and the planned ranks
   train,  // token files; sizes that fit each other and the ranks
   use,    // of a trained model: fits the ranks (parallel.expert is made to, if left to the run)
 };

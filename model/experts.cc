@@ -42,7 +42,7 @@ Experts Experts::make_linear(ParameterStore& store, const std::string& name, con
 Experts::Chunk Experts::take_chunk(Step& step) const {
   const int64_t C = step.exchange->capacity(), local = up->shape[0], F = up->shape[1];
   Chunk chunk;
-  chunk.x.values = step.arena.take({C, in()}, DType::f32, "expert rows");
+  chunk.x.values = step.arena.take({C, in()}, DType::f32, "exchange rows of experts");
   chunk.x.offsets = step.arena.take({local + 1}, DType::i32, "offsets of expert rows");
   if (linear) return chunk;
   chunk.up = step.arena.take({C, F}, DType::f32, "expert hidden rows");
@@ -89,14 +89,14 @@ Tensor Experts::forward(Step& step, Tensor x, const Router::Saved& routing, Save
   saved.x = x;
   exchange.plan(step.stream, routing.offsets);
   saved.first = take_chunk(step);
-  saved.returned = step.arena.take({T * K, out()}, x.dtype, "expert outputs");
+  saved.returned = step.arena.take({T * K, out()}, x.dtype, "exchange rows returned");
   Tensor y = step.arena.take({T, out()}, x.dtype, "MoE output");
   const int64_t C = exchange.capacity();
   {
     Frame frame(step.arena);
-    Tensor rows = step.arena.take({T * K, in()}, x.dtype, "rows to send");
+    Tensor rows = step.arena.take({T * K, in()}, x.dtype, "exchange rows to send");
     Tensor staging = step.arena.take({C, in()}, x.dtype, "exchange staging");
-    Tensor chunk_out = step.arena.take({C, out()}, x.dtype, "expert outputs of a chunk");
+    Tensor chunk_out = step.arena.take({C, out()}, x.dtype, "exchange outputs of experts");
     Tensor back =
         out() == in() ? staging : step.arena.take({C, out()}, x.dtype, "exchange staging");
     run(step.stream, Permute{.x = x,
@@ -196,10 +196,10 @@ void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routi
   return_gradients(step, g, routing, saved);
   exchange.plan(step.stream, routing.offsets);
   const int64_t C = exchange.capacity();
-  Tensor rows = step.arena.take({T * K, in()}, DType::f32, "gradient rows that come back");
+  Tensor rows = step.arena.take({T * K, in()}, DType::f32, "exchange gradients returned");
   Tensor sent;
   if (exchange.chunks() > 1) {
-    sent = step.arena.take({T * K, in()}, DType::f32, "rows to send again");
+    sent = step.arena.take({T * K, in()}, DType::f32, "exchange rows to send again");
     run(step.stream, Permute{.x = saved.x,
                              .source = routing.source,
                              .offsets = routing.offsets,
@@ -209,8 +209,8 @@ void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routi
   Tensor staging = step.arena.take({C, in()}, DType::f32, "exchange staging");
   Tensor out_staging =
       out() == in() ? staging : step.arena.take({C, out()}, DType::f32, "exchange staging");
-  Tensor dout = step.arena.take({C, out()}, DType::f32, "gradient of expert outputs");
-  Tensor din = step.arena.take({C, in()}, DType::f32, "gradient of expert rows");
+  Tensor dout = step.arena.take({C, out()}, DType::f32, "exchange gradients of outputs");
+  Tensor din = step.arena.take({C, in()}, DType::f32, "exchange gradients of rows");
   for (int64_t i = 0; i < exchange.chunks(); ++i) {
     Frame again(step.arena);
     const Chunk chunk = i == 0 ? saved.first : take_chunk(step);

@@ -18,7 +18,6 @@ int64_t slice_of(const GradientBuckets::Bucket& bucket) {
 
 GradientBuckets::GradientBuckets(std::vector<Bucket> buckets, Stream& communication)
     : buckets_(std::move(buckets)), gathered_(buckets_.size()), communication_(communication) {
-  int64_t largest = 0;
   for (const Bucket& bucket : buckets_) {
     const int64_t P = bucket.gradient.elements(), N = bucket.group->size();
     check(P % N == 0, "bucket ", bucket.name, ": ", P, " elements do not divide by the ", N,
@@ -34,9 +33,15 @@ GradientBuckets::GradientBuckets(std::vector<Bucket> buckets, Stream& communicat
       places.offsets.push_back(r * (P / N) * int64_t(sizeof(float)));
     }
     places_.push_back(std::move(places));
-    if (N > 1) largest = std::max(largest, P);
   }
-  receive_ = Buffer(DeviceKind::cpu, largest * int64_t(sizeof(float)));
+  receive_ = Buffer(DeviceKind::cpu, buffer_bytes(buckets_));
+}
+
+int64_t GradientBuckets::buffer_bytes(const std::vector<Bucket>& buckets) {
+  int64_t largest = 0;
+  for (const Bucket& bucket : buckets)
+    if (bucket.group->size() > 1) largest = std::max(largest, bucket.gradient.elements());
+  return largest * int64_t(sizeof(float));
 }
 
 Tensor GradientBuckets::owned_gradient(int64_t i) const {

@@ -24,6 +24,7 @@ class GradientBuckets {
   };
   // REQUIRES: P divisible by the group's size. Memory for the largest bucket is taken here.
   GradientBuckets(std::vector<Bucket> buckets, Stream& communication);
+  static int64_t buffer_bytes(const std::vector<Bucket>& buckets);  // that memory
 
   int64_t size() const { return int64_t(buckets_.size()); }
   const Bucket& bucket(int64_t i) const { return buckets_[size_t(i)]; }
@@ -36,6 +37,7 @@ class GradientBuckets {
   void gather_weights(Stream& compute);
   // compute waits until bucket i's new values are there (no wait before the first gather).
   void wait_weights(int64_t i, Stream& compute);
+  int64_t buffer_bytes() const { return receive_.bytes(); }
   // Seconds that the communication stream spent in reductions and gathers since the last call.
   double take_seconds();
 

@@ -29,25 +29,15 @@ int32_t end_of_document(const std::optional<Tokenizer>& tokenizer) {
   return tokenizer ? tokenizer->end_of_document() : -1;
 }
 
-TrainerOptions trainer_options(const TrainRequest& request,
-                               const std::optional<Tokenizer>& tokenizer) {
-  const TrainConfig& train = request.train;
-  TrainerOptions options;
-  options.sizes = model_sizes(request.model, vocabulary_of(tokenizer), train.sequence_length());
-  options.optimizer = optimizer_settings(train);
+TrainerOptions options_of(const TrainRequest& request, const std::optional<Tokenizer>& tokenizer) {
+  const ModelSizes sizes =
+      model_sizes(request.model, vocabulary_of(tokenizer), request.train.sequence_length());
+  TrainerOptions options = trainer_options(sizes, request.parallel, request.train);
   options.data.files = list(request.data.train());
-  options.data.vocabulary = options.sizes.V;
   options.data.end_of_document = end_of_document(tokenizer);
-  options.data.sequence_length = train.sequence_length();
-  options.data.global_batch = train.global_batch_size();
-  options.data.seed = train.seed();
   options.data.sampling =
       request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular : Sampling::epochs;
-  options.micro_batch = train.micro_batch_size();
-  options.routing_group = train.routing_group();
-  options.exchange_rows = request.parallel.exchange_rows();
   options.threads = request.threads;
-  options.seed = train.seed();
   return options;
 }
 
@@ -100,7 +90,7 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
       groups_(groups),
       request_(request),
       tokenizer_(checked_tokenizer(request.data, request.model, true)),
-      trainer_(groups, trainer_options(request, tokenizer_)) {
+      trainer_(groups, options_of(request, tokenizer_)) {
   Session& session = trainer_.session();
   double bytes_per_token = 0;
   if (request.data.validation_size() > 0) {

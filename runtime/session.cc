@@ -69,22 +69,21 @@ Step Session::begin(int64_t sequences, int64_t routing_group) {
 
 int64_t Session::measure(bool training) {
   Stream dry = Stream::dry();
-  Arena counting = Arena::measure("activation");
   // Every sequence a routing group of its own: the most that the router's tables can take.
   Step step{.stream = dry,
-            .arena = counting,
+            .arena = arena,
             .exchange = &exchange,
             .sequences = sequences,
             .routing_groups = std::max<int64_t>(1, sequences)};
   const int64_t T = sequences * length;
-  const Tensor ids = counting.take({T}, DType::i32);
-  step.starts = counting.take({T}, DType::u8);
-  counting.give_back(0);  // these two live in buffers of their own
-  const Tensor loss = counting.take({T});
+  const Tensor ids = arena.take({T}, DType::i32);
+  step.starts = arena.take({T}, DType::u8);
+  arena.give_back(0);  // these two live in buffers of their own
+  const Tensor loss = arena.take({T});
   model.forward(step, ids, saved, nullptr);
   model.loss(step, ids, loss, 1, training, saved);
   if (training) model.backward(step, ids, saved, nullptr);
-  return counting.peak();
+  return arena.peak();
 }
 
 }  // namespace moemamba

@@ -24,7 +24,7 @@ struct Session {
   int64_t sequences, length;
   ExpertExchange exchange;
   int64_t activation_bytes;  // what the arena holds, or would
-  Arena arena;
+  Arena arena;  // planned: the one that measured
 
  private:
   int64_t measure(bool training);

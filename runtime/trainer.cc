@@ -30,6 +30,33 @@ OptimizerSettings optimizer_settings(const TrainConfig& c) {
           .grad_clip = c.grad_clip()};
 }
 
+TrainerOptions trainer_options(const ModelSizes& sizes, const ParallelConfig& parallel,
+                               const TrainConfig& train) {
+  TrainerOptions options;
+  options.sizes = sizes;
+  options.optimizer = optimizer_settings(train);
+  options.data.vocabulary = sizes.V;
+  options.data.sequence_length = train.sequence_length();
+  options.data.global_batch = train.global_batch_size();
+  options.data.seed = train.seed();
+  options.micro_batch = train.micro_batch_size();
+  options.routing_group = train.routing_group();
+  options.exchange_rows = parallel.exchange_rows();
+  options.seed = train.seed();
+  return options;
+}
+
+StepBuffers step_buffers(const TrainerOptions& options, int64_t micro_batch, int ranks) {
+  const int64_t T = micro_batch * options.data.sequence_length;
+  const int64_t facts = (kFacts + options.sizes.routers() * options.sizes.E) * 8;
+  return {.ids = T * 4,
+          .targets = T * 4,
+          .starts = T,
+          .facts = facts,
+          .gathered = facts * ranks,
+          .small = 64};
+}
+
 void describe_load(const std::vector<double>& counts, int64_t experts, StepRecord& record) {
   for (size_t first = 0; experts > 0 && first < counts.size(); first += size_t(experts)) {
     double sum = 0, most = 0;
@@ -52,14 +79,14 @@ Trainer::Trainer(ProcessGroups& groups, const TrainerOptions& options)
       buckets_(session_.store.buckets(), session_.communication),
       optimizer_(options.optimizer, session_.store, buckets_),
       data_(options.data) {
-  const int64_t T = share_.micro_batch * options.data.sequence_length;
   const int64_t choices = options.sizes.routers() * options.sizes.E;
-  ids_ = Buffer(DeviceKind::cpu, T * 4);
-  targets_ = Buffer(DeviceKind::cpu, T * 4);
-  starts_ = Buffer(DeviceKind::cpu, T);
-  facts_buffer_ = Buffer(DeviceKind::cpu, (kFacts + choices) * 8);
-  gather_buffer_ = Buffer(DeviceKind::cpu, (kFacts + choices) * 8 * groups.layout.ranks());
-  small_ = Buffer(DeviceKind::cpu, 64);
+  const StepBuffers b = step_buffers(options, share_.micro_batch, groups.layout.ranks());
+  ids_ = Buffer(DeviceKind::cpu, b.ids);
+  targets_ = Buffer(DeviceKind::cpu, b.targets);
+  starts_ = Buffer(DeviceKind::cpu, b.starts);
+  facts_buffer_ = Buffer(DeviceKind::cpu, b.facts);
+  gather_buffer_ = Buffer(DeviceKind::cpu, b.gathered);
+  small_ = Buffer(DeviceKind::cpu, b.small);
   facts_tensor_ = view(facts_buffer_.data(), {kFacts + choices}, DType::f64);
   verdict_ = view(small_.data(), {2}, DType::f32);
   squares_ = view(small_.data() + 16, {1}, DType::f64);
@@ -183,6 +210,20 @@ StepRecord Trainer::take_step(int64_t k) {
   record.tokens_per_second =
       double(options_.data.global_batch * options_.data.sequence_length) / since(start);
   return record;
+}
+
+TrainerBytes Trainer::bytes() const {
+  const ParameterStore::Bytes store = session_.store.bytes();
+  TrainerBytes bytes{.values = store.values,
+                     .gradients = store.gradients,
+                     .moments = store.moments,
+                     .reduction = buckets_.buffer_bytes(),
+                     .activations = session_.arena.capacity(),
+                     .batch = 0};
+  for (const Buffer* buffer :
+       {&ids_, &targets_, &starts_, &facts_buffer_, &gather_buffer_, &small_})
+    bytes.batch += buffer->bytes();
+  return bytes;
 }
 
 void Trainer::wait_weights() {

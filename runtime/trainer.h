@@ -1,4 +1,5 @@
 #pragma once
+#include "parallel/parallel_config.pb.h"
 #include "runtime/data.h"
 #include "runtime/metrics.h"
 #include "runtime/session.h"
@@ -17,6 +18,24 @@ struct TrainerOptions {
   uint64_t seed = 42;
 };
 OptimizerSettings optimizer_settings(const TrainConfig& config);
+// All but `threads` and what belongs to files and their tokens.
+TrainerOptions trainer_options(const ModelSizes& sizes, const ParallelConfig& parallel,
+                               const TrainConfig& train);
+
+// The buffers of a rank's micro-batch and of a step's facts.
+struct StepBuffers {
+  int64_t ids, targets, starts, facts, gathered, small;
+  int64_t bytes() const { return ids + targets + starts + facts + gathered + small; }
+};
+StepBuffers step_buffers(const TrainerOptions& options, int64_t micro_batch, int ranks);
+
+// What one rank's trainer holds from before its first step to its end. Operators' scratch
+// (Stream::workspace) comes on top.
+struct TrainerBytes {
+  int64_t values = 0, gradients = 0, moments = 0, reduction = 0, activations = 0, batch = 0;
+  int64_t total() const { return values + gradients + moments + reduction + activations + batch; }
+  bool operator==(const TrainerBytes&) const = default;
+};
 
 // One rank's part of the training step (house.md, "One step").
 class Trainer {
@@ -40,6 +59,7 @@ class Trainer {
   Session& session() { return session_; }
   const TrainerOptions& options() const { return options_; }
   const BatchShare& share() const { return share_; }
+  TrainerBytes bytes() const;
 
  private:
   StepRecord take_step(int64_t k);

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "runtime/commands.h"
+#include "runtime/plan.h"
 #include "tests/support/in_world.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/training.h"
@@ -28,6 +29,13 @@ struct Counter {
   std::atomic<bool> on{false};
   std::atomic<int64_t> calls{0};
   std::atomic<int64_t> bytes{0};
+  std::atomic<int64_t> buffers{0};         // bytes of Buffers alone, which start on borders
+  std::atomic<int64_t> largest_buffer{0};  // the last to grow; for one thread
+  void count_buffer(size_t size) {
+    if (!on.load(std::memory_order_relaxed)) return;
+    buffers += int64_t(size);
+    largest_buffer = std::max(largest_buffer.load(), int64_t(size));
+  }
   void count(size_t size, void* caller) {
     if (!on.load(std::memory_order_relaxed)) return;
     Dl_info home{};
@@ -58,6 +66,7 @@ extern "C" __attribute__((visibility("default"))) void* realloc(void* old, size_
 extern "C" __attribute__((visibility("default"))) void* aligned_alloc(size_t alignment,
                                                                       size_t bytes) {
   moemamba::counter.count(bytes, __builtin_return_address(0));
+  moemamba::counter.count_buffer(bytes);
   return __libc_memalign(alignment, bytes);
 }
 extern "C" __attribute__((visibility("default"))) int posix_memalign(void** out, size_t alignment,
@@ -96,6 +105,31 @@ TEST(Allocation, IsCounted) {
   Buffer buffer(DeviceKind::cpu, 100);
   counter.on = false;
   EXPECT_EQ(counter.calls, 2);
+}
+
+// Sizes that fill every buffer to its 64-byte border: 128 tokens, 9 counts beside 7 facts.
+TEST(Allocation, OfBuffersIsWhatIsPlannedToTheByte) {
+  for (const char* model : {"pattern: 'mamba, moe'", "pattern: 'attention, moe' heads: 4",
+                            "pattern: 'inner_moe' projections: GATE projection_hidden: 9"}) {
+    const TrainingCase c{
+        .experts = 3, .blocks = 3, .batch = 16, .micro_batch = 8, .length = 16, .model = model};
+    const TrainerOptions options = trainer_options(c);
+    const RankLayout layout(1, 1, int(c.experts));
+    const PlannedBytes planned = planned_bytes(options, layout);
+    in_world(layout, [&](ProcessGroups& groups) {
+      counter.buffers = 0, counter.on = true;
+      Trainer trainer(groups, options);
+      counter.on = false;
+      EXPECT_EQ(counter.buffers, planned.trainer.total()) << model;
+      EXPECT_EQ(trainer.bytes(), planned.trainer) << model;
+      // Steps add the operators' scratch and nothing else.
+      counter.largest_buffer = 0, counter.on = true;
+      for (int64_t k = 0; k < 3; ++k) trainer.step(k);
+      counter.on = false;
+      EXPECT_GT(counter.largest_buffer, 0) << model;
+      EXPECT_LE(counter.largest_buffer, planned.scratch) << model;
+    });
+  }
 }
 
 TEST(Allocation, EndsWithStepOne) {

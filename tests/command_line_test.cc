@@ -65,7 +65,7 @@ TEST_F(CommandLine, HelpNamesEverySetting) {
   EXPECT_NE(result.out.find("--ranks"), std::string::npos);
   EXPECT_NE(result.out.find("--model.experts=8  (whole number, 1 to 4096)"), std::string::npos);
   EXPECT_NE(result.out.find("--data.train=(none)"), std::string::npos);
-  for (const char* command : {"", "prepare", "evaluate", "generate", "settings"})
+  for (const char* command : {"", "prepare", "evaluate", "generate", "plan", "settings"})
     EXPECT_EQ(shell(std::string("$moemamba ") + command + " --help").code, 0) << command;
 }
 

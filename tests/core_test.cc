@@ -169,6 +169,42 @@ TEST(Arena, GivesBackWhatAFrameTook) {
   EXPECT_EQ(arena.peak(), arena.used());
 }
 
+TEST(Arena, RemembersWhoHeldItsMemoryAtThePeak) {
+  Arena arena = Arena::measure("plan");
+  const auto peak = [&] {
+    std::vector<std::string> names;
+    int64_t bytes = 0;
+    for (const Arena::Taken& taken : arena.at_peak()) {
+      names.emplace_back(taken.who);
+      bytes += taken.bytes;
+    }
+    EXPECT_EQ(bytes, arena.peak());
+    return names;
+  };
+  using Names = std::vector<std::string>;
+  arena.take({16}, DType::f32, "a");
+  {
+    Frame frame(arena);
+    arena.take({16}, DType::f32, "b");
+    arena.take({0}, DType::f32, "nothing");
+    {
+      Frame inner(arena);
+      arena.take({64}, DType::f32, "c");
+    }
+    EXPECT_EQ(peak(), (Names{"a", "b", "c"}));
+    arena.take({16}, DType::f32, "d");
+  }
+  EXPECT_EQ(peak(), (Names{"a", "b", "c"}));
+  {
+    Frame frame(arena);
+    arena.take({128}, DType::f32, "e");
+    EXPECT_EQ(peak(), (Names{"a", "e"}));
+  }
+  arena.give_back(0);
+  arena.take({512}, DType::f32, "f");
+  EXPECT_EQ(peak(), Names{"f"});
+}
+
 TEST(Arena, CountsTheSameWithoutMemory) {
   Arena real("real", DeviceKind::cpu, 1 << 16), counts = Arena::measure("plan");
   for (Arena* arena : {&real, &counts}) {
