@@ -4,6 +4,7 @@
 #include <openssl/evp.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -84,20 +85,21 @@ class PosixFile : public OutputFile {
   Descriptor fd_;
 };
 
-std::string hex(const unsigned char* digest, unsigned bytes) {
-  std::string text;
+void write_hex(const unsigned char* digest, unsigned bytes, char* text) {
   for (unsigned i = 0; i < bytes; ++i) {
-    text += "0123456789abcdef"[digest[i] >> 4];
-    text += "0123456789abcdef"[digest[i] & 15];
+    *text++ = "0123456789abcdef"[digest[i] >> 4];
+    *text++ = "0123456789abcdef"[digest[i] & 15];
   }
-  return text;
+  *text = 0;
 }
 
 }  // namespace
 
 std::unique_ptr<OutputFile> PosixFileSystem::open(const std::string& path, OpenMode mode) {
-  const int flags =
-      O_WRONLY | O_CREAT | O_CLOEXEC | (mode == OpenMode::append ? O_APPEND : O_TRUNC);
+  const int of_mode = mode == OpenMode::append   ? O_APPEND
+                      : mode == OpenMode::create ? O_TRUNC
+                                                 : O_EXCL | O_NOFOLLOW;
+  const int flags = O_WRONLY | O_CREAT | O_CLOEXEC | of_mode;
   const int fd = ::open(path.c_str(), flags, 0666);
   if (fd < 0) refuse(path, "open for writing", errno);
   return std::make_unique<PosixFile>(path, fd);
@@ -123,6 +125,26 @@ void PosixFileSystem::sync_folder(const std::string& path) {
   // Some network file systems cannot sync a folder and say so with EINVAL; renames are ordered
   // there.
   if (::fsync(folder.get()) != 0 && errno != EINVAL) refuse(path, "sync folder", errno);
+}
+
+void PosixFileSystem::make_folder(const std::string& path) {
+  if (::mkdir(path.c_str(), 0777) != 0) refuse(path, "make folder", errno);
+}
+
+bool PosixFileSystem::rename_new(const std::string& from, const std::string& to) {
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) == 0) return true;
+  if (errno == EINVAL || errno == ENOSYS || errno == ENOTSUP) return false;  // NFS, some Lustre
+  refuse(from, ("rename to " + to).c_str(), errno);
+}
+
+void PosixFileSystem::link(const std::string& from, const std::string& to) {
+  if (::link(from.c_str(), to.c_str()) != 0) refuse(from, ("link as " + to).c_str(), errno);
+}
+
+int64_t PosixFileSystem::free_bytes(const std::string& path) {
+  struct statvfs about {};
+  if (::statvfs(path.c_str(), &about) != 0) refuse(path, "ask for free space", errno);
+  return int64_t(about.f_bavail) * int64_t(about.f_frsize);
 }
 
 AtomicFile::AtomicFile(FileSystem& files, std::string path)
@@ -237,12 +259,71 @@ MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
-std::string sha256(std::string_view data) {
+InputFile::InputFile(std::string path) : path_(std::move(path)) {
+  Descriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW));
+  if (file.get() < 0) refuse(path_, "open", errno);
+  struct stat about {};
+  if (::fstat(file.get(), &about) != 0) refuse(path_, "read", errno);
+  check(S_ISREG(about.st_mode), path_, ": expected a regular file");
+  bytes_ = int64_t(about.st_size);
+  fd_ = file.release();
+}
+
+InputFile::~InputFile() {
+  ::close(fd_);
+}
+
+void InputFile::read_at(int64_t offset, void* to, size_t bytes) const {
+  auto* into = static_cast<char*>(to);
+  while (bytes > 0) {
+    const ssize_t done = ::pread(fd_, into, bytes, offset);
+    if (done < 0 && errno == EINTR) continue;
+    if (done < 0) refuse(path_, "read", errno);
+    check(done > 0, path_, ": cut off at byte ", offset);
+    into += done;
+    offset += done;
+    bytes -= size_t(done);
+  }
+}
+
+Sha256::Sha256() : context_(EVP_MD_CTX_new()) {
+  check(context_ != nullptr, "SHA-256 failed; is OpenSSL complete?");
+  start();
+}
+
+Sha256::~Sha256() {
+  EVP_MD_CTX_free(static_cast<EVP_MD_CTX*>(context_));
+}
+
+void Sha256::start() {
+  const int done = EVP_DigestInit_ex(static_cast<EVP_MD_CTX*>(context_), EVP_sha256(), nullptr);
+  check(done == 1, "SHA-256 failed; is OpenSSL complete?");
+}
+
+void Sha256::add(const void* data, size_t bytes) {
+  const int done = EVP_DigestUpdate(static_cast<EVP_MD_CTX*>(context_), data, bytes);
+  check(done == 1, "SHA-256 failed; is OpenSSL complete?");
+}
+
+void Sha256::hex(char* text) {
   unsigned char digest[EVP_MAX_MD_SIZE];
   unsigned bytes = 0;
-  const int done = EVP_Digest(data.data(), data.size(), digest, &bytes, EVP_sha256(), nullptr);
+  const int done = EVP_DigestFinal_ex(static_cast<EVP_MD_CTX*>(context_), digest, &bytes);
   check(done == 1, "SHA-256 failed; is OpenSSL complete?");
-  return hex(digest, bytes);
+  start();
+  write_hex(digest, bytes, text);
+}
+
+std::string Sha256::hex() {
+  char text[65];
+  hex(text);
+  return text;
+}
+
+std::string sha256(std::string_view data) {
+  Sha256 digest;
+  digest.add(data);
+  return digest.hex();
 }
 
 std::string sha256_of_file(const std::string& path) {

@@ -20,7 +20,8 @@ class OutputFile {
   virtual void close() = 0;
 };
 
-enum class OpenMode { create, append };  // create: an existing file becomes empty
+// create: an existing file becomes empty. create_new: it must not exist, and no symlink is followed.
+enum class OpenMode { create, append, create_new };
 
 // All that changes a disk goes through this seam, so that tests can make it fail. Reading does not.
 class FileSystem {
@@ -31,6 +32,11 @@ class FileSystem {
   virtual void remove(const std::string& path) = 0;        // file or empty folder; missing is fine
   virtual void make_folders(const std::string& path) = 0;  // with parents; existing is fine
   virtual void sync_folder(const std::string& path) = 0;   // makes renames in it last
+  virtual void make_folder(const std::string& path) = 0;   // it must not exist
+  // Fails where `to` exists, whatever it is. False: the file system cannot do that, nothing was done.
+  virtual bool rename_new(const std::string& from, const std::string& to) = 0;
+  virtual void link(const std::string& from, const std::string& to) = 0;  // `to` must not exist
+  virtual int64_t free_bytes(const std::string& path) = 0;  // for this user, where `path` lies
 };
 
 class PosixFileSystem : public FileSystem {
@@ -40,6 +46,10 @@ class PosixFileSystem : public FileSystem {
   void remove(const std::string& path) override;
   void make_folders(const std::string& path) override;
   void sync_folder(const std::string& path) override;
+  void make_folder(const std::string& path) override;
+  bool rename_new(const std::string& from, const std::string& to) override;
+  void link(const std::string& from, const std::string& to) override;
+  int64_t free_bytes(const std::string& path) override;
 };
 
 // A file that appears whole or not at all: written beside `path` as `path.tmp`, renamed by
@@ -90,6 +100,40 @@ class MappedFile {
   std::string path_;
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// A regular file for reading piece by piece; a symlink is not followed.
+class InputFile {
+ public:
+  explicit InputFile(std::string path);
+  InputFile(const InputFile&) = delete;
+  InputFile& operator=(const InputFile&) = delete;
+  ~InputFile();
+  const std::string& path() const { return path_; }
+  int64_t bytes() const { return bytes_; }
+  void read_at(int64_t offset, void* to, size_t bytes) const;  // all of them, or an Error
+
+ private:
+  std::string path_;
+  int fd_ = -1;
+  int64_t bytes_ = 0;
+};
+
+// SHA-256 piece by piece.
+class Sha256 {
+ public:
+  Sha256();
+  Sha256(const Sha256&) = delete;
+  Sha256& operator=(const Sha256&) = delete;
+  ~Sha256();
+  void add(const void* data, size_t bytes);
+  void add(std::string_view text) { add(text.data(), text.size()); }
+  std::string hex();     // 64 digits; starts anew
+  void hex(char* text);  // the same into 64 characters and a zero, without allocating
+
+ private:
+  void start();
+  void* context_;
 };
 
 // As 64 hex digits.

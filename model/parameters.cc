@@ -168,17 +168,33 @@ void ParameterStore::initialise(uint64_t seed) {
       moemamba::initialise(p.value, p.initial, seed, p.name);
       continue;
     }
-    const int coordinate = groups_.layout.expert_coordinate(groups_.rank);
     const int64_t rows = p.shape.rows() / p.shape[0];
     for (int64_t e = 0; e < p.shape[0]; ++e)
       moemamba::initialise(p.value.row_range(e * rows, (e + 1) * rows), p.initial, seed,
-                           expert_name(p.name, groups_.layout.first_expert(coordinate) + e));
+                           expert_name(p, e));
   }
+}
+
+std::string ParameterStore::expert_name(const Parameter& p, int64_t local) const {
+  const int coordinate = groups_.layout.expert_coordinate(groups_.rank);
+  return moemamba::expert_name(p.name, groups_.layout.first_expert(coordinate) + local);
+}
+
+std::vector<OwnedSlice> ParameterStore::owned_slices() const {
+  std::vector<OwnedSlice> list;
+  for (const Parameter& p : parameters_) {
+    const Bucket& bucket = buckets_[size_t(p.bucket)];
+    const Communicator& members = group(bucket.axis);
+    const int64_t size = bucket.padded / members.size(), first = size * members.rank();
+    const int64_t begin = std::max(p.offset, first);
+    const int64_t end = std::min(p.offset + p.shape.elements(), first + size);
+    if (begin < end) list.push_back({&p, begin - p.offset, end - p.offset, begin - first});
+  }
+  return list;
 }
 
 std::vector<NamedTensor> ParameterStore::named_tensors() const {
   std::vector<NamedTensor> list;
-  const int coordinate = groups_.layout.expert_coordinate(groups_.rank);
   for (const Parameter& p : parameters_) {
     if (p.axis == Axis::data) {
       list.push_back({p.name, p.value});
@@ -186,8 +202,7 @@ std::vector<NamedTensor> ParameterStore::named_tensors() const {
     }
     const int64_t rows = p.shape.rows() / p.shape[0];
     for (int64_t e = 0; e < p.shape[0]; ++e)
-      list.push_back({expert_name(p.name, groups_.layout.first_expert(coordinate) + e),
-                      p.value.row_range(e * rows, (e + 1) * rows)});
+      list.push_back({expert_name(p, e), p.value.row_range(e * rows, (e + 1) * rows)});
   }
   for (const Parameter& state : states_) list.push_back({state.name, state.value});
   return list;

@@ -44,6 +44,13 @@ struct NamedTensor {
   Tensor value;
 };
 
+// Elements [begin, end) of a parameter that this rank owns; they begin at element `at` of the
+// moments of its bucket.
+struct OwnedSlice {
+  const Parameter* parameter;
+  int64_t begin, end, at;
+};
+
 // Owns values, gradients and moments in flat buffers cut into named slices, in buckets in block
 // order: one bucket for each (block, axis). Every rank owns 1/N of every padded bucket (ZeRO-1).
 class ParameterStore {
@@ -79,6 +86,11 @@ class ParameterStore {
   void initialise(uint64_t seed);
   // Tensors under global names; experts one by one. `all`: what this rank holds.
   std::vector<NamedTensor> named_tensors() const;
+  // Over all ranks every element of every parameter once. In order of the parameters.
+  std::vector<OwnedSlice> owned_slices() const;
+  // Of this rank's `local` expert of a parameter that holds one tensor per expert.
+  std::string expert_name(const Parameter& parameter, int64_t local) const;
+  const ProcessGroups& groups() const { return groups_; }
 
  private:
   struct Bucket {

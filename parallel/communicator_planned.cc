@@ -34,6 +34,7 @@ ProcessGroups make_planned_groups(const RankLayout& layout, int rank) {
   ProcessGroups groups{.layout = layout, .rank = rank};
   groups.data = seat(rank, layout.ranks(), "data");
   groups.control = seat(rank, layout.ranks(), "control");
+  groups.checkpoint = seat(rank, layout.ranks(), "checkpoint");
   groups.expert = seat(layout.expert_coordinate(rank), layout.expert_size(), "expert");
   groups.expert_data =
       seat(layout.expert_data_coordinate(rank), layout.expert_data_size(), "expert_data");

@@ -5,7 +5,7 @@
 namespace moemamba {
 
 void ProcessGroups::abort(const std::string& why) noexcept {
-  for (Communicator* group : {data.get(), expert_data.get(), expert.get(), control.get()})
+  for (Communicator* group : {data.get(), expert_data.get(), expert.get(), control.get(), checkpoint.get()})
     if (group) group->abort(why);
 }
 
@@ -26,6 +26,7 @@ std::vector<ProcessGroups> make_thread_groups(const RankLayout& layout,
   std::iota(all.begin(), all.end(), 0);
   seat(&ProcessGroups::data, "data", all);
   seat(&ProcessGroups::control, "control", all);
+  seat(&ProcessGroups::checkpoint, "checkpoint", all);
   for (int r = 0; r < layout.ranks(); r += layout.expert_size())
     seat(&ProcessGroups::expert, "expert", layout.expert_group(r));
   for (int r = 0; r < layout.expert_size(); ++r)

@@ -13,7 +13,8 @@ struct ProcessGroups {
   std::unique_ptr<Communicator> expert_data;     // gradients of expert parameters
   std::unique_ptr<Communicator> expert;          // token exchange
   std::unique_ptr<Communicator> control;         // all ranks: small facts (losses, verdicts)
-  void abort(const std::string& why) noexcept;   // of all four
+  std::unique_ptr<Communicator> checkpoint;      // all ranks: votes of a save behind the steps
+  void abort(const std::string& why) noexcept;   // of all five
 };
 
 // One entry a rank, for ranks that are threads of this process.

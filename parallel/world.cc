@@ -134,6 +134,7 @@ ProcessGroups World::make_groups(const RankLayout& layout, std::chrono::millisec
   ProcessGroups groups{.layout = layout, .rank = rank_};
   groups.data = make_group("data", all_ranks(size_), deadline);
   groups.control = make_group("control", all_ranks(size_), deadline);
+  groups.checkpoint = make_group("checkpoint", all_ranks(size_), deadline);
   groups.expert = make_group("expert", layout.expert_group(rank_), deadline);
   groups.expert_data = make_group("expert_data", layout.expert_data_group(rank_), deadline);
   return groups;

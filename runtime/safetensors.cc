@@ -121,14 +121,12 @@ void convert(const std::byte* from, const Tensor& to) {
 
 }  // namespace
 
-SafetensorsWriter::SafetensorsWriter(FileSystem& files, const std::string& path,
-                                     std::vector<StoredTensor> tensors,
-                                     const std::map<std::string, std::string>& metadata)
-    : file_(files, path), tensors_(std::move(tensors)) {
+std::string safetensors_header(std::vector<StoredTensor>& tensors,
+                               const SafetensorsMetadata& metadata, const std::string& path) {
   Json header = Json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t end = 0;
-  for (StoredTensor& tensor : tensors_) {
+  for (StoredTensor& tensor : tensors) {
     check(!tensor.name.empty() && tensor.name != "__metadata__" && !header.contains(tensor.name),
           path, ": the name ", tensor.name, " is taken");
     tensor.begin = end;
@@ -144,8 +142,14 @@ SafetensorsWriter::SafetensorsWriter(FileSystem& files, const std::string& path,
   check(int64_t(text.size()) <= kLargestHeader, path, ": too many tensors for one file (header of ",
         text.size(), " bytes)");
   const uint64_t length = text.size();
-  file_.write(&length, sizeof(length));
-  file_.write(text);
+  return std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + text;
+}
+
+SafetensorsWriter::SafetensorsWriter(FileSystem& files, const std::string& path,
+                                     std::vector<StoredTensor> tensors,
+                                     const SafetensorsMetadata& metadata)
+    : file_(files, path), tensors_(std::move(tensors)) {
+  file_.write(safetensors_header(tensors_, metadata, path));
 }
 
 void SafetensorsWriter::write(const Tensor& values) {

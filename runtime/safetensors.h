@@ -18,12 +18,19 @@ struct StoredTensor {
   int64_t end = 0;
 };
 
-// Writes a file tensor by tensor: all names first, then the values in that order. The header is
-// padded so that values start on a 64-byte border; the file appears with commit().
+using SafetensorsMetadata = std::map<std::string, std::string>;
+
+// The bytes before the values: length and JSON, padded so that values start on a 64-byte border.
+// Fills begin and end of the tensors, in their order. path: for errors.
+std::string safetensors_header(std::vector<StoredTensor>& tensors,
+                               const SafetensorsMetadata& metadata, const std::string& path);
+
+// Writes a file tensor by tensor: all names first, then the values in that order. The file
+// appears with commit().
 class SafetensorsWriter {
  public:
   SafetensorsWriter(FileSystem& files, const std::string& path, std::vector<StoredTensor> tensors,
-                    const std::map<std::string, std::string>& metadata = {});
+                    const SafetensorsMetadata& metadata = {});
   // The values of the next tensor of the list: its shape and dtype, any row stride.
   void write(const Tensor& values);
   void commit();
@@ -43,7 +50,7 @@ class SafetensorsReader {
   const std::string& path() const { return file_.path(); }
   const std::vector<StoredTensor>& tensors() const { return tensors_; }  // in file order
   const StoredTensor* find(const std::string& name) const;               // null = not there
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  const SafetensorsMetadata& metadata() const { return metadata_; }
   const std::byte* data(const StoredTensor& tensor) const;
   // Copies into `to`, which has the same shape, converting between f32 and bf16 where they differ.
   void read(const StoredTensor& tensor, const Tensor& to) const;
@@ -52,7 +59,7 @@ class SafetensorsReader {
   MappedFile file_;
   std::vector<StoredTensor> tensors_;
   std::unordered_map<std::string, size_t> by_name_;
-  std::map<std::string, std::string> metadata_;
+  SafetensorsMetadata metadata_;
   int64_t start_ = 0;
 };
 

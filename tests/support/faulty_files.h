@@ -43,6 +43,22 @@ class FaultyFiles : public FileSystem {
     step(path);
     real_.sync_folder(path);
   }
+  void make_folder(const std::string& path) override {
+    step(path);
+    real_.make_folder(path);
+  }
+  bool rename_new(const std::string& from, const std::string& to) override {
+    step(from);
+    return real_.rename_new(from, to);
+  }
+  void link(const std::string& from, const std::string& to) override {
+    step(from);
+    real_.link(from, to);
+  }
+  int64_t free_bytes(const std::string& path) override {
+    step(path);
+    return real_.free_bytes(path);
+  }
 
  private:
   class File : public OutputFile {

@@ -1,0 +1,126 @@
+#include "runtime/checkpoint_folder.h"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdio>
+#include <filesystem>
+
+#include "core/error.h"
+
+namespace moemamba {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kStep = "step-", kAttempt = ".tmp-", kTrash = ".trash-";
+constexpr size_t kStepDigits = 8;
+
+// All of `text` as a number without sign.
+std::optional<int64_t> number(std::string_view text) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const bool whole = error == std::errc() && end == text.data() + text.size() && value >= 0;
+  return whole && !text.empty() && text[0] != '-' ? std::optional(value) : std::nullopt;
+}
+
+std::vector<std::string> names_in(const std::string& folder) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
+    names.push_back(at->path().filename().string());
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+// The generation of an attempt's name.
+std::optional<int64_t> generation_of_attempt(const std::string& name) {
+  const size_t at = name.find(kAttempt);
+  if (at == std::string::npos || !step_of_name(name.substr(0, at))) return std::nullopt;
+  const std::string rest = name.substr(at + kAttempt.size());
+  const size_t dash = rest.find('-');
+  return dash == std::string::npos ? std::nullopt : number(rest.substr(0, dash));
+}
+
+// Renames, then deletes. Errors go to the caller; what is left is trash for the next time.
+void bury(FileSystem& files, const std::string& folder, const std::string& name) {
+  const std::string trash = join_path(folder, concat(kTrash, name, "-", fresh_nonce()));
+  files.rename(join_path(folder, name), trash);
+  files.sync_folder(folder);
+  remove_tree(files, trash);
+}
+
+}  // namespace
+
+std::string checkpoints_folder(const std::string& run) {
+  return join_path(run, "checkpoints");
+}
+
+std::string checkpoint_name(int64_t step) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%0*lld", int(kStepDigits), static_cast<long long>(step));
+  return concat(kStep, digits);
+}
+
+std::string attempt_name(int64_t step, int64_t generation, uint64_t nonce) {
+  return concat(checkpoint_name(step), kAttempt, generation, "-", nonce);
+}
+
+std::string damaged_name(int64_t step, int64_t generation) {
+  return concat(checkpoint_name(step), ".damaged-", generation);
+}
+
+std::optional<int64_t> step_of_name(const std::string& name) {
+  if (name.rfind(kStep, 0) != 0 || name.size() < kStep.size() + kStepDigits) return std::nullopt;
+  const std::optional<int64_t> step = number(std::string_view(name).substr(kStep.size()));
+  return step && checkpoint_name(*step) == name ? step : std::nullopt;
+}
+
+std::vector<CheckpointPlace> list_checkpoints(const std::string& run) {
+  const std::string folder = checkpoints_folder(run);
+  std::vector<CheckpointPlace> places;
+  for (const std::string& name : names_in(folder)) {
+    const std::string path = join_path(folder, name);
+    std::error_code error;
+    if (fs::symlink_status(path, error).type() != fs::file_type::directory) continue;
+    if (const auto step = step_of_name(name)) places.push_back({*step, path});
+  }
+  std::sort(places.begin(), places.end(),
+            [](const auto& a, const auto& b) { return a.step > b.step; });
+  return places;
+}
+
+void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
+                     const Retention& retention) {
+  const std::string folder = checkpoints_folder(run);
+  int64_t kept = 0;
+  for (const CheckpointPlace& place : list_checkpoints(run)) {
+    const bool every = retention.keep_every > 0 && place.step % retention.keep_every == 0;
+    if (kept++ < std::max<int64_t>(1, retention.keep_last) || every ||
+        place.step == retention.always)
+      continue;
+    bury(files, folder, checkpoint_name(place.step));
+  }
+  fence_attempts(files, run, generation);
+  for (const std::string& name : names_in(folder))
+    if (name.rfind(kTrash, 0) == 0) remove_tree(files, join_path(folder, name));
+}
+
+void fence_attempts(FileSystem& files, const std::string& run, int64_t generation) {
+  const std::string folder = checkpoints_folder(run);
+  for (const std::string& name : names_in(folder)) {
+    const std::optional<int64_t> of = generation_of_attempt(name);
+    if (of && *of < generation) bury(files, folder, name);
+  }
+}
+
+uint64_t fresh_nonce() {
+  uint64_t nonce = 0;
+  check(getrandom(&nonce, sizeof nonce, 0) == ssize_t(sizeof nonce),
+        "the system gives no random numbers");
+  return nonce >> 1;
+}
+
+}  // namespace moemamba

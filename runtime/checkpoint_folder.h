@@ -1,0 +1,47 @@
+#pragma once
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/file.h"
+
+namespace moemamba {
+
+// Names in <run>/checkpoints:
+//   step-00001000                    a checkpoint: it came to be by one rename, with its manifest
+//   step-00001000.tmp-GENERATION-N   an attempt to write one, under that generation of the lease
+//   step-00001000.damaged-GENERATION one that did not hold, kept
+//   .trash-...                       what is being deleted
+//   LATEST                           a hint for people, never needed, never believed
+std::string checkpoints_folder(const std::string& run);
+std::string checkpoint_name(int64_t step);
+std::string attempt_name(int64_t step, int64_t generation, uint64_t nonce);
+std::string damaged_name(int64_t step, int64_t generation);
+constexpr const char* kManifestName = "MANIFEST.pb";
+
+struct CheckpointPlace {
+  int64_t step = 0;
+  std::string path;
+};
+// Newest first; only folders (no symlinks) with exactly such a name. A folder that is missing holds
+// none.
+std::vector<CheckpointPlace> list_checkpoints(const std::string& run);
+// The step, if `name` is a checkpoint's, else nothing.
+std::optional<int64_t> step_of_name(const std::string& name);
+
+// What stays of the checkpoints: the last `keep_last`, every one whose step is a multiple of
+// `keep_every` (0: none for that), and the step `always` (-1: none).
+struct Retention {
+  int64_t keep_last = 2, keep_every = 0, always = -1;
+};
+// Deletes the others: each is renamed first, so that what is half deleted looks like nothing. Also
+// attempts of earlier generations and older trash. Never touches a name it cannot read.
+void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
+                     const Retention& retention);
+// Attempts of generations before `generation`, which nobody may finish any more: a stale owner's
+// rename then fails.
+void fence_attempts(FileSystem& files, const std::string& run, int64_t generation);
+// Something about the time and the process that no other attempt has.
+uint64_t fresh_nonce();
+
+}  // namespace moemamba

@@ -1,0 +1,236 @@
+#include "runtime/checkpoint_reader.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+
+#include "core/error.h"
+#include "parallel/gather_blobs.h"
+
+namespace moemamba {
+
+namespace {
+
+constexpr size_t kChunk = 1 << 20;  // bytes that are read and hashed at once
+
+std::string digest_of(const InputFile& file) {
+  Sha256 digest;
+  std::vector<char> chunk(std::min<size_t>(kChunk, size_t(file.bytes())));
+  for (int64_t at = 0; at < file.bytes();) {
+    const size_t bytes = std::min<size_t>(kChunk, size_t(file.bytes() - at));
+    file.read_at(at, chunk.data(), bytes);
+    digest.add(chunk.data(), bytes);
+    at += int64_t(bytes);
+  }
+  return digest.hex();
+}
+
+// The manifest's bytes, but not those of a file that is no manifest at all.
+std::string manifest_bytes(const std::string& path) {
+  const InputFile file(path);
+  check(file.bytes() <= 64 << 20, path, ": ", file.bytes(), " bytes; a manifest is smaller");
+  std::string bytes(size_t(file.bytes()), '\0');
+  file.read_at(0, bytes.data(), bytes.size());
+  return bytes;
+}
+
+Shape shape_of(const CheckpointManifest::Tensor& tensor) {
+  Shape shape;
+  for (int64_t extent : tensor.shape()) shape.extents[shape.dims++] = extent;
+  return shape;
+}
+
+// Names and shapes of all tensors of the model, over all ranks.
+std::map<std::string, std::pair<Shape, bool>> tensors_of(const ParameterStore& store) {
+  std::map<std::string, std::pair<Shape, bool>> all;  // and whether it has moments
+  for (const Parameter& p : store.parameters()) {
+    const size_t at = p.name.find("{}");
+    if (at == std::string::npos) {
+      all[p.name] = {p.shape, true};
+      continue;
+    }
+    for (int e = 0; e < store.groups().layout.experts(); ++e)
+      all[p.name.substr(0, at) + std::to_string(e) + p.name.substr(at + 2)] = {
+          {p.shape[1], p.shape[2]}, true};
+  }
+  for (const Parameter& state : store.states()) all[state.name] = {state.shape, false};
+  return all;
+}
+
+std::string shorten(std::string text) {
+  constexpr size_t kMost = 4000;
+  if (text.size() > kMost) text = text.substr(0, text.rfind('\n', kMost)) + "\n  ... and more";
+  return text;
+}
+
+// What all ranks say of one step of loading, on every rank: "" or the first problem.
+std::string verdict(ProcessGroups& groups, Stream& stream, const std::string& own) {
+  std::string worst;
+  for (const std::string& problem : gather_blobs(*groups.control, stream, own))
+    if (worst.empty()) worst = problem;
+  return broadcast_blob(*groups.control, stream, worst);
+}
+
+template <class Work>
+std::string problem_of(Work&& work) {
+  try {
+    work();
+    return "";
+  } catch (const PeerLost&) {
+    throw;
+  } catch (const std::exception& error) {
+    return *error.what() ? error.what() : "unknown";
+  }
+}
+
+std::string layout_text(const CheckpointManifest& from, const RankLayout& to) {
+  if (from.experts() == 0 || to.experts() == 0)
+    return concat(from.ranks(), " ranks -> ", to.ranks());
+  std::string shares;
+  const int most = to.experts_of(0), least = to.experts_of(to.expert_size() - 1);
+  shares = most == least ? concat(most, " each") : concat(least, " or ", most, " each");
+  return concat(from.experts(), " experts: ", from.ranks(), " ranks -> ", to.ranks(), ", over ",
+                from.expert_ranks(), " -> ", to.expert_size(), " of them, ", shares);
+}
+
+}  // namespace
+
+Checkpoint::Checkpoint(const std::string& path)
+    : path_(path),
+      manifest_(
+          unseal(manifest_bytes(join_path(path, kManifestName)), join_path(path, kManifestName))) {
+  const auto slash = path.find_last_of('/');
+  const std::optional<int64_t> step =
+      step_of_name(slash == std::string::npos ? path : path.substr(slash + 1));
+  check(!step || *step == manifest_.step(), path, ": the manifest inside is of step ",
+        manifest_.step());
+  for (const auto& file : manifest_.files()) {
+    const InputFile there(join_path(path, file.name()));
+    check(there.bytes() == file.bytes(), there.path(), ": ", there.bytes(), " bytes, expected ",
+          file.bytes());
+  }
+}
+
+const CheckpointManifest::Tensor* Checkpoint::find(const std::string& tensor) const {
+  const auto& all = manifest_.tensors();
+  const auto at = std::lower_bound(all.begin(), all.end(), tensor,
+                                   [](const auto& t, const auto& name) { return t.name() < name; });
+  return at != all.end() && at->name() == tensor ? &*at : nullptr;
+}
+
+void Checkpoint::verify_files(int first, int stride) const {
+  for (int i = first; i < manifest_.files_size(); i += stride) {
+    const auto& file = manifest_.files(i);
+    const InputFile there(join_path(path_, file.name()));
+    check(there.bytes() == file.bytes() && digest_of(there) == hex_of_bytes(file.sha256()),
+          there.path(), ": damaged: its bytes do not have the digest in the manifest");
+  }
+}
+
+std::string Checkpoint::differences(const ParameterStore& store) const {
+  std::string text;
+  const auto wanted = tensors_of(store);
+  for (const auto& [name, kind] : wanted) {
+    const CheckpointManifest::Tensor* stored = find(name);
+    if (!stored)
+      text += concat("\n  ", name, ": missing; the model wants ", to_string(kind.first));
+    else if (!(shape_of(*stored) == kind.first))
+      text += concat("\n  ", name, ": ", to_string(shape_of(*stored)), ", the model wants ",
+                     to_string(kind.first));
+    else if (kind.second != (stored->exp_avg_size() > 0) && kind.first.elements() > 0)
+      text += concat("\n  ", name, kind.second ? ": without moments" : ": with moments");
+  }
+  for (const auto& tensor : manifest_.tensors())
+    if (!wanted.count(tensor.name()))
+      text += concat("\n  ", tensor.name(), ": the model has no such tensor");
+  return shorten(text);
+}
+
+void Checkpoint::read(const StatePiece& piece) const {
+  const CheckpointManifest::Tensor* tensor = find(piece.tensor);
+  check(tensor != nullptr, path_, ": no tensor ", piece.tensor);
+  const auto& stored = piece.kind == StateKind::value     ? tensor->value()
+                       : piece.kind == StateKind::exp_avg ? tensor->exp_avg()
+                                                          : tensor->exp_avg_sq();
+  for (const auto& part : stored) {
+    const int64_t begin = std::max(part.begin(), piece.begin);
+    const int64_t end = std::min(part.end(), piece.end);
+    if (begin >= end) continue;
+    const InputFile file(join_path(path_, manifest_.files(part.file()).name()));
+    file.read_at(part.offset() + (begin - part.begin()) * 4, piece.data + (begin - piece.begin),
+                 size_t(end - begin) * 4);
+  }
+}
+
+void Checkpoint::load(const ParameterStore& store) const {
+  for (const StatePiece& piece : held_values(store)) read(piece);
+  for (const StatePiece& piece : owned_moments(store)) read(piece);
+}
+
+namespace {
+
+// All ranks look at the same checkpoint; "" when every one of them found its share whole.
+std::string judge(ProcessGroups& groups, Stream& stream, const std::string& path,
+                  std::unique_ptr<Checkpoint>& checkpoint) {
+  const std::string own = problem_of([&] {
+    checkpoint = std::make_unique<Checkpoint>(path);
+    checkpoint->verify_files(groups.rank, groups.layout.ranks());
+  });
+  return verdict(groups, stream, own);
+}
+
+// Out of the way of the step's next checkpoint, but kept.
+void set_aside(FileSystem& files, const std::string& run, int64_t generation,
+               const std::vector<CheckpointPlace>& damaged) {
+  const std::string folder = checkpoints_folder(run);
+  for (const CheckpointPlace& place : damaged)
+    files.rename(place.path, join_path(folder, damaged_name(place.step, generation)));
+  if (!damaged.empty()) files.sync_folder(folder);
+}
+
+void read_all(ProcessGroups& groups, Stream& stream, const ParameterStore& store,
+              const Checkpoint& checkpoint) {
+  const std::string other = checkpoint.differences(store);
+  check(other.empty(), checkpoint.path(), ": this checkpoint belongs to another model:", other);
+  const std::string problem = verdict(groups, stream, problem_of([&] { checkpoint.load(store); }));
+  check(problem.empty(), problem);
+}
+
+}  // namespace
+
+std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& groups,
+                                              Stream& stream, const ParameterStore& store,
+                                              const LoadRequest& request) {
+  const auto say = [&](const std::string& text) {
+    if (groups.rank == 0 && request.say) request.say(text);
+  };
+  std::vector<CheckpointPlace> places;
+  if (groups.rank == 0) places = list_checkpoints(request.run);
+  std::vector<CheckpointPlace> damaged;
+  std::string reasons;
+  for (size_t i = 0;; ++i) {
+    const std::string path =
+        broadcast_blob(*groups.control, stream, i < places.size() ? places[i].path : "");
+    if (path.empty()) {
+      check(reasons.empty(), request.run, ": none of its checkpoints can be used; nothing was ",
+            "changed:", reasons, "\nrepair one, or choose another --run");
+      return std::nullopt;
+    }
+    std::unique_ptr<Checkpoint> checkpoint;
+    const std::string problem = judge(groups, stream, path, checkpoint);
+    if (!problem.empty()) {
+      say("damaged    " + problem);
+      reasons += "\n  " + problem;
+      if (groups.rank == 0) damaged.push_back(places[i]);
+      continue;
+    }
+    read_all(groups, stream, store, *checkpoint);
+    if (groups.rank == 0) set_aside(files, request.run, request.generation, damaged);
+    const CheckpointManifest& m = checkpoint->manifest();
+    say(concat("resumed    ", path, "; ", layout_text(m, groups.layout), "; next sample ",
+               m.next_sample(), "; loss was ", m.loss()));
+    return m;
+  }
+}
+
+}  // namespace moemamba

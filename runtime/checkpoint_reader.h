@@ -1,0 +1,48 @@
+#pragma once
+#include <functional>
+#include <optional>
+
+#include "runtime/checkpoint_folder.h"
+#include "runtime/checkpoint_pieces.h"
+#include "runtime/manifest.h"
+
+namespace moemamba {
+
+// A checkpoint on disk whose manifest holds.
+class Checkpoint {
+ public:
+  explicit Checkpoint(const std::string& path);  // throws an Error that names what is wrong
+  const std::string& path() const { return path_; }
+  const CheckpointManifest& manifest() const { return manifest_; }
+  // null: no such tensor.
+  const CheckpointManifest::Tensor* find(const std::string& tensor) const;
+
+  // Re-reads files first, first + stride, ..: sizes and digests. An Error names the file.
+  void verify_files(int first = 0, int stride = 1) const;
+  // Every difference between its tensors and what the model of `store` has; "" where there is none.
+  std::string differences(const ParameterStore& store) const;
+  // Reads elements [begin, end) of one tensor's values or moments.
+  void read(const StatePiece& piece) const;
+  // All values that this rank holds and the moments that it owns. Never more memory than that and
+  // one piece's bookkeeping.
+  void load(const ParameterStore& store) const;
+
+ private:
+  std::string path_;
+  CheckpointManifest manifest_;
+};
+
+struct LoadRequest {
+  std::string run;
+  int64_t generation = 0;                       // of the lease; names damaged ones
+  std::function<void(const std::string&)> say;  // rank 0: what was found, for people
+};
+
+// The newest checkpoint of the run that holds in every file, loaded by all ranks: any layout reads
+// any layout's. Damaged ones are named and, once a good one is found, renamed. None there: nothing.
+// Some there and none good, or of another model: an Error, and nothing is touched.
+std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& groups,
+                                              Stream& stream, const ParameterStore& store,
+                                              const LoadRequest& request);
+
+}  // namespace moemamba

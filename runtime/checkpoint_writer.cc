@@ -1,0 +1,228 @@
+#include "runtime/checkpoint_writer.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+#include "parallel/gather_blobs.h"
+#include "runtime/manifest.h"
+
+namespace moemamba {
+
+namespace {
+
+std::string shard_name(const char* what, int rank, int ranks) {
+  char name[64];
+  std::snprintf(name, sizeof name, "%s-%05d-of-%05d.safetensors", what, rank + 1, ranks);
+  return name;
+}
+
+// Files of one report, now counted among all files.
+void append(const ShardReport& report, CheckpointManifest& manifest,
+            std::map<std::string, CheckpointManifest::Tensor>& tensors) {
+  const int before = manifest.files_size();
+  for (const auto& file : report.files()) *manifest.add_files() = file;
+  for (CheckpointManifest::Tensor part : report.tensors()) {
+    for (auto* pieces : {part.mutable_value(), part.mutable_exp_avg(), part.mutable_exp_avg_sq()})
+      for (auto& piece : *pieces) piece.set_file(piece.file() + before);
+    auto [at, is_new] = tensors.try_emplace(part.name(), part);
+    if (is_new) continue;
+    at->second.mutable_value()->MergeFrom(part.value());
+    at->second.mutable_exp_avg()->MergeFrom(part.exp_avg());
+    at->second.mutable_exp_avg_sq()->MergeFrom(part.exp_avg_sq());
+  }
+}
+
+// As Hugging Face tools expect it.
+std::string weights_index(const CheckpointManifest& manifest) {
+  nlohmann::ordered_json index;
+  int64_t bytes = 0;
+  nlohmann::ordered_json map = nlohmann::ordered_json::object();
+  for (const auto& tensor : manifest.tensors()) {
+    map[tensor.name()] = manifest.files(tensor.value(0).file()).name();
+    for (const auto& piece : tensor.value()) bytes += (piece.end() - piece.begin()) * 4;
+  }
+  index["metadata"]["total_size"] = bytes;
+  index["weight_map"] = map;
+  return index.dump(1) + "\n";
+}
+
+}  // namespace
+
+CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
+                                   const ParameterStore& store, Options options)
+    : files_(files),
+      groups_(groups),
+      options_(std::move(options)),
+      stream_(Stream::immediate()),
+      sources_(written_pieces(store)) {
+  for (const StatePiece& piece : sources_) staged_bytes_ += (piece.end - piece.begin) * 4;
+}
+
+void CheckpointWriter::stage() {
+  if (staging_.bytes() < staged_bytes_) staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
+  staged_ = sources_;
+  auto* to = reinterpret_cast<float*>(staging_.data());
+  for (StatePiece& piece : staged_) {
+    const int64_t count = piece.end - piece.begin;
+    std::memcpy(to, piece.data, size_t(count) * sizeof(float));
+    piece.data = to;
+    to += count;
+  }
+}
+
+// Rank 0 makes the attempt's folder; all ranks get its path, or why there is none.
+std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& attempt) {
+  // What all ranks will write, and half as much again for headers and what else the disk takes.
+  int64_t sum = staged_bytes_;
+  std::vector<int64_t> sizes(size_t(groups_.layout.ranks()));
+  all_reduce_sum(*groups_.checkpoint, stream_, view(&sum, {1}),
+                 view(sizes.data(), {groups_.layout.ranks(), 1}));
+  stream_.synchronize();
+  std::string problem;
+  if (groups_.rank == 0) {
+    try {
+      const std::string folder = checkpoints_folder(options_.run);
+      check(!options_.may_write || options_.may_write(), "another launch has taken over this run");
+      files_.make_folders(folder);
+      check(!file_exists(join_path(folder, checkpoint_name(facts.step))), folder,
+            ": a checkpoint of step ", facts.step, " is there already");
+      const int64_t room = files_.free_bytes(folder), needed = sum + sum / 20 + (1 << 16);
+      check(room >= needed, folder, ": the disk has ", room, " bytes left, a checkpoint takes ",
+            needed);
+      attempt = join_path(folder, attempt_name(facts.step, options_.generation, fresh_nonce()));
+      files_.make_folder(attempt);
+    } catch (const Error& error) {
+      problem = error.what();
+    }
+  }
+  const std::string answer =
+      broadcast_blob(*groups_.checkpoint, stream_, problem.empty() ? "+" + attempt : problem);
+  if (answer.rfind('+', 0) != 0) return answer;
+  attempt = answer.substr(1);
+  return "";
+}
+
+ShardReport CheckpointWriter::write_shards(const CheckpointFacts& facts,
+                                           const std::string& attempt) {
+  ShardReport report;
+  const int rank = groups_.rank, ranks = groups_.layout.ranks();
+  std::vector<StatePiece> values, moments;
+  for (const StatePiece& piece : staged_)
+    (piece.kind == StateKind::value ? values : moments).push_back(piece);
+  try {
+    if (!values.empty())
+      write_shard(files_, attempt, shard_name("model", rank, ranks), values, facts.metadata,
+                  report);
+    if (!moments.empty())
+      write_shard(files_, attempt, shard_name("optimizer", rank, ranks), moments, {}, report);
+  } catch (const std::exception& error) {
+    report.set_problem(concat("rank ", rank, ": ", error.what()));
+  }
+  return report;
+}
+
+CheckpointManifest CheckpointWriter::merge(const CheckpointFacts& facts,
+                                           const std::vector<std::string>& reports) {
+  CheckpointManifest manifest;
+  manifest.set_format(kManifestFormat);
+  manifest.set_run_id(facts.run_id);
+  manifest.set_generation(options_.generation);
+  manifest.set_step(facts.step);
+  manifest.set_ranks(groups_.layout.ranks());
+  manifest.set_expert_ranks(groups_.layout.expert_size());
+  manifest.set_experts(groups_.layout.experts());
+  manifest.set_config(facts.config);
+  manifest.set_tokenizer(facts.tokenizer);
+  manifest.set_next_sample(facts.next_sample);
+  manifest.set_loss(facts.loss);
+  manifest.set_chain(facts.chain);
+  manifest.set_state_hash(facts.state_hash);
+  manifest.set_build(facts.build);
+  std::map<std::string, CheckpointManifest::Tensor> tensors;
+  for (const std::string& text : reports) {
+    ShardReport report;
+    check(report.ParseFromString(text), "a rank's report cannot be read");
+    check(report.problem().empty(), report.problem());
+    append(report, manifest, tensors);
+  }
+  const auto by_begin = [](const auto& a, const auto& b) { return a.begin() < b.begin(); };
+  for (auto& [name, tensor] : tensors) {
+    for (auto* pieces :
+         {tensor.mutable_value(), tensor.mutable_exp_avg(), tensor.mutable_exp_avg_sq()})
+      std::sort(pieces->begin(), pieces->end(), by_begin);
+    *manifest.add_tensors() = tensor;
+  }
+  return manifest;
+}
+
+void CheckpointWriter::write_manifest(const CheckpointFacts& facts, const std::string& attempt,
+                                      CheckpointManifest manifest) {
+  ShardReport small;
+  write_small_file(files_, attempt, "model.safetensors.index.json", weights_index(manifest), small);
+  for (const auto& [name, content] : facts.extra_files)
+    write_small_file(files_, attempt, name, content, small);
+  for (const auto& file : small.files()) *manifest.add_files() = file;
+  const std::string sealed = seal(manifest);
+  unseal(sealed, join_path(attempt, kManifestName));  // what cannot be read must not be committed
+  ShardReport unused;
+  write_small_file(files_, attempt, kManifestName, sealed, unused);
+  files_.sync_folder(attempt);
+}
+
+// The one instant at which the checkpoint comes to be.
+void CheckpointWriter::publish(const CheckpointFacts& facts, const std::string& attempt) {
+  check(!options_.may_write || options_.may_write(),
+        "another launch has taken over this run; this checkpoint is not committed");
+  const std::string folder = checkpoints_folder(options_.run);
+  const std::string place = join_path(folder, checkpoint_name(facts.step));
+  if (!files_.rename_new(attempt, place)) publish_by_links(attempt, place);
+  files_.sync_folder(folder);
+}
+
+// Where the file system has no rename that fails on an existing name (NFS): a new folder, links to
+// all files, and the manifest's last, without which a folder is no checkpoint.
+void CheckpointWriter::publish_by_links(const std::string& attempt, const std::string& place) {
+  const CheckpointManifest manifest =
+      unseal(read_file(join_path(attempt, kManifestName)), join_path(attempt, kManifestName));
+  files_.make_folder(place);
+  for (const auto& file : manifest.files())
+    files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
+  files_.sync_folder(place);
+  files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
+  files_.sync_folder(place);
+  remove_tree(files_, attempt);
+}
+
+// Rank 0, when all have voted: what becomes of the attempt.
+std::string CheckpointWriter::conclude(const CheckpointFacts& facts, const std::string& attempt,
+                                       const std::vector<std::string>& reports) {
+  try {
+    write_manifest(facts, attempt, merge(facts, reports));
+    publish(facts, attempt);
+    return "";
+  } catch (const std::exception& error) {
+    const std::string problem = error.what();
+    try {
+      remove_tree(files_, attempt);
+    } catch (const std::exception&) {  // its name says what it is; the next launch deletes it
+    }
+    return problem.empty() ? "unknown" : problem;
+  }
+}
+
+std::string CheckpointWriter::write(const CheckpointFacts& facts) {
+  std::string attempt;
+  std::string problem = begin(facts, attempt);
+  if (!problem.empty()) return problem;
+  const ShardReport report = write_shards(facts, attempt);
+  const std::vector<std::string> reports =
+      gather_blobs(*groups_.checkpoint, stream_, report.SerializeAsString());
+  if (groups_.rank == 0) problem = conclude(facts, attempt, reports);
+  return broadcast_blob(*groups_.checkpoint, stream_, problem);
+}
+
+}  // namespace moemamba

@@ -1,0 +1,138 @@
+#include "runtime/manifest.h"
+
+#include <google/protobuf/io/coded_stream.h>
+
+#include <algorithm>
+#include <set>
+
+#include "core/error.h"
+#include "core/file.h"
+
+namespace moemamba {
+
+namespace {
+
+constexpr size_t kLargest = 64 << 20;  // bytes of a manifest
+constexpr int kDeepest = 16;           // messages within messages
+
+using Piece = CheckpointManifest::Piece;
+using Pieces = google::protobuf::RepeatedPtrField<Piece>;
+
+std::string digest_bytes(std::string_view data) {
+  const std::string hex = sha256(data);
+  std::string bytes;
+  for (size_t i = 0; i < hex.size(); i += 2)
+    bytes.push_back(char(std::stoi(hex.substr(i, 2), nullptr, 16)));
+  return bytes;
+}
+
+template <class Message>
+bool parse(std::string_view bytes, Message& message) {
+  google::protobuf::io::CodedInputStream stream(reinterpret_cast<const uint8_t*>(bytes.data()),
+                                                int(bytes.size()));
+  stream.SetRecursionLimit(kDeepest);
+  return message.ParseFromCodedStream(&stream) && stream.ConsumedEntireMessage();
+}
+
+// A name that stays in its folder: letters, digits, ".", "_", "-"; at most 128 of them.
+bool plain(const std::string& name) {
+  return !name.empty() && name.size() <= 128 && name[0] != '.' &&
+         name.find_first_not_of(
+             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+             "._-") == std::string::npos;
+}
+
+int64_t elements_of(const CheckpointManifest::Tensor& tensor, const std::string& path) {
+  check(tensor.shape_size() <= 4, path, ": ", tensor.name(), " has ", tensor.shape_size(),
+        " dims, expected at most 4");
+  int64_t elements = 1;
+  for (int64_t extent : tensor.shape())
+    check(extent >= 0 && !__builtin_mul_overflow(elements, extent, &elements) &&
+              elements < (int64_t{1} << 60),
+          path, ": ", tensor.name(), ": the shape makes no sense");
+  return elements;
+}
+
+void check_cover(const CheckpointManifest& manifest, const CheckpointManifest::Tensor& tensor,
+                 const Pieces& pieces, int64_t elements, const char* kind,
+                 const std::string& path) {
+  int64_t end = 0;
+  for (const Piece& piece : pieces) {
+    check(piece.begin() == end && piece.end() > piece.begin() && piece.end() <= elements, path,
+          ": ", tensor.name(), ": the pieces of ", kind, " do not cover it: one has elements ",
+          piece.begin(), " to ", piece.end(), " where ", end, " comes next");
+    check(piece.file() >= 0 && piece.file() < manifest.files_size(), path, ": ", tensor.name(),
+          ": a piece lies in file ", piece.file(), " of ", manifest.files_size());
+    const int64_t room = manifest.files(piece.file()).bytes() - piece.offset();
+    check(piece.offset() >= 0 && piece.offset() % 4 == 0 && room >= 0 &&
+              piece.end() - piece.begin() <= room / 4,
+          path, ": ", tensor.name(), ": a piece ends behind ", manifest.files(piece.file()).name());
+    end = piece.end();
+  }
+  check(end == elements, path, ": ", tensor.name(), ": the pieces of ", kind, " end at element ",
+        end, " of ", elements);
+}
+
+void check_files(const CheckpointManifest& manifest, const std::string& path) {
+  std::set<std::string> names;
+  for (const auto& file : manifest.files()) {
+    check(plain(file.name()), path, ": a file is called \"", file.name(),
+          "\"; expected letters, digits, '.', '_' and '-'");
+    check(names.insert(file.name()).second, path, ": ", file.name(), " is listed twice");
+    check(file.bytes() >= 0 && file.sha256().size() == 32, path, ": ", file.name(),
+          ": size or digest makes no sense");
+  }
+}
+
+void check_tensors(const CheckpointManifest& manifest, const std::string& path) {
+  const std::string* before = nullptr;
+  for (const auto& tensor : manifest.tensors()) {
+    check(!before || *before < tensor.name(), path, ": tensors are not in order at ",
+          tensor.name());
+    before = &tensor.name();
+    const int64_t elements = elements_of(tensor, path);
+    check_cover(manifest, tensor, tensor.value(), elements, "its values", path);
+    if (tensor.exp_avg_size() + tensor.exp_avg_sq_size() == 0) continue;  // a state
+    check_cover(manifest, tensor, tensor.exp_avg(), elements, "exp_avg", path);
+    check_cover(manifest, tensor, tensor.exp_avg_sq(), elements, "exp_avg_sq", path);
+  }
+}
+
+}  // namespace
+
+std::string seal(const CheckpointManifest& manifest) {
+  SealedManifest sealed;
+  sealed.set_manifest(manifest.SerializeAsString());
+  sealed.set_sha256(digest_bytes(sealed.manifest()));
+  return sealed.SerializeAsString();
+}
+
+CheckpointManifest unseal(std::string_view bytes, const std::string& path) {
+  check(bytes.size() <= kLargest, path, ": ", bytes.size(), " bytes; a manifest has at most ",
+        kLargest);
+  SealedManifest sealed;
+  check(parse(bytes, sealed) && sealed.SerializeAsString() == bytes, path,
+        ": damaged: not a sealed manifest");
+  check(digest_bytes(sealed.manifest()) == sealed.sha256(), path,
+        ": damaged: its bytes do not have the digest that it says");
+  CheckpointManifest manifest;
+  check(parse(sealed.manifest(), manifest), path, ": damaged: cannot be read");
+  check(manifest.format() <= kManifestFormat, path, ": written in format ", manifest.format(),
+        ", this program reads up to ", kManifestFormat, "; take a newer moemamba");
+  check(manifest.format() >= std::max(1, kManifestFormat - 1), path, ": written in format ",
+        manifest.format(), ", this program reads ", kManifestFormat, " and the one before");
+  check_files(manifest, path);
+  check_tensors(manifest, path);
+  return manifest;
+}
+
+std::string hex_of_bytes(std::string_view bytes) {
+  std::string text;
+  for (unsigned char byte : bytes) {
+    text += "0123456789abcdef"[byte >> 4];
+    text += "0123456789abcdef"[byte & 15];
+  }
+  return text;
+}
+
+}  // namespace moemamba

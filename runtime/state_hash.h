@@ -1,0 +1,35 @@
+#pragma once
+#include <array>
+#include <string>
+
+#include "core/file.h"
+#include "model/parameters.h"
+
+namespace moemamba {
+
+// What a run was, step by step: H_k = SHA-256(H_{k-1}, step, loss bits, bits of the gradient's
+// norm, first and last sample). Two runs with the same value had the same losses all along.
+class HashChain {
+ public:
+  struct Link {
+    int64_t step;
+    double loss, grad_norm;
+    int64_t first_sample, samples;
+  };
+  using Text = std::array<char, 65>;  // 64 hex digits and a zero
+  HashChain() { text_.fill('0'), text_.back() = 0; }
+  void add(const Link& link);
+  const Text& text() const { return text_; }
+  void resume(const std::string& text);  // 64 hex digits
+
+ private:
+  Sha256 digest_;
+  Text text_;
+};
+
+// A sum over all elements of values and moments of mixed (bits, tensor, index): it depends neither
+// on the order nor on who holds what. Every rank calls it and gets the same.
+uint64_t state_hash(ProcessGroups& groups, Stream& stream, const ParameterStore& store);
+std::string state_hash_text(uint64_t hash);  // 16 hex digits
+
+}  // namespace moemamba
