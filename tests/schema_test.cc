@@ -256,8 +256,9 @@ TEST(Schema, DefaultsAreInRange) { EXPECT_NO_THROW(read(resolved_text(RunConfig(
 
 TEST(Schema, PresetsAreValid) {
   int presets = 0;
-  for (const auto& entry :
-       std::filesystem::directory_iterator(std::string(MOEMAMBA_SOURCE_DIR) + "/configs")) {
+  const std::string folder = std::string(MOEMAMBA_SOURCE_DIR) + "/configs";
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) {
+    if (!entry.is_regular_file()) continue;
     RunConfig config;
     Settings settings(config);
     settings.read_file(entry.path());
