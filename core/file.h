@@ -20,7 +20,7 @@ class OutputFile {
   virtual void close() = 0;
 };
 
-// create: an existing file becomes empty. create_new: it must not exist, and no symlink is followed.
+// create: an existing file becomes empty. create_new: it must not exist, nor does a symlink count.
 enum class OpenMode { create, append, create_new };
 
 // All that changes a disk goes through this seam, so that tests can make it fail. Reading does not.
@@ -33,7 +33,7 @@ class FileSystem {
   virtual void make_folders(const std::string& path) = 0;  // with parents; existing is fine
   virtual void sync_folder(const std::string& path) = 0;   // makes renames in it last
   virtual void make_folder(const std::string& path) = 0;   // it must not exist
-  // Fails where `to` exists, whatever it is. False: the file system cannot do that, nothing was done.
+  // Fails where `to` exists, whatever it is. False: the file system cannot do that; nothing done.
   virtual bool rename_new(const std::string& from, const std::string& to) = 0;
   virtual void link(const std::string& from, const std::string& to) = 0;  // `to` must not exist
   virtual int64_t free_bytes(const std::string& path) = 0;  // for this user, where `path` lies

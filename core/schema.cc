@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 
 #include "core/schema_parts.h"
@@ -15,6 +16,10 @@ namespace moemamba {
 namespace pb = google::protobuf;
 
 void Settings::read_file(const std::string& path) {
+  if (std::filesystem::is_directory(path)) {
+    problems_.push_back(concat(path, ": is a folder; give the path of a settings file in it"));
+    return;
+  }
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   // An empty file inserts nothing, which also sets failbit on `text`: ask the file alone.
@@ -40,10 +45,14 @@ void Settings::read_option(const std::string& option) {
   std::string path = option.substr(2, equals - 2);
   std::replace(path.begin(), path.end(), '-', '_');
   std::string wrong;
-  if (equals == option.size()) wrong = concat("needs a value: --", path, "=VALUE");
-  else wrong = assign_option(path, option.substr(equals + 1));
-  if (wrong.empty()) places_[path] = option;
-  else problems_.push_back(concat(option, ": ", wrong));
+  if (equals == option.size())
+    wrong = concat("needs a value: --", path, "=VALUE");
+  else
+    wrong = assign_option(path, option.substr(equals + 1));
+  if (wrong.empty())
+    places_[path] = option;
+  else
+    problems_.push_back(concat(option, ": ", wrong));
 }
 
 // "" or what is wrong.

@@ -66,8 +66,9 @@ void judge_pattern(const ModelConfig& c, const std::vector<BlockPlan>& plans, Pr
     }
   }
   problems.require(c.pattern_size() <= c.blocks(), "model.pattern",
-                   concat(c.pattern_size(), " patterns take turns, but there are ", c.blocks(),
-                          " blocks (model.blocks); the last ones would never stand"));
+                   concat(c.pattern_size(), " patterns take turns, but model.blocks is ",
+                          c.blocks(), ": the last ones would never stand"));
+  if (int(plans.size()) < c.pattern_size()) return;  // what else there is cannot be known
   const bool inner = any_has(plans, {LayerKind::inner_moe});
   problems.require(!inner || c.projections_size() > 0, "model.projections",
                    "an inner_moe layer (model.pattern) needs to know which projections consist of "
@@ -116,8 +117,11 @@ std::vector<ModelProblem> model_problems(const ModelConfig& c) {
   Problems problems;
   const std::vector<BlockPlan> plans = patterns(c);
   judge_pattern(c, plans, problems);
-  judge_routing(c, plans, problems);
-  judge_attention(c, plans, problems);
+  const bool readable = c.pattern_size() == 0 || int(plans.size()) == c.pattern_size();
+  if (readable) {
+    judge_routing(c, plans, problems);
+    judge_attention(c, plans, problems);
+  }
   problems.require(int64_t(c.expand() * double(c.width())) >= 1, "model.expand",
                    concat(c.expand(), " x width ", c.width(), " leaves no channel"));
   return problems.list;

@@ -33,9 +33,11 @@ Experts Experts::make(ParameterStore& store, const std::string& name, const Mode
 
 Experts Experts::make_linear(ParameterStore& store, const std::string& name, const ModelSizes& s,
                              const Form& form, bool weighted) {
+  const FirstValues first(s);  // those with weights are the ones back to the residual stream
   Experts experts{.kind = {}, .linear = true, .weighted = weighted};
   experts.up = store.add(name + ".experts.{}.weight", {form.local, form.out, form.in},
-                         FirstValues(s).linear(form.in), Axis::expert_data);
+                         weighted ? first.linear_writes(form.in) : first.linear(form.in),
+                         Axis::expert_data);
   return experts;
 }
 

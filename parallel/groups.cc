@@ -5,7 +5,8 @@
 namespace moemamba {
 
 void ProcessGroups::abort(const std::string& why) noexcept {
-  for (Communicator* group : {data.get(), expert_data.get(), expert.get(), control.get(), checkpoint.get()})
+  for (Communicator* group :
+       {data.get(), expert_data.get(), expert.get(), control.get(), checkpoint.get()})
     if (group) group->abort(why);
 }
 

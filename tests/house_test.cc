@@ -37,7 +37,7 @@ struct ThirdParty {
 };
 // tests/ may include all of it.
 const ThirdParty kThirdParties[] = {
-    {"protobuf", "google/protobuf/.*", "core/.*|launcher/build_facts\\.cc"},
+    {"protobuf", "google/protobuf/.*", "core/.*|runtime/manifest\\.cc|launcher/build_facts\\.cc"},
     {"OpenSSL", "openssl/.*", "core/.*"},
     {"fmt and spdlog", "(fmt|spdlog)/.*", "core/.*"},
     {"OpenBLAS", "cblas\\.h|openblas.*", "kernels/cpu/[^/]*"},

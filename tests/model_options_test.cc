@@ -59,8 +59,8 @@ TEST(ModelOptions, RefusesAParallelBlockWithoutAMixer) {
 
 TEST(ModelOptions, RefusesPatternsThatNeverStand) {
   EXPECT_EQ(refusal("model {\n  blocks: 1\n  pattern: \"mamba\"\n  pattern: \"mamba, moe\"\n}\n"),
-            Lines{"file:4:3: model.pattern: 2 patterns take turns, but there are 1 blocks "
-                  "(model.blocks); the last ones would never stand"});
+            Lines{"file:4:3: model.pattern: 2 patterns take turns, but model.blocks is 1: "
+                  "the last ones would never stand"});
 }
 
 TEST(ModelOptions, RefusesProjectionsWithoutTheirLayerAndTheLayerWithoutThem) {
