@@ -117,9 +117,11 @@ Ended wait_for(pid_t child, const sigset_t& signals, OnSignal on_signal) {
 // What the ranks' end means, said and as an exit code.
 int explain(const Ended& ended) {
   if (ended.signal != 0) {
-    if (ended.code != 0)
+    if (ended.code != 0 && ended.code != kExitRestart)
       std::fprintf(stderr, "moemamba: %s: the ranks were ended\n", signal_name(ended.signal));
-    return ended.code == 0 && ended.signal == SIGUSR1 ? 0 : 128 + ended.signal;
+    if (ended.code == 0 && ended.signal == SIGUSR1) return 0;  // it was at its end anyway
+    const bool resumes = ended.code == kExitRestart && ended.signal != SIGINT;
+    return resumes ? kExitRestart : 128 + ended.signal;
   }
   if (ended.code <= 128) {
     if (ended.code != 0 && ended.code != kExitSettings)

@@ -8,7 +8,8 @@ class App;
 
 namespace moemamba {
 
-constexpr int kExitRestart = 75;  // a rank was lost: start the same command again
+// Start the same command again, it goes on: a rank was lost, or the run was asked to end early.
+constexpr int kExitRestart = 75;
 constexpr int kExitSettings = 2;  // settings or usage; nothing was begun
 
 // --ranks

@@ -1,11 +1,15 @@
 #include "launcher/settings.h"
 
 #include <CLI/CLI.hpp>
+#include <cstdio>
+#include <map>
 #include <numeric>
+#include <set>
 
 #include "core/file.h"
 #include "core/schema.h"
 #include "model/config.h"
+#include "runtime/run_folder.h"
 
 namespace moemamba {
 
@@ -37,6 +41,21 @@ void check_layout(Settings& settings, const RunConfig& config, Purpose purpose, 
 void check_model(Settings& settings, const ModelConfig& model) {
   for (const ModelProblem& problem : model_problems(model))
     settings.object(problem.setting, problem.text);
+}
+
+// Settings without which a run is not the same one any more.
+bool makes_another_run(const std::string& setting) {
+  static const std::set<std::string> names = {"train.global_batch_size", "train.routing_group",
+                                              "train.sequence_length", "train.seed",
+                                              "data.sampling"};
+  return setting.rfind("model.", 0) == 0 || names.count(setting) > 0;
+}
+
+// Settings that say how the command is run, not what is trained.
+bool is_about_the_run(const std::string& setting) {
+  return setting == "run" || setting == "overwrite" || setting == "init_from" ||
+         setting == "train.threads" || setting == "train.progress" ||
+         setting == "train.log_interval";
 }
 
 void check_data(Settings& settings, const RunConfig& config) {
@@ -113,6 +132,26 @@ RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks
   if (purpose == Purpose::train) check_training(settings, config);
   settings.throw_problems();
   return config;
+}
+
+void check_goes_on(const RunConfig& config, FILE* out, bool quietly) {
+  const std::string file = join_path(config.run(), "config.textproto");
+  if (!file_exists(file)) return;
+  RunConfig before;
+  Settings settings(before);
+  settings.read_file(file);
+  settings.throw_problems();
+  std::map<std::string, std::string> old_values;
+  for (auto& [setting, value] : resolved_values(before)) old_values[setting] = value;
+  std::string other, changed;
+  for (auto& [setting, value] : resolved_values(config)) {
+    if (old_values[setting] == value || is_about_the_run(setting)) continue;
+    (makes_another_run(setting) ? other : changed) +=
+        concat("\n  ", setting, ": ", old_values[setting], " there, ", value, " here");
+  }
+  check(other.empty(), taken_text(config.run(), "it is another one:" + other));
+  if (out && !quietly && !changed.empty())
+    std::fprintf(out, "moemamba: going on with other settings than before:%s\n", changed.c_str());
 }
 
 RunConfig read_run_settings(const std::string& folder, const SettingsSource& source, int ranks) {

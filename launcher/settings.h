@@ -31,6 +31,11 @@ enum class Purpose {
 // BadSettings lists every problem.
 RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks);
 
+// Where config.run holds a run already, throws an Error unless `config` can go on with it: what
+// makes it another run (model, length, batch, seed, sampling) must be as it was. Other settings
+// that differ are said on `out` (null: not), unless `quietly`.
+void check_goes_on(const RunConfig& config, FILE* out, bool quietly);
+
 // The settings that `folder` was trained with, below those of `source`.
 RunConfig read_run_settings(const std::string& folder, const SettingsSource& source, int ranks);
 

@@ -16,7 +16,14 @@ namespace {
 struct TrainOptions {
   SettingsSource source;
   int ranks = 1;
+  bool fresh = false;
 };
+
+std::string build_text() {
+  std::string text;
+  for (const auto& [name, value] : build_facts()) text += concat(name, ": ", value, "\n");
+  return text;
+}
 
 TrainRequest request_of(const RunConfig& config, int threads) {
   const Terminal terminal = find_terminal();
@@ -24,10 +31,13 @@ TrainRequest request_of(const RunConfig& config, int threads) {
           .parallel = config.parallel(),
           .train = config.train(),
           .data = config.data(),
+          .checkpoint = config.checkpoint(),
           .run = config.run(),
           .overwrite = config.overwrite(),
+          .fresh = false,
           .init_from = config.init_from(),
           .resolved_text = resolved_text(config),
+          .build = build_text(),
           .threads = threads,
           .terminal = terminal.present,
           .color = terminal.color,
@@ -45,17 +55,21 @@ int train(const TrainOptions& options, const Words& words) {
   const bool launches = must_launch(options.ranks);
   const RunConfig config =
       read_settings(options.source, Purpose::train, launches ? options.ranks : started_ranks());
+  // The first rank speaks for all, and where there is a launcher, that one.
+  if (!options.fresh && !config.overwrite())
+    check_goes_on(config, started_rank() <= 0 ? stderr : nullptr, launches);
   if (launches) return launch(options.ranks, words, OnSignal::ask);
   const StopSignals signals(notice());
+  bool stopped = false;
   run_rank(config, [&](Rank& rank) {
     PosixFileSystem files;
     TrainRequest request = request_of(config, rank.threads);
     request.stop_wanted = [&signals] { return signals.received() != 0; };
-    run_training(files, rank.groups, request);
+    request.fresh = options.fresh;
+    stopped = run_training(files, rank.groups, request).stopped;
   });
-  // Under mpirun a rank that has done as it was asked has not failed.
-  const int signal = started_rank() < 0 ? signals.received() : 0;
-  return signal == 0 || signal == SIGUSR1 ? 0 : 128 + signal;
+  if (!stopped) return 0;
+  return started_rank() < 0 && signals.received() == SIGINT ? 128 + SIGINT : kExitRestart;
 }
 
 }  // namespace
@@ -64,14 +78,20 @@ Command add_train(CLI::App& app, const Words& words) {
   CLI::App* command = app.add_subcommand("train", "Train a model");
   auto options = std::make_shared<TrainOptions>();
   add_ranks_option(*command, options->ranks);
+  command->add_flag("--fresh", options->fresh,
+                    "Begin in an empty folder or not at all; never go on with a run");
   add_settings_options(*command, options->source);
   command->footer([] {
-    return "Leaves settings, metrics.jsonl, loss.svg and weights in the run's folder.\n"
-           "Ctrl-C (SIGINT), SIGTERM and SIGUSR1 end the run after the step at hand, with its "
-           "weights;\n"
+    return "Leaves settings, metrics.jsonl, loss.svg, checkpoints and weights in the run's "
+           "folder.\n"
+           "The same command again goes on from the newest checkpoint that holds, on any number of "
+           "ranks.\n"
+           "Ctrl-C (SIGINT), SIGTERM and SIGUSR1 end the run after the step at hand, with a "
+           "checkpoint;\n"
            "the next one ends it at once.\n"
-           "Exit codes: 0 done; 1 failed; 2 settings are wrong; 75 a rank was lost, start again;\n"
-           "128 + n ended by signal n.\n"
+           "Exit codes: 0 done; 1 failed; 2 settings are wrong; 75 start the same command again: a "
+           "rank\n"
+           "was lost, or SIGTERM or SIGUSR1 ended the run early; 128 + n ended by signal n.\n"
            "\nSettings, with their defaults:\n" +
            settings_help(run_config_descriptors(), "moemamba.RunConfig");
   });

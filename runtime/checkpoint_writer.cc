@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "parallel/gather_blobs.h"
 #include "runtime/manifest.h"
+#include "runtime/state_hash.h"
 
 namespace moemamba {
 
@@ -119,6 +120,7 @@ ShardReport CheckpointWriter::write_shards(const CheckpointFacts& facts,
                   report);
     if (!moments.empty())
       write_shard(files_, attempt, shard_name("optimizer", rank, ranks), moments, {}, report);
+    report.set_state_hash(state_hash_of(staged_));
   } catch (const std::exception& error) {
     report.set_problem(concat("rank ", rank, ": ", error.what()));
   }
@@ -140,13 +142,13 @@ CheckpointManifest CheckpointWriter::merge(const CheckpointFacts& facts,
   manifest.set_next_sample(facts.next_sample);
   manifest.set_loss(facts.loss);
   manifest.set_chain(facts.chain);
-  manifest.set_state_hash(facts.state_hash);
   manifest.set_build(facts.build);
   std::map<std::string, CheckpointManifest::Tensor> tensors;
   for (const std::string& text : reports) {
     ShardReport report;
     check(report.ParseFromString(text), "a rank's report cannot be read");
     check(report.problem().empty(), report.problem());
+    manifest.set_state_hash(manifest.state_hash() + report.state_hash());
     append(report, manifest, tensors);
   }
   const auto by_begin = [](const auto& a, const auto& b) { return a.begin() < b.begin(); };

@@ -11,7 +11,6 @@ struct CheckpointFacts {
   int64_t next_sample = 0;
   double loss = 0;
   std::string chain;
-  uint64_t state_hash = 0;
   std::string run_id, config, tokenizer, build;
   SafetensorsMetadata metadata;  // of the files with weights
   // Small files that go along, by name: the tokenizer.

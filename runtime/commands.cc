@@ -21,213 +21,6 @@ std::vector<std::string> list(const google::protobuf::RepeatedPtrField<std::stri
   return {values.begin(), values.end()};
 }
 
-// Of the tokenizer; 0 and -1 where there is none.
-int64_t vocabulary_of(const std::optional<Tokenizer>& tokenizer) {
-  return tokenizer ? tokenizer->vocabulary() : 0;
-}
-int32_t end_of_document(const std::optional<Tokenizer>& tokenizer) {
-  return tokenizer ? tokenizer->end_of_document() : -1;
-}
-
-TrainerOptions options_of(const TrainRequest& request, const std::optional<Tokenizer>& tokenizer) {
-  const ModelSizes sizes =
-      model_sizes(request.model, vocabulary_of(tokenizer), request.train.sequence_length());
-  TrainerOptions options = trainer_options(sizes, request.parallel, request.train);
-  options.data.files = list(request.data.train());
-  options.data.end_of_document = end_of_document(tokenizer);
-  options.data.sampling =
-      request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular : Sampling::epochs;
-  options.threads = request.threads;
-  return options;
-}
-
-EvaluatorOptions evaluator_options(const TrainConfig& train,
-                                   const std::optional<Tokenizer>& tokenizer) {
-  return {.routing_group = train.routing_group(),
-          .most_tokens = train.eval_tokens(),
-          .end_of_document = end_of_document(tokenizer)};
-}
-
-// The tokenizer of a run, once its token files are known to be of use with it.
-std::optional<Tokenizer> checked_tokenizer(const DataConfig& data, const ModelConfig& model,
-                                           bool trains) {
-  std::optional<Tokenizer> tokenizer = open_tokenizer(data.tokenizer());
-  const int64_t vocabulary = tokenizer ? tokenizer->vocabulary() : model.vocabulary();
-  if (trains) check_token_files("data.train", list(data.train()), tokenizer, vocabulary);
-  check_token_files("data.validation", list(data.validation()), tokenizer, vocabulary);
-  return tokenizer;
-}
-
-// One training run: the loop around Trainer::step.
-class Run {
- public:
-  Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request);
-  std::optional<Evaluation> go();
-
- private:
-  bool speaks() const { return groups_.rank == 0; }
-  void introduce();
-  void after_step(StepRecord& record);
-  void report(const StepRecord& record, bool ends);
-  void evaluate(StepRecord& record);
-  void save(int64_t step);
-  void finish();
-
-  FileSystem& files_;
-  ProcessGroups& groups_;
-  const TrainRequest& request_;
-  std::optional<Tokenizer> tokenizer_;  // data.tokenizer may be "none"
-  Trainer trainer_;
-  std::optional<Evaluator> evaluator_;
-  std::optional<MetricsWriter> metrics_;
-  std::optional<Progress> progress_;
-  std::optional<Evaluation> evaluation_;
-  int64_t skipped_in_a_row_ = 0;
-};
-
-Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
-    : files_(files),
-      groups_(groups),
-      request_(request),
-      tokenizer_(checked_tokenizer(request.data, request.model, true)),
-      trainer_(groups, options_of(request, tokenizer_)) {
-  Session& session = trainer_.session();
-  double bytes_per_token = 0;
-  if (request.data.validation_size() > 0) {
-    HeldOut held_out = open_held_out(list(request.data.validation()));
-    bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
-    evaluator_.emplace(session, std::move(held_out), evaluator_options(request.train, tokenizer_));
-  }
-  if (!request.init_from.empty()) {
-    load_weights(request.init_from, session.store, groups);
-    check_same_kind(request.init_from, request.model, tokenizer_);
-  }
-  barrier(*groups.control, session.compute);
-  if (!speaks()) return;
-  claim_run_folder(files, request.run, request.resolved_text, request.overwrite);
-  metrics_.emplace(files, join_path(request.run, "metrics.jsonl"));
-  if (request.train.progress() == TrainConfig::OFF) return;
-  const ModelSizes& sizes = session.model.sizes();
-  progress_.emplace(
-      stderr,
-      ProgressOptions{.steps = request.train.steps(),
-                      .experts = sizes.routers() * sizes.E,
-                      .routed_rows = int64_t(request.train.global_batch_size()) *
-                                     request.train.sequence_length() * sizes.K * sizes.routers(),
-                      .bytes_per_token = bytes_per_token,
-                      .terminal = request.terminal || request.train.progress() == TrainConfig::ON,
-                      .color = request.color,
-                      .steps_between_lines = request.train.log_interval(),
-                      .columns = request.columns});
-}
-
-void Run::introduce() {
-  const std::string idle = idle_ranks_warning(
-      request_.train.global_batch_size(), request_.train.routing_group(), groups_.layout.ranks());
-  if (speaks() && !idle.empty()) std::fprintf(stderr, "moemamba: %s\n", idle.c_str());
-  if (!progress_) return;
-  Session& session = trainer_.session();
-  const ModelSizes& s = session.model.sizes();
-  const RankLayout& layout = groups_.layout;
-  const ModelCounts counts = count_model(s);
-  progress_->say(concat("model      ", s.blocks, " blocks of (", s.pattern_text(), "), ",
-                        s.E ? concat(s.E, " experts x top-", s.K, ", ") : "", "width ", s.D,
-                        ", vocabulary ", s.V));
-  progress_->say(concat("parameters ", counts.total, " in all, ", counts.active,
-                        " active per token, and ", counts.embedding_and_head,
-                        " in embedding and head"));
-  std::string experts;
-  for (int c = 0; c < layout.expert_size(); ++c)
-    experts += concat(c ? ", " : "", layout.experts_of(c));
-  progress_->say(concat("ranks      ", layout.ranks(), " (data), experts over ",
-                        layout.expert_size(), " of them: ", experts));
-  progress_->say(concat("memory     ", session.arena.capacity() >> 20,
-                        " MiB of activations per rank; exchange holds ",
-                        session.exchange.capacity(), " rows"));
-  progress_->say(concat("run        ", request_.run, ", ", request_.train.steps(), " steps of ",
-                        request_.train.global_batch_size(), " x ", request_.train.sequence_length(),
-                        " tokens"));
-}
-
-void Run::evaluate(StepRecord& record) {
-  trainer_.wait_weights();
-  evaluation_ = evaluator_->run();
-  record.val_loss = evaluation_->loss;
-  record.val_bpb = evaluation_->bits_per_byte;
-  if (!progress_) return;
-  char text[160];
-  int length = std::snprintf(text, sizeof text, "held-out   after step %lld: loss %.4f",
-                             static_cast<long long>(record.step + 1), evaluation_->loss);
-  if (evaluation_->bits_per_byte)
-    length += std::snprintf(text + length, sizeof text - size_t(length), ", %.4f bits per byte",
-                            *evaluation_->bits_per_byte);
-  progress_->say(std::string_view(text, size_t(length)));
-}
-
-void Run::save(int64_t step) {
-  trainer_.wait_weights();
-  Session& session = trainer_.session();
-  WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
-  metadata["config"] = request_.resolved_text;
-  save_weights(files_, join_path(request_.run, "weights"), session.store, groups_, session.compute,
-               metadata, step);
-  if (speaks() && tokenizer_ && tokenizer_->kind() == TokenizerKind::bpe)
-    tokenizer_->save(files_, join_path(request_.run, "tokenizer.model"));
-}
-
-// The terminal's line of a step, and what is out of the ordinary in it.
-void Run::report(const StepRecord& record, bool ends) {
-  constexpr int64_t kMostSkipped = 10;
-  skipped_in_a_row_ = trainer_.skipped() ? skipped_in_a_row_ + 1 : 0;
-  check(skipped_in_a_row_ < kMostSkipped, "steps ", record.step - kMostSkipped + 2, " to ",
-        record.step + 1,
-        ": loss or gradient is not finite; no parameter was changed by them. Try a "
-        "lower train.lr or a lower train.grad_clip");
-  if (!progress_) return;
-  if (trainer_.skipped())
-    progress_->say(
-        concat("step ", record.step + 1, ": loss or gradient is not finite: not applied"));
-  progress_->update(record, ends);
-}
-
-void Run::after_step(StepRecord& record) {
-  const TrainConfig& train = request_.train;
-  const int64_t done = record.step + 1;
-  const auto due = [&](int64_t interval) { return interval > 0 && done % interval == 0; };
-  const bool last = done == train.steps(), stops = trainer_.stopping() && !last;
-  report(record, last || stops);
-  if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
-  if (metrics_) metrics_->record(record);
-  if (last || stops || due(train.save_interval())) save(done);
-  if (stops && progress_)
-    progress_->say(concat("stopped    after step ", done, " of ", train.steps(),
-                          ", as asked; the weights are in ", join_path(request_.run, "weights")));
-}
-
-void Run::finish() {
-  if (!speaks()) return;
-  if (progress_) progress_->finish();
-  if (metrics_->lost_lines() > 0)
-    std::fprintf(stderr, "metrics: %lld of the run's lines were lost\n",
-                 static_cast<long long>(metrics_->lost_lines()));
-  write_loss_svg(files_, request_.run);
-  const int64_t experts = trainer_.session().model.sizes().E;
-  const std::vector<double>& counts = evaluation_ ? evaluation_->counts : trainer_.expert_counts();
-  if (experts > 0)
-    write_file(files_, join_path(request_.run, "experts.txt"), expert_table(counts, experts));
-}
-
-std::optional<Evaluation> Run::go() {
-  introduce();
-  for (int64_t k = 0; k < request_.train.steps() && !trainer_.stopping(); ++k) {
-    if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
-    StepRecord record = trainer_.step(k);
-    after_step(record);
-  }
-  finish();
-  return evaluation_;
-}
-
 // The model of a finished run, for reading only.
 Session open_session(ProcessGroups& groups, const UseRequest& request, const ModelSizes& sizes,
                      int64_t sequences, int64_t length) {
@@ -236,6 +29,29 @@ Session open_session(ProcessGroups& groups, const UseRequest& request, const Mod
 }
 
 }  // namespace
+
+int64_t vocabulary_of(const std::optional<Tokenizer>& tokenizer) {
+  return tokenizer ? tokenizer->vocabulary() : 0;
+}
+int32_t end_of_document_of(const std::optional<Tokenizer>& tokenizer) {
+  return tokenizer ? tokenizer->end_of_document() : -1;
+}
+
+EvaluatorOptions evaluator_options(const TrainConfig& train,
+                                   const std::optional<Tokenizer>& tokenizer) {
+  return {.routing_group = train.routing_group(),
+          .most_tokens = train.eval_tokens(),
+          .end_of_document = end_of_document_of(tokenizer)};
+}
+
+std::optional<Tokenizer> checked_tokenizer(const DataConfig& data, const ModelConfig& model,
+                                           bool trains) {
+  std::optional<Tokenizer> tokenizer = open_tokenizer(data.tokenizer());
+  const int64_t vocabulary = tokenizer ? tokenizer->vocabulary() : model.vocabulary();
+  if (trains) check_token_files("data.train", list(data.train()), tokenizer, vocabulary);
+  check_token_files("data.validation", list(data.validation()), tokenizer, vocabulary);
+  return tokenizer;
+}
 
 std::optional<Tokenizer> open_tokenizer(const std::string& setting) {
   if (setting == "none") return {};
@@ -247,13 +63,6 @@ std::optional<Tokenizer> open_tokenizer(const std::string& setting) {
         "--data.tokenizer=", setting, ": ", error.what(),
         "; expected \"bytes\", \"none\" or a tokenizer.model as `moemamba prepare` writes it"));
   }
-}
-
-std::optional<Evaluation> run_training(FileSystem& files, ProcessGroups& groups,
-                                       const TrainRequest& request) {
-  check(request.data.train_size() > 0,
-        "data.train: no token file; make one with `moemamba prepare`, then --data.train=FILE");
-  return Run(files, groups, request).go();
 }
 
 Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {

@@ -19,10 +19,13 @@ struct TrainRequest {
   ParallelConfig parallel;
   TrainConfig train;
   DataConfig data;
-  std::string run;            // folder
+  CheckpointConfig checkpoint;
+  std::string run;            // folder; one that holds the same run goes on with it
   bool overwrite = false;     // start anew where the folder holds a run
+  bool fresh = false;         // start at step 0 in an empty folder, or not at all
   std::string init_from;      // weights to start from; empty: random ones
   std::string resolved_text;  // all settings as text: kept in the run's folder
+  std::string build;          // facts of the program: kept in checkpoints
   int threads = 1;            // of this rank
   bool terminal = false;      // progress on one line
   bool color = false;
@@ -31,9 +34,13 @@ struct TrainRequest {
   std::function<bool()> stop_wanted;
 };
 
-// Leaves config.textproto, metrics.jsonl, loss.svg, experts.txt and weights/ in the run's folder.
-// Returns the last evaluation (without held-out text: none).
-std::optional<Evaluation> run_training(FileSystem& files, ProcessGroups& groups,
+struct TrainResult {
+  std::optional<Evaluation> evaluation;  // the last one; without held-out text: none
+  bool stopped = false;                  // before its last step, as asked
+};
+// Leaves config.textproto, metrics.jsonl, loss.svg, experts.txt, checkpoints/ and weights/ in the
+// run's folder.
+TrainResult run_training(FileSystem& files, ProcessGroups& groups,
                                        const TrainRequest& request);
 
 struct UseRequest {
@@ -48,6 +55,15 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request);
 // The prompt and what follows it goes to `out` as it appears.
 std::string run_generation(ProcessGroups& groups, const UseRequest& request,
                            const std::string& prompt, const SamplingOptions& options, FILE* out);
+
+// The tokenizer of a run, once its token files are known to be of use with it.
+std::optional<Tokenizer> checked_tokenizer(const DataConfig& data, const ModelConfig& model,
+                                           bool trains);
+// Of the tokenizer; 0 and -1 where there is none.
+int64_t vocabulary_of(const std::optional<Tokenizer>& tokenizer);
+int32_t end_of_document_of(const std::optional<Tokenizer>& tokenizer);
+EvaluatorOptions evaluator_options(const TrainConfig& train,
+                                   const std::optional<Tokenizer>& tokenizer);
 
 // "bytes" or a file; nothing for "none".
 std::optional<Tokenizer> open_tokenizer(const std::string& setting);

@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
 #include "core/error.h"
 
@@ -73,6 +74,9 @@ size_t format_metrics(const StepRecord& record, char* buffer, size_t size) {
   put_seconds(line, record.seconds);
   if (record.val_loss) line.number("val_loss", *record.val_loss);
   if (record.val_bpb) line.number("val_bpb", *record.val_bpb);
+  if (record.chain[0]) line.put(",\"chain\":\"%s\"", record.chain.data());
+  if (record.state_hash)
+    line.put(",\"state_hash\":\"%016llx\"", static_cast<unsigned long long>(*record.state_hash));
   line.put("}");
   return line.used();
 }
@@ -95,6 +99,21 @@ void MetricsWriter::record(const StepRecord& record) {
       std::fprintf(stderr, "metrics: %s; training goes on without these lines\n", error.what());
     drop_torn_line();
   }
+}
+
+void cut_metrics(FileSystem& files, const std::string& path, int64_t step) {
+  if (!file_exists(path)) return;
+  const std::string content = read_file(path);
+  std::string kept;
+  for (size_t begin = 0, end = 0; (end = content.find('\n', begin)) != std::string::npos;
+       begin = end + 1) {
+    const std::string line = content.substr(begin, end + 1 - begin);
+    const auto row = nlohmann::json::parse(line, nullptr, false);
+    if (row.is_object() && row.contains("step") && row["step"].is_number_integer() &&
+        row["step"].get<int64_t>() < step)
+      kept += line;
+  }
+  if (kept != content) write_file(files, path, kept);
 }
 
 void MetricsWriter::drop_torn_line() {

@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <memory>
 #include <optional>
 #include <string>
@@ -33,6 +34,8 @@ struct StepRecord {
   StepSeconds seconds;
   std::optional<double> val_loss;  // where the step ended with an evaluation
   std::optional<double> val_bpb;
+  std::array<char, 65> chain{};        // 64 hex digits; empty: none
+  std::optional<uint64_t> state_hash;  // where the state was hashed after the step
 };
 
 // metrics.jsonl: one JSON object a step, whole lines only; what is not finite becomes null.
@@ -53,6 +56,9 @@ class MetricsWriter {
   bool torn_ = false;  // a part of a line may follow them
   int64_t lost_lines_ = 0;
 };
+
+// Drops the lines of steps from `step` on, for a run that goes on there, and a torn last line.
+void cut_metrics(FileSystem& files, const std::string& path, int64_t step);
 
 // The line of `record` without its newline, into buffer; returns its length.
 // REQUIRES: size >= kMetricsLine.

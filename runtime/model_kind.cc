@@ -43,6 +43,10 @@ std::string describe(const Tokenizer& tokenizer) {
 
 }  // namespace
 
+std::string describe_tokenizer(const std::optional<Tokenizer>& tokenizer) {
+  return tokenizer ? describe(*tokenizer) : "";
+}
+
 WeightsMetadata describe_kind(const ModelConfig& model, const std::optional<Tokenizer>& tokenizer) {
   WeightsMetadata kind = {{kModel, resolved_text(model)}};
   if (tokenizer) kind[kTokenizer] = describe(*tokenizer);

@@ -11,6 +11,9 @@ namespace moemamba {
 // the weights' metadata.
 WeightsMetadata describe_kind(const ModelConfig& model, const std::optional<Tokenizer>& tokenizer);
 
+// "bpe, vocabulary 4096, sha256 ..."; "" where there is none.
+std::string describe_tokenizer(const std::optional<Tokenizer>& tokenizer);
+
 // Throws an Error that names every setting in which the weights at `path` are of another kind: all
 // that change what a model computes, but not those of training alone (initial values, losses,
 // capacity, resets). Sizes are left to load_weights. Weights that say nothing are taken as they

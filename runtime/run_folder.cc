@@ -8,33 +8,50 @@
 namespace moemamba {
 namespace {
 
+namespace fs = std::filesystem;
+
 constexpr const char* kConfigName = "config.textproto";
+constexpr const char* kLeaseName = "lease";
 
 void empty_folder(FileSystem& files, const std::string& folder) {
   // The mark of a run goes last: a folder that was emptied halfway can be emptied again.
   std::vector<std::string> found;
-  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder))
-    if (entry.path() != std::filesystem::path(folder) / kConfigName)
+  for (const auto& entry : fs::recursive_directory_iterator(folder)) {
+    const fs::path within = entry.path().lexically_relative(folder);
+    if (within != kConfigName && *within.begin() != kLeaseName)
       found.push_back(entry.path().string());
+  }
   for (size_t i = found.size(); i-- > 0;) files.remove(found[i]);  // children before their folders
   files.remove(join_path(folder, kConfigName));
 }
 
 }  // namespace
 
+std::string taken_text(const std::string& folder, const std::string& reason) {
+  return concat(folder, " already holds a run; choose another --run or set --overwrite=true to ",
+                "replace it", reason.empty() ? "" : "; " + reason);
+}
+
+bool holds_run(const std::string& folder) {
+  check(!folder.empty(), "expected the name of a run's folder, found none");
+  if (!file_exists(folder)) return false;
+  check(fs::is_directory(folder), folder, ": cannot make folder: a file is in its place");
+  if (file_exists(join_path(folder, kConfigName))) return true;
+  for (const auto& entry : fs::directory_iterator(folder))
+    check(entry.path().filename() == kLeaseName, folder,
+          " holds files that are no run's (there is no ", kConfigName,
+          "); choose another --run or empty it yourself");
+  return false;
+}
+
 std::string claim_run_folder(FileSystem& files, const std::string& folder,
                              std::string_view config_text, bool overwrite) {
-  check(!folder.empty(), "expected the name of a run's folder, found none");
-  files.make_folders(folder);
-  const std::string config = join_path(folder, kConfigName);
-  if (file_exists(config)) {
-    check(overwrite, folder, " already holds a run; choose another --run or set ",
-          "--overwrite=true to replace it");
+  if (holds_run(folder)) {
+    check(overwrite, taken_text(folder));
     empty_folder(files, folder);
   }
-  check(std::filesystem::is_empty(folder), folder, " holds files that are no run's (there is no ",
-        kConfigName, "); choose another --run or empty it yourself");
-  write_file(files, config, config_text);
+  files.make_folders(folder);
+  write_file(files, join_path(folder, kConfigName), config_text);
   return folder;
 }
 

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "core/error.h"
-#include "runtime/checkpoint_pieces.h"
 
 namespace moemamba {
 
@@ -49,10 +48,14 @@ void HashChain::resume(const std::string& text) {
   std::copy(text.begin(), text.end(), text_.begin());
 }
 
-uint64_t state_hash(ProcessGroups& groups, Stream& stream, const ParameterStore& store) {
+uint64_t state_hash_of(const std::vector<StatePiece>& pieces) {
   uint64_t sum = 0;
-  for (const StatePiece& piece : owned_values(store)) sum += hash_of(piece);
-  for (const StatePiece& piece : owned_moments(store)) sum += hash_of(piece);
+  for (const StatePiece& piece : pieces) sum += hash_of(piece);
+  return sum;
+}
+
+uint64_t state_hash(ProcessGroups& groups, Stream& stream, const ParameterStore& store) {
+  uint64_t sum = state_hash_of(owned_values(store)) + state_hash_of(owned_moments(store));
   std::vector<uint64_t> all(size_t(groups.layout.ranks()));
   groups.control->all_gather(stream, &sum, all.data(), sizeof sum);
   stream.synchronize();

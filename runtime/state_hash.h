@@ -3,7 +3,7 @@
 #include <string>
 
 #include "core/file.h"
-#include "model/parameters.h"
+#include "runtime/checkpoint_pieces.h"
 
 namespace moemamba {
 
@@ -30,6 +30,8 @@ class HashChain {
 // A sum over all elements of values and moments of mixed (bits, tensor, index): it depends neither
 // on the order nor on who holds what. Every rank calls it and gets the same.
 uint64_t state_hash(ProcessGroups& groups, Stream& stream, const ParameterStore& store);
+// This rank's share of the sum.
+uint64_t state_hash_of(const std::vector<StatePiece>& pieces);
 std::string state_hash_text(uint64_t hash);  // 16 hex digits
 
 }  // namespace moemamba

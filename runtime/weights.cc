@@ -5,6 +5,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "runtime/checkpoint_folder.h"
 #include "runtime/safetensors.h"
 
 namespace moemamba {
@@ -76,7 +77,11 @@ std::vector<SafetensorsReader> open_all(const std::string& path) {
     return readers;
   }
   const std::string inner = whole_folder(join_path(path, "weights"));
-  const std::string folder = fs::is_directory(inner) ? inner : whole_folder(path);
+  const std::vector<CheckpointPlace> checkpoints = list_checkpoints(path);
+  // A run that has not ended has its weights in checkpoints alone.
+  const std::string folder = fs::is_directory(inner) ? inner
+                             : !checkpoints.empty()  ? checkpoints.front().path
+                                                     : whole_folder(path);
   const std::string index = join_path(folder, "model.safetensors.index.json");
   if (!file_exists(index)) {
     const std::string single = join_path(folder, "model.safetensors");

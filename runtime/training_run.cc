@@ -1,0 +1,174 @@
+#include "runtime/training_run.h"
+
+#include <cstdio>
+
+#include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_reader.h"
+#include "runtime/model_kind.h"
+#include "runtime/run_folder.h"
+#include "runtime/weights.h"
+
+namespace moemamba {
+
+namespace {
+
+TrainerOptions options_of(const TrainRequest& request, const std::optional<Tokenizer>& tokenizer) {
+  const ModelSizes sizes =
+      model_sizes(request.model, vocabulary_of(tokenizer), request.train.sequence_length());
+  TrainerOptions options = trainer_options(sizes, request.parallel, request.train);
+  options.data.files = {request.data.train().begin(), request.data.train().end()};
+  options.data.end_of_document = end_of_document_of(tokenizer);
+  options.data.sampling =
+      request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular : Sampling::epochs;
+  options.threads = request.threads;
+  return options;
+}
+
+std::string metrics_path(const std::string& run) {
+  return join_path(run, "metrics.jsonl");
+}
+
+}  // namespace
+
+TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
+    : files_(files),
+      groups_(groups),
+      request_(request),
+      tokenizer_(checked_tokenizer(request.data, request.model, true)),
+      trainer_(groups, options_of(request, tokenizer_)) {
+  open_evaluation();
+  if (!request.init_from.empty()) {
+    load_weights(request.init_from, trainer_.session().store, groups);
+    check_same_kind(request.init_from, request.model, tokenizer_);
+  }
+  barrier(*groups.control, trainer_.session().compute);
+  take_folder();
+  open_reports();
+  open_checkpoints();
+}
+
+void TrainingRun::say(const std::string& line) {
+  if (!speaks()) return;
+  if (progress_)
+    progress_->say(line);
+  else if (request_.train.progress() != TrainConfig::OFF)
+    std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+void TrainingRun::open_evaluation() {
+  const DataConfig& data = request_.data;
+  if (data.validation_size() == 0) return;
+  HeldOut held_out = open_held_out({data.validation().begin(), data.validation().end()});
+  bytes_per_token_ = double(held_out.bytes) / double(held_out.tokens());
+  evaluator_.emplace(trainer_.session(), std::move(held_out),
+                     evaluator_options(request_.train, tokenizer_));
+}
+
+// Rank 0 takes the folder under a lease and finds out whether the run begins or goes on; all ranks
+// learn it, and what they need to write later.
+void TrainingRun::take_folder() {
+  std::string facts;  // "resume|new GENERATION RUN-ID"
+  Stream& stream = trainer_.session().compute;
+  if (speaks()) {
+    const bool there = holds_run(request_.run);
+    check(!there || !request_.fresh, taken_text(request_.run, "--fresh wants an empty folder"));
+    const auto lifetime =
+        std::chrono::milliseconds(int64_t(request_.checkpoint.lease_seconds() * 1e3));
+    lease_ = std::make_unique<Lease>(files_, request_.run, Lease::Options{.lifetime = lifetime});
+    const bool resumes = there && !request_.overwrite;
+    if (!resumes)
+      claim_run_folder(files_, request_.run, request_.resolved_text, request_.overwrite);
+    facts = concat(resumes ? "resume " : "new ", lease_->generation(), " ", fresh_nonce());
+  }
+  facts = broadcast_blob(*groups_.control, stream, facts);
+  const size_t first = facts.find(' '), second = facts.rfind(' ');
+  generation_ = std::stoll(facts.substr(first + 1, second - first - 1));
+  run_id_ = facts.substr(second + 1);
+  if (facts.rfind("resume", 0) == 0) resume();
+  if (speaks() && tokenizer_ && tokenizer_->kind() == TokenizerKind::bpe)
+    tokenizer_->save(files_, join_path(request_.run, "tokenizer.model"));
+}
+
+void TrainingRun::resume() {
+  Session& session = trainer_.session();
+  const auto found = load_newest(files_, groups_, session.compute, session.store,
+                                 {.run = request_.run,
+                                  .generation = generation_,
+                                  .say = [this](const std::string& text) { say(text); }});
+  if (!found) {
+    // It ended before its first checkpoint; but what has weights is not begun again unasked.
+    check(!file_exists(join_path(request_.run, "weights")),
+          taken_text(request_.run, "it has no checkpoints from which it could go on"));
+    say("resumed    no checkpoint is there yet: from step 1");
+  } else {
+    check(found->step() < request_.train.steps(),
+          taken_text(request_.run,
+                     concat("it is finished: step ", found->step(), " of ", request_.train.steps(),
+                            "; with more train.steps it goes on")));
+    const std::string tokenizer = describe_tokenizer(tokenizer_);
+    check(found->tokenizer() == tokenizer, request_.run, ": was trained with tokenizer ",
+          found->tokenizer(), ", found ", tokenizer, "; give data.tokenizer as it was");
+    const uint64_t hash = state_hash(groups_, session.compute, session.store);
+    check(hash == found->state_hash(), request_.run, ": what was loaded has the hash ",
+          state_hash_text(hash), ", what was saved ", state_hash_text(found->state_hash()),
+          "; please report this");
+    first_step_ = loaded_step_ = found->step();
+    run_id_ = found->run_id();
+    chain_.resume(found->chain());
+  }
+  if (!speaks()) return;
+  write_file(files_, join_path(request_.run, "config.textproto"), request_.resolved_text);
+  cut_metrics(files_, metrics_path(request_.run), first_step_);
+}
+
+void TrainingRun::open_reports() {
+  if (!speaks()) return;
+  const TrainConfig& train = request_.train;
+  metrics_.emplace(files_, metrics_path(request_.run));
+  if (train.progress() == TrainConfig::OFF) return;
+  const ModelSizes& sizes = trainer_.session().model.sizes();
+  progress_.emplace(
+      stderr, ProgressOptions{.steps = train.steps(),
+                              .experts = sizes.routers() * sizes.E,
+                              .routed_rows = int64_t(train.global_batch_size()) *
+                                             train.sequence_length() * sizes.K * sizes.routers(),
+                              .bytes_per_token = bytes_per_token_,
+                              .terminal = request_.terminal || train.progress() == TrainConfig::ON,
+                              .color = request_.color,
+                              .steps_between_lines = train.log_interval(),
+                              .columns = request_.columns});
+}
+
+void TrainingRun::open_checkpoints() {
+  const CheckpointConfig& config = request_.checkpoint;
+  Checkpoints::Options options{
+      .writer = {.run = request_.run, .generation = generation_, .may_write = {}},
+      .asynchronous = config.asynchronous(),
+      .retention = {.keep_last = config.keep_last(),
+                    .keep_every = config.keep_every(),
+                    .always = loaded_step_},
+      .max_failed = config.max_failed_saves(),
+      .say = [this](const std::string& text) { say(text); }};
+  if (lease_) options.writer.may_write = [this] { return lease_->ours(); };
+  checkpoints_.emplace(files_, groups_, trainer_.session().store, std::move(options));
+}
+
+TrainResult TrainingRun::go() {
+  introduce();
+  for (int64_t k = first_step_; k < request_.train.steps() && !trainer_.stopping(); ++k) {
+    if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
+    StepRecord record = trainer_.step(k);
+    after_step(record);
+  }
+  checkpoints_->finish();
+  finish();
+  return {.evaluation = evaluation_, .stopped = trainer_.stopping()};
+}
+
+TrainResult run_training(FileSystem& files, ProcessGroups& groups, const TrainRequest& request) {
+  check(request.data.train_size() > 0,
+        "data.train: no token file; make one with `moemamba prepare`, then --data.train=FILE");
+  return TrainingRun(files, groups, request).go();
+}
+
+}  // namespace moemamba

@@ -1,0 +1,144 @@
+// What a training run says and writes around its steps.
+#include <cstdio>
+
+#include "model/counts.h"
+#include "runtime/model_kind.h"
+#include "runtime/plot.h"
+#include "runtime/training_run.h"
+#include "runtime/weights.h"
+
+namespace moemamba {
+
+void TrainingRun::introduce() {
+  const std::string idle = idle_ranks_warning(
+      request_.train.global_batch_size(), request_.train.routing_group(), groups_.layout.ranks());
+  if (speaks() && !idle.empty()) std::fprintf(stderr, "moemamba: %s\n", idle.c_str());
+  if (!progress_) return;
+  Session& session = trainer_.session();
+  const ModelSizes& s = session.model.sizes();
+  const RankLayout& layout = groups_.layout;
+  const ModelCounts counts = count_model(s);
+  progress_->say(concat("model      ", s.blocks, " blocks of (", s.pattern_text(), "), ",
+                        s.E ? concat(s.E, " experts x top-", s.K, ", ") : "", "width ", s.D,
+                        ", vocabulary ", s.V));
+  progress_->say(concat("parameters ", counts.total, " in all, ", counts.active,
+                        " active per token, and ", counts.embedding_and_head,
+                        " in embedding and head"));
+  std::string experts;
+  for (int c = 0; c < layout.expert_size(); ++c)
+    experts += concat(c ? ", " : "", layout.experts_of(c));
+  progress_->say(concat("ranks      ", layout.ranks(), " (data), experts over ",
+                        layout.expert_size(), " of them: ", experts));
+  progress_->say(concat("memory     ", session.arena.capacity() >> 20,
+                        " MiB of activations per rank; exchange holds ",
+                        session.exchange.capacity(), " rows"));
+  progress_->say(concat("run        ", request_.run, ", ", request_.train.steps(), " steps of ",
+                        request_.train.global_batch_size(), " x ", request_.train.sequence_length(),
+                        " tokens"));
+}
+
+void TrainingRun::evaluate(StepRecord& record) {
+  trainer_.wait_weights();
+  evaluation_ = evaluator_->run();
+  record.val_loss = evaluation_->loss;
+  record.val_bpb = evaluation_->bits_per_byte;
+  if (!progress_) return;
+  char text[160];
+  int length = std::snprintf(text, sizeof text, "held-out   after step %lld: loss %.4f",
+                             static_cast<long long>(record.step + 1), evaluation_->loss);
+  if (evaluation_->bits_per_byte)
+    length += std::snprintf(text + length, sizeof text - size_t(length), ", %.4f bits per byte",
+                            *evaluation_->bits_per_byte);
+  progress_->say(std::string_view(text, size_t(length)));
+}
+
+// The step's link in the hash chain, and now and then a hash of all that the steps have made.
+void TrainingRun::link(StepRecord& record) {
+  const int64_t batch = request_.train.global_batch_size();
+  chain_.add({.step = record.step,
+              .loss = record.loss,
+              .grad_norm = record.grad_norm,
+              .first_sample = record.step * batch,
+              .samples = batch});
+  record.chain = chain_.text();
+  const int64_t interval = request_.checkpoint.hash_interval();
+  if (interval == 0 || (record.step + 1) % interval != 0) return;
+  trainer_.wait_weights();
+  record.state_hash = state_hash(groups_, trainer_.session().compute, trainer_.session().store);
+}
+
+void TrainingRun::save_checkpoint(const StepRecord& record) {
+  trainer_.wait_weights();
+  CheckpointFacts facts{.step = record.step + 1,
+                        .next_sample = (record.step + 1) * request_.train.global_batch_size(),
+                        .loss = record.loss,
+                        .chain = chain_.text().data(),
+                        .run_id = run_id_,
+                        .config = request_.resolved_text,
+                        .tokenizer = describe_tokenizer(tokenizer_),
+                        .build = request_.build,
+                        .metadata = describe_kind(request_.model, tokenizer_),
+                        .extra_files = {}};
+  facts.metadata["config"] = request_.resolved_text;
+  const std::string tokenizer = join_path(request_.run, "tokenizer.model");
+  if (speaks() && tokenizer_ && tokenizer_->kind() == TokenizerKind::bpe)
+    facts.extra_files.emplace_back("tokenizer.model", read_file(tokenizer));
+  checkpoints_->save(std::move(facts));
+}
+
+void TrainingRun::save_weights_of(int64_t step) {
+  Session& session = trainer_.session();
+  WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
+  metadata["config"] = request_.resolved_text;
+  save_weights(files_, join_path(request_.run, "weights"), session.store, groups_, session.compute,
+               metadata, step);
+}
+
+// The terminal's line of a step, and what is out of the ordinary in it.
+void TrainingRun::report(const StepRecord& record, bool ends) {
+  constexpr int64_t kMostSkipped = 10;
+  skipped_in_a_row_ = trainer_.skipped() ? skipped_in_a_row_ + 1 : 0;
+  check(skipped_in_a_row_ < kMostSkipped, "steps ", record.step - kMostSkipped + 2, " to ",
+        record.step + 1,
+        ": loss or gradient is not finite; no parameter was changed by them. Try a "
+        "lower train.lr or a lower train.grad_clip");
+  if (!progress_) return;
+  if (trainer_.skipped())
+    progress_->say(
+        concat("step ", record.step + 1, ": loss or gradient is not finite: not applied"));
+  progress_->update(record, ends);
+}
+
+void TrainingRun::after_step(StepRecord& record) {
+  const TrainConfig& train = request_.train;
+  const int64_t done = record.step + 1;
+  const auto due = [&](int64_t interval) { return interval > 0 && done % interval == 0; };
+  const bool last = done == train.steps(), stops = trainer_.stopping() && !last;
+  report(record, last || stops);
+  if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
+  link(record);
+  if (metrics_) metrics_->record(record);
+  if (last || stops || due(train.save_interval())) save_checkpoint(record);
+  if (!last && !stops) return;
+  checkpoints_->finish();
+  save_weights_of(done);
+  if (stops)
+    say(concat("stopped    after step ", done, " of ", train.steps(),
+               ", as asked; the same command goes on with it; the weights are in ",
+               join_path(request_.run, "weights")));
+}
+
+void TrainingRun::finish() {
+  if (!speaks()) return;
+  if (progress_) progress_->finish();
+  if (metrics_->lost_lines() > 0)
+    std::fprintf(stderr, "metrics: %lld of the run's lines were lost\n",
+                 static_cast<long long>(metrics_->lost_lines()));
+  write_loss_svg(files_, request_.run);
+  const int64_t experts = trainer_.session().model.sizes().E;
+  const std::vector<double>& counts = evaluation_ ? evaluation_->counts : trainer_.expert_counts();
+  if (experts > 0)
+    write_file(files_, join_path(request_.run, "experts.txt"), expert_table(counts, experts));
+}
+
+}  // namespace moemamba
