@@ -101,12 +101,12 @@ Run::Run(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
       tokenizer_(checked_tokenizer(request.data, request.model, true)),
       trainer_(groups, trainer_options(request, tokenizer_)) {
   Session& session = trainer_.session();
-  double bytes_per_token = 0;
-  if (request.data.validation_size() > 0) {
-    HeldOut held_out = open_held_out(list(request.data.validation()));
-    bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
+  const bool holds_out = request.data.validation_size() > 0;
+  HeldOut held_out =
+      open_held_out(list(holds_out ? request.data.validation() : request.data.train()));
+  const double bytes_per_token = double(held_out.bytes) / double(held_out.tokens());
+  if (holds_out)
     evaluator_.emplace(session, std::move(held_out), evaluator_options(request.train, tokenizer_));
-  }
   if (!request.init_from.empty()) {
     load_weights(request.init_from, session.store, groups);
     check_same_kind(request.init_from, request.model, tokenizer_);
@@ -230,6 +230,7 @@ std::optional<Evaluation> Run::go() {
     StepRecord record = trainer_.step(k);
     after_step(record);
   }
+  if (request_.train.steps() == 0) save(0);
   finish();
   return evaluation_;
 }
