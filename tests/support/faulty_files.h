@@ -7,14 +7,15 @@
 
 namespace moemamba {
 
-// A disk that obeys `operations_left` calls and refuses all later ones, or `refusals` of them; a refused write leaves half
-// of its bytes behind, as a full disk does. Raise operations_left to repair it.
+// A disk that obeys `operations_left` calls and refuses all later ones, or `refusals` of them; a
+// refused write leaves half of its bytes behind, as a full disk does. Raise operations_left to
+// repair it.
 class FaultyFiles : public FileSystem {
  public:
   explicit FaultyFiles(int64_t operations_left = 1 << 30) : operations_left(operations_left) {}
   int64_t operations_left;
   int64_t refusals = 1 << 30;  // then it obeys again
-  int64_t operations = 0;  // tried so far
+  int64_t operations = 0;      // tried so far
 
   bool refuses() {
     ++operations;
