@@ -57,9 +57,11 @@ void TrainingRun::say(const std::string& line) {
 
 void TrainingRun::open_evaluation() {
   const DataConfig& data = request_.data;
-  if (data.validation_size() == 0) return;
-  HeldOut held_out = open_held_out({data.validation().begin(), data.validation().end()});
+  const bool holds_out = data.validation_size() > 0;
+  const auto& files = holds_out ? data.validation() : data.train();
+  HeldOut held_out = open_held_out({files.begin(), files.end()});
   bytes_per_token_ = double(held_out.bytes) / double(held_out.tokens());
+  if (!holds_out) return;
   evaluator_.emplace(trainer_.session(), std::move(held_out),
                      evaluator_options(request_.train, tokenizer_));
 }
@@ -161,6 +163,7 @@ TrainResult TrainingRun::go() {
     after_step(record);
   }
   checkpoints_->finish();
+  if (request_.train.steps() == 0) save_weights_of(0);
   finish();
   return {.evaluation = evaluation_, .stopped = trainer_.stopping()};
 }
