@@ -295,8 +295,11 @@ Sha256::~Sha256() {
   EVP_MD_CTX_free(static_cast<EVP_MD_CTX*>(context_));
 }
 
+// Anew with the same digest, which keeps its memory: steps of a run hash without allocating.
 void Sha256::start() {
-  const int done = EVP_DigestInit_ex(static_cast<EVP_MD_CTX*>(context_), EVP_sha256(), nullptr);
+  auto* context = static_cast<EVP_MD_CTX*>(context_);
+  const EVP_MD* digest = EVP_MD_CTX_get0_md(context) ? nullptr : EVP_sha256();
+  const int done = EVP_DigestInit_ex(context, digest, nullptr);
   check(done == 1, "SHA-256 failed; is OpenSSL complete?");
 }
 
