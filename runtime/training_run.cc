@@ -103,7 +103,7 @@ void TrainingRun::resume() {
           taken_text(request_.run, "it has no checkpoints from which it could go on"));
     say("resumed    no checkpoint is there yet: from step 1");
   } else {
-    check(found->step() < request_.train.steps(),
+    check(found->step() < request_.train.steps() || !has_weights_of(found->step()),
           taken_text(request_.run,
                      concat("it is finished: step ", found->step(), " of ", request_.train.steps(),
                             "; with more train.steps it goes on")));
@@ -157,6 +157,8 @@ void TrainingRun::open_checkpoints() {
 
 TrainResult TrainingRun::go() {
   introduce();
+  // It was cut off between its last checkpoint and its weights.
+  if (loaded_step_ >= request_.train.steps()) conclude(loaded_step_);
   for (int64_t k = first_step_; k < request_.train.steps() && !trainer_.stopping(); ++k) {
     if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
     StepRecord record = trainer_.step(k);
