@@ -72,12 +72,16 @@ void TrainingRun::take_folder() {
   std::string facts;  // "resume|new GENERATION RUN-ID"
   Stream& stream = trainer_.session().compute;
   if (speaks()) {
-    const bool there = holds_run(request_.run);
-    check(!there || !request_.fresh, taken_text(request_.run, "--fresh wants an empty folder"));
+    const auto there = [&] {
+      const bool holds = holds_run(request_.run);
+      check(!holds || !request_.fresh, taken_text(request_.run, "--fresh wants an empty folder"));
+      return holds;
+    };
+    there();  // before anything is written
     const auto lifetime =
         std::chrono::milliseconds(int64_t(request_.checkpoint.lease_seconds() * 1e3));
     lease_ = std::make_unique<Lease>(files_, request_.run, Lease::Options{.lifetime = lifetime});
-    const bool resumes = there && !request_.overwrite;
+    const bool resumes = there() && !request_.overwrite;  // another may have begun it meanwhile
     if (!resumes)
       claim_run_folder(files_, request_.run, request_.resolved_text, request_.overwrite);
     facts = concat(resumes ? "resume " : "new ", lease_->generation(), " ", fresh_nonce());
