@@ -103,7 +103,7 @@ NameKind kind_of_name(const std::string& name) {
   const std::string prefix = name.substr(0, name.find('.'));
   if (step_of_name(name)) return NameKind::checkpoint;
   if (name.rfind(kTrash, 0) == 0) return NameKind::trash;
-  if (generation_of_attempt(name)) return NameKind::attempt;
+  if (attempt_of(name)) return NameKind::attempt;
   if (step_of_name(prefix) && name.rfind(kDamaged, prefix.size()) == prefix.size())
     return NameKind::damaged;
   return NameKind::other;
