@@ -36,13 +36,19 @@ std::vector<std::string> names_in(const std::string& folder) {
   return names;
 }
 
-// The generation of an attempt's name.
-std::optional<int64_t> generation_of_attempt(const std::string& name) {
+struct Attempt {
+  int64_t step, generation;
+};
+// Of an attempt's name.
+std::optional<Attempt> attempt_of(const std::string& name) {
   const size_t at = name.find(kAttempt);
-  if (at == std::string::npos || !step_of_name(name.substr(0, at))) return std::nullopt;
+  if (at == std::string::npos) return std::nullopt;
+  const std::optional<int64_t> step = step_of_name(name.substr(0, at));
   const std::string rest = name.substr(at + kAttempt.size());
   const size_t dash = rest.find('-');
-  return dash == std::string::npos ? std::nullopt : number(rest.substr(0, dash));
+  if (!step || dash == std::string::npos) return std::nullopt;
+  const std::optional<int64_t> generation = number(rest.substr(0, dash));
+  return generation ? std::optional(Attempt{*step, *generation}) : std::nullopt;
 }
 
 // Renames, then deletes. Errors go to the caller; what is left is trash for the next time.
@@ -126,11 +132,21 @@ void collect_garbage(FileSystem& files, const std::string& run, int64_t generati
     if (name.rfind(kTrash, 0) == 0) remove_tree(files, join_path(folder, name));
 }
 
+bool is_half_published(const std::string& run, int64_t step) {
+  const fs::path place = join_path(checkpoints_folder(run), checkpoint_name(step));
+  std::error_code error;
+  return fs::symlink_status(place, error).type() == fs::file_type::directory &&
+         fs::symlink_status(place / kManifestName, error).type() == fs::file_type::not_found;
+}
+
 void fence_attempts(FileSystem& files, const std::string& run, int64_t generation) {
   const std::string folder = checkpoints_folder(run);
   for (const std::string& name : names_in(folder)) {
-    const std::optional<int64_t> of = generation_of_attempt(name);
-    if (of && *of < generation) bury(files, folder, name);
+    const std::optional<Attempt> attempt = attempt_of(name);
+    if (!attempt || attempt->generation >= generation) continue;
+    if (is_half_published(run, attempt->step))
+      bury(files, folder, checkpoint_name(attempt->step));
+    bury(files, folder, name);
   }
 }
 

@@ -43,8 +43,10 @@ std::vector<CheckpointPlace> superseded(const std::string& run, const Retention&
 // attempts of earlier generations and older trash. Never touches a name it cannot read.
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
                      const Retention& retention);
+// A folder of that step's name without a manifest: one that was being published by links.
+bool is_half_published(const std::string& run, int64_t step);
 // Attempts of generations before `generation`, which nobody may finish any more: a stale owner's
-// rename then fails.
+// rename then fails. With what they had published by halves.
 void fence_attempts(FileSystem& files, const std::string& run, int64_t generation);
 // Something about the time and the process that no other attempt has.
 uint64_t fresh_nonce();

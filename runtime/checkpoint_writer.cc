@@ -47,6 +47,7 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
       const std::string folder = checkpoints_folder(options_.run);
       check(!options_.may_write || options_.may_write(), "another launch has taken over this run");
       files_.make_folders(folder);
+      files_.sync_folder(options_.run);  // or a power cut takes the folder with all that is in it
       check(!file_exists(join_path(folder, checkpoint_name(facts.step))), folder,
             ": a checkpoint of step ", facts.step, " is there already");
       const int64_t room = files_.free_bytes(folder), needed = sum + sum / 20 + (1 << 16);
@@ -54,8 +55,8 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
             needed);
       attempt = join_path(folder, attempt_name(facts.step, options_.generation, fresh_nonce()));
       files_.make_folder(attempt);
-    } catch (const Error& error) {
-      problem = error.what();
+    } catch (const std::exception& error) {
+      problem = concat("rank 0: ", error.what());
     }
   }
   const std::string answer =
@@ -130,34 +131,39 @@ void CheckpointWriter::publish(const CheckpointFacts& facts, const std::string& 
 }
 
 // Where the file system has no rename that fails on an existing name (NFS): a new folder, links to
-// all files, and the manifest's last, without which a folder is no checkpoint.
+// all files, and the manifest's last, without which a folder is no checkpoint. While such a folder
+// stands without one, so does the attempt: fence_attempts() knows by it what it is.
 void CheckpointWriter::publish_by_links(const std::string& attempt, const std::string& place) {
   const CheckpointManifest manifest =
       unseal(read_file(join_path(attempt, kManifestName)), join_path(attempt, kManifestName));
   files_.make_folder(place);
-  for (const auto& file : manifest.files())
-    files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
+  try {
+    for (const auto& file : manifest.files())
+      files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
+    files_.sync_folder(place);
+    files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
+  } catch (const std::exception&) {
+    remove_tree(files_, place);
+    throw;
+  }
   files_.sync_folder(place);
-  files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
-  files_.sync_folder(place);
-  remove_tree(files_, attempt);
 }
 
 // Rank 0, when all have voted: what becomes of the attempt.
 std::string CheckpointWriter::conclude(const CheckpointFacts& facts, const std::string& attempt,
                                        const std::vector<std::string>& reports) {
+  std::string problem;
   try {
     write_manifest(facts, attempt, merge(facts, reports));
     publish(facts, attempt);
-    return "";
   } catch (const std::exception& error) {
-    const std::string problem = error.what();
-    try {
-      remove_tree(files_, attempt);
-    } catch (const std::exception&) {  // its name says what it is; the next launch deletes it
-    }
-    return problem.empty() ? "unknown" : problem;
+    problem = *error.what() ? error.what() : "unknown";
   }
+  try {  // gone by its rename, if all went well
+    if (!is_half_published(options_.run, facts.step)) remove_tree(files_, attempt);
+  } catch (const std::exception&) {  // its name says what it is; the next launch deletes it
+  }
+  return problem;
 }
 
 std::string CheckpointWriter::write(const CheckpointFacts& facts) {
