@@ -19,10 +19,10 @@ CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
       stream_(Stream::immediate()),
       sources_(written_pieces(store)) {
   for (const StatePiece& piece : sources_) staged_bytes_ += (piece.end - piece.begin) * 4;
+  staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
 }
 
 void CheckpointWriter::stage() {
-  if (staging_.bytes() < staged_bytes_) staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
   staged_ = sources_;
   auto* to = reinterpret_cast<float*>(staging_.data());
   for (StatePiece& piece : staged_) {

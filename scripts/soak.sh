@@ -46,6 +46,15 @@ share=$((count > 0 ? (round - 2 * fuzz_seconds) / count : 0))
 lines=$results/lines  # property|cases|failures|seed
 : >"$lines"
 
+# What a test program says of its cases: "cases: PROPERTY: N, seed S" (tests/support/soak.h),
+# "P1, P18: N kills of a launch, ..." or "lengths tried: N ...".
+counts() {  # seed
+  sed -n 's/^cases: //
+    s/^\(P[0-9P, ]*\): \([0-9][0-9]*\) \([^(,0-9]*\).*/\1 \3|\2/p
+    s/^\([A-Za-z][^:|]*\): \([0-9][0-9]*\)\([,; ].*\)\{0,1\}$/\1|\2/p' |
+    sed "s/ *|/|/; s/\$/|0|$1/"
+}
+
 while [ "$(date +%s)" -lt "$end" ]; do
   log=$results/fuzz-$seed.log
   sh scripts/fuzz.sh "$fuzz_seconds" >"$log" 2>&1 || true
@@ -60,7 +69,7 @@ while [ "$(date +%s)" -lt "$end" ]; do
     code=0
     (cd build/cpu-release && "./$program" --soak-seconds "$share" --seed "$seed") >"$log" 2>&1 ||
       code=$?
-    sed -n 's/^cases: \(.*\): \([0-9]*\), seed.*/\1|\2|0|'"$seed/p" "$log" >>"$lines"
+    counts "$seed" <"$log" >>"$lines"
     tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
     failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
     [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1

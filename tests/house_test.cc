@@ -51,6 +51,7 @@ const ThirdParty kThirdParties[] = {
     {"Boost.Asio and Beast", "boost/(asio|beast|system)(/.*|\\.hpp)", "runtime/.*|launcher/.*"},
     {"CLI11", "CLI/.*", "launcher/.*"},
     {"hwloc", "hwloc.*", "launcher/.*"},
+    {"libFuzzer's sanitizers", "sanitizer/.*", "tests/fuzz/.*"},
     {"GoogleTest", "gtest/.*", "tests/.*"},
     {"Google Benchmark", "benchmark/.*", "tests/.*"},
     {"the operating system",

@@ -48,7 +48,7 @@ class FuzzFolder {
 // aside. One at a time, on one thread.
 class AllocationLimit {
  public:
-  static constexpr int64_t kSlack = 128 << 10;
+  static constexpr int64_t kSlack = 16 << 10;
   explicit AllocationLimit(size_t bytes, int64_t most_times) : most_times_(most_times) {
     static const int installed = __sanitizer_install_malloc_and_free_hooks(&took, &gave);
     require(installed > 0, "hooks of the sanitizer's allocator");

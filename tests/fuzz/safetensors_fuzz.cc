@@ -24,7 +24,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const FuzzFolder folder;
   folder.put("file", {reinterpret_cast<const char*>(data), size});
   try {
-    const AllocationLimit limit(size, 24);
+    const AllocationLimit limit(size, 6);
     read_all(folder / "file");
   } catch (const Error&) {
   }
