@@ -101,6 +101,7 @@ std::vector<CheckpointPlace> list_checkpoints(const std::string& run) {
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
                      const Retention& retention) {
   const std::string folder = checkpoints_folder(run);
+  fence_attempts(files, run, generation + 1);
   int64_t kept = 0;
   for (const CheckpointPlace& place : list_checkpoints(run)) {
     const bool every = retention.keep_every > 0 && place.step % retention.keep_every == 0;
@@ -109,7 +110,6 @@ void collect_garbage(FileSystem& files, const std::string& run, int64_t generati
       continue;
     bury(files, folder, checkpoint_name(place.step));
   }
-  fence_attempts(files, run, generation);
   for (const std::string& name : names_in(folder))
     if (name.rfind(kTrash, 0) == 0) remove_tree(files, join_path(folder, name));
 }
