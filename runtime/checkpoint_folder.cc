@@ -126,8 +126,7 @@ void fence_attempts(FileSystem& files, const std::string& run, int64_t generatio
   for (const std::string& name : names_in(folder)) {
     const std::optional<Attempt> attempt = attempt_of(name);
     if (!attempt || attempt->generation >= generation) continue;
-    if (is_half_published(run, attempt->step))
-      bury(files, folder, checkpoint_name(attempt->step));
+    if (is_half_published(run, attempt->step)) bury(files, folder, checkpoint_name(attempt->step));
     bury(files, folder, name);
   }
 }

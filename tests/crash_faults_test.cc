@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <map>
-#include <set>
+#include <thread>
 
 #include "tests/support/checkpoint_cases.h"
 #include "tests/support/in_world.h"
@@ -30,13 +30,14 @@ struct Injection {
   std::atomic<int64_t> calls = 0, at = 0;
   std::atomic<int> error = 0;  // 0: a short write
   std::atomic<bool> sticky = false;
+  std::atomic<std::thread::id> subject;  // calls of other threads are real
+  bool concerns() const { return armed && subject.load() == std::this_thread::get_id(); }
 };
 Injection injection;
-thread_local bool subject = false;  // of this thread: calls of others are real
 
 // Whether this call meets the fault.
 bool due() {
-  if (!subject || !injection.armed) return false;
+  if (!injection.concerns()) return false;
   const int64_t call = injection.calls++;
   return injection.sticky ? call >= injection.at : call == injection.at;
 }
@@ -52,14 +53,16 @@ bool fails() {
 #pragma GCC visibility push(default)
 extern "C" {
 ssize_t write(int fd, const void* data, size_t bytes) {
-  if (subject && injection.armed) {
+  if (injection.concerns()) {
     const bool now = due();
     if (now && injection.error != 0) return errno = injection.error, -1;
     if (now) bytes = (bytes + 1) / 2;
   }
   return syscall(SYS_write, fd, data, bytes);
 }
-int fsync(int fd) { return fails() ? -1 : int(syscall(SYS_fsync, fd)); }
+int fsync(int fd) {
+  return fails() ? -1 : int(syscall(SYS_fsync, fd));
+}
 int open(const char* path, int flags, ...) {
   if ((flags & O_ACCMODE) != O_RDONLY && fails()) return -1;
   return int(syscall(SYS_openat, AT_FDCWD, path, flags, 0666));
@@ -71,8 +74,7 @@ int open64(const char* path, int flags, ...) {
 int mkdir(const char* path, mode_t mode) noexcept {
   return fails() ? -1 : int(syscall(SYS_mkdirat, AT_FDCWD, path, mode));
 }
-int renameat2(int from_fd, const char* from, int to_fd, const char* to,
-                      unsigned flags) noexcept {
+int renameat2(int from_fd, const char* from, int to_fd, const char* to, unsigned flags) noexcept {
   return fails() ? -1 : int(syscall(SYS_renameat2, from_fd, from, to_fd, to, flags));
 }
 int rename(const char* from, const char* to) noexcept {
@@ -136,7 +138,8 @@ TEST(DiskError, AtAnySystemCallIsContained) {
           injection.calls = 0, injection.at = at, injection.error = fault.error;
           injection.sticky = sticky;
           const auto verdicts = save({.run = run, .step = 2, .disks = [&](int rank) -> FileSystem& {
-                                        subject = rank == victim;  // in that rank's thread
+                                        if (rank == victim)
+                                          injection.subject = std::this_thread::get_id();
                                         injection.armed = true;
                                         return plain_disk();
                                       }});
@@ -240,13 +243,12 @@ std::vector<std::string> troubled_saves(const std::string& run, bool asynchronou
       check(!bad, call.path, ": no space left (injected)");
       return true;
     };
-    Checkpoints checkpoints(
-        files, groups, holder.store,
-        {.writer = {.run = run, .generation = 1, .may_write = {}},
-         .asynchronous = asynchronous,
-         .retention = {},
-         .max_failed = max_failed,
-         .say = [&](const std::string& text) { said.push_back(text); }});
+    Checkpoints checkpoints(files, groups, holder.store,
+                            {.writer = {.run = run, .generation = 1, .may_write = {}},
+                             .asynchronous = asynchronous,
+                             .retention = {},
+                             .max_failed = max_failed,
+                             .say = [&](const std::string& text) { said.push_back(text); }});
     for (int64_t step = 1; step <= last; ++step) {
       checkpoints.finish();
       bad = step >= bad_from && step <= bad_to && groups.rank == 1;
@@ -315,7 +317,8 @@ class SmallDisk {
 TEST(DiskError, OfAFullDiskLetsTrainingGoOnWhateverItsSize) {
   MemoryFolder folder("crash-faults");
   SmallDisk disk(folder / "disk");
-  if (!disk.mounted()) GTEST_SKIP() << "no right to mount a tmpfs: " << std::generic_category().message(errno);
+  if (!disk.mounted())
+    GTEST_SKIP() << "no right to mount a tmpfs: " << std::generic_category().message(errno);
   struct Liar : PosixFileSystem {
     int64_t free_bytes(const std::string&) override { return int64_t{1} << 40; }
   } liar;
@@ -331,12 +334,12 @@ TEST(DiskError, OfAFullDiskLetsTrainingGoOnWhateverItsSize) {
       struct statvfs about {};
       ASSERT_EQ(statvfs(run.c_str(), &about), 0);
       disk.resize((int64_t(about.f_blocks - about.f_bfree) + pages) * int64_t(about.f_frsize));
-      const auto verdicts = save(
-          {.run = run, .step = 2, .disks = [&](int) -> FileSystem& {
-             return lies ? liar : plain_disk();
-           }});
+      const auto verdicts = save({.run = run, .step = 2, .disks = [&](int) -> FileSystem& {
+                                    return lies ? liar : plain_disk();
+                                  }});
       verdicts[0].empty() ? ++saved_first, ++fine : ++failed_first;
-      EXPECT_TRUE(lies || verdicts[0].empty() || verdicts[0].find("the disk has") != std::string::npos)
+      EXPECT_TRUE(lies || verdicts[0].empty() ||
+                  verdicts[0].find("the disk has") != std::string::npos)
           << verdicts[0];
       EXPECT_EQ(loaded_step(run, 1), verdicts[0].empty() ? 2 : 1);
       disk.resize(8 << 20);
@@ -353,7 +356,8 @@ TEST(DiskError, OfAFullDiskLetsTrainingGoOnWhateverItsSize) {
 TEST(DiskError, OfAFullDiskDoesNotChangeTheSteps) {
   MemoryFolder folder("crash-faults");
   SmallDisk disk(folder / "disk");
-  if (!disk.mounted()) GTEST_SKIP() << "no right to mount a tmpfs: " << std::generic_category().message(errno);
+  if (!disk.mounted())
+    GTEST_SKIP() << "no right to mount a tmpfs: " << std::generic_category().message(errno);
   const TrainerOptions options = trainer_options({.experts = 3, .steps = 6});
   std::vector<double> quiet, troubled;
   int64_t failed = 0;

@@ -78,7 +78,8 @@ void saves(const std::string& run, std::initializer_list<int64_t> steps) {
   fs::create_directories(run);
   write_file(plain_disk(), run + "/config.textproto", "train { steps: 9 }\n");
   for (int64_t step : steps)
-    for (const std::string& verdict : save({.run = run, .step = step, .generation = 0})) ASSERT_EQ(verdict, "");
+    for (const std::string& verdict : save({.run = run, .step = step, .generation = 0}))
+      ASSERT_EQ(verdict, "");
 }
 
 std::string place(const std::string& run, int64_t step) {
@@ -156,8 +157,8 @@ std::vector<std::string> leftovers(const std::string& run) {
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(checkpoints_folder(run))) {
     const std::string name = entry.path().filename().string();
-    const bool known = step_of_name(name) || name == "LATEST" ||
-                       name.find(".damaged-") != std::string::npos;
+    const bool known =
+        step_of_name(name) || name == "LATEST" || name.find(".damaged-") != std::string::npos;
     if (!known) names.push_back(name);
   }
   return names;
@@ -258,11 +259,11 @@ TEST(Kill, OfOneRankLeavesTheOldOrTheNewCheckpoint) {
           died = false;
           std::vector<std::unique_ptr<KillingFiles>> disks;
           for (int r = 0; r < ranks; ++r) {
-            disks.push_back(std::make_unique<KillingFiles>(r == victim ? at : int64_t{1} << 40,
-                                                           moment, [&] {
-                                                             died = true;
-                                                             throw Killed{};
-                                                           }));
+            disks.push_back(
+                std::make_unique<KillingFiles>(r == victim ? at : int64_t{1} << 40, moment, [&] {
+                  died = true;
+                  throw Killed{};
+                }));
             disks.back()->renames_new = renames_new;
           }
           std::vector<std::string> verdicts;

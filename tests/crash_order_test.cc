@@ -49,14 +49,14 @@ class Disk {
         break;
       case Call::write: {
         const int node = find(call.path);
-        changes_.push_back({.time = time, .node = node, .data = recorded.data,
-                            .offset = sizes_[node]});
+        changes_.push_back(
+            {.time = time, .node = node, .data = recorded.data, .offset = sizes_[node]});
         sizes_[node] += int64_t(recorded.data.size());
         break;
       }
       case Call::write_at:
-        changes_.push_back({.time = time, .node = find(call.path), .data = recorded.data,
-                            .offset = call.offset});
+        changes_.push_back(
+            {.time = time, .node = find(call.path), .data = recorded.data, .offset = call.offset});
         break;
       case Call::sync:
       case Call::sync_folder: {
@@ -69,8 +69,8 @@ class Disk {
         enter(time, "", call.path, make_node(true));
         break;
       case Call::make_folders:
-        for (fs::path path = fs::path(root_); const auto& part :
-             fs::path(call.path).lexically_relative(root_)) {
+        for (fs::path path = fs::path(root_);
+             const auto& part : fs::path(call.path).lexically_relative(root_)) {
           path /= part;
           if (part != "." && find(path.string()) < 0)
             enter(time, "", path.string(), make_node(true));
@@ -244,8 +244,8 @@ struct Outcome {
 
 class PowerCuts {
  public:
-  PowerCuts(const Trace& trace, std::function<bool(const FileCall&)> left_out)
-      : trace_(trace), disk_(trace.root), random_(test_seed()) {
+  PowerCuts(const Trace& trace, std::function<bool(const FileCall&)> left_out, uint64_t seed)
+      : trace_(trace), disk_(trace.root), random_(seed) {
     disk_.begin();
     for (size_t i = 0; i < trace.calls.size(); ++i)
       if (!left_out || !left_out(trace.calls[i].call)) disk_.add(trace.calls[i], int64_t(i));
@@ -302,8 +302,8 @@ class PowerCuts {
       at->second = load(tree);
     }
     const bool committed = k + 1 >= trace_.committed;
-    const bool good = at->second == trace_.old_step + 1 ||
-                      (at->second == trace_.old_step && !committed);
+    const bool good =
+        at->second == trace_.old_step + 1 || (at->second == trace_.old_step && !committed);
     if (good) return;
     ++outcome_.violations;
     if (outcome_.first.empty())
@@ -330,19 +330,25 @@ class PowerCuts {
 
 TEST(PowerCut, AtAnyCallInAnyOrderLeavesTheOldOrTheNewCheckpoint) {
   Outcome sum;
-  const bool soaks = soak_seconds() > 0;
-  for (int64_t old_step : {1, 0})
-    for (bool renames_new : {true, false})
-      for (int ranks : {1, 2}) {
-        MemoryFolder folder("crash-order");
-        const Trace trace = record(folder / "disk", old_step, renames_new, ranks);
-        const Outcome outcome = PowerCuts(trace, {}).run(soaks ? 12 : 4, soaks ? 600 : 6);
-        EXPECT_EQ(outcome.violations, 0)
-            << outcome.first << "; old " << old_step << ", ranks " << ranks
-            << (renames_new ? "" : ", by links");
-        sum.states += outcome.states;
-        sum.different += outcome.different;
-      }
+  uint64_t seed = test_seed();
+  const auto start = std::chrono::steady_clock::now();
+  do {
+    for (int64_t old_step : {1, 0})
+      for (bool renames_new : {true, false})
+        for (int ranks : {1, 2}) {
+          MemoryFolder folder("crash-order");
+          const Trace trace = record(folder / "disk", old_step, renames_new, ranks);
+          const bool soaks = soak_seconds() > 0;
+          const Outcome outcome = PowerCuts(trace, {}, seed).run(soaks ? 8 : 4, soaks ? 40 : 6);
+          EXPECT_EQ(outcome.violations, 0)
+              << outcome.first << "; old " << old_step << ", ranks " << ranks << ", seed " << seed
+              << (renames_new ? "" : ", by links");
+          sum.states += outcome.states;
+          sum.different += outcome.different;
+        }
+    ++seed;
+  } while (!HasFailure() &&
+           std::chrono::steady_clock::now() - start < std::chrono::seconds(soak_seconds()));
   std::printf("P3: %lld states after a power cut, %lld of them different, seed %llu\n",
               static_cast<long long>(sum.states), static_cast<long long>(sum.different),
               static_cast<unsigned long long>(test_seed()));
@@ -361,9 +367,8 @@ TEST(PowerCut, IsFatalWithoutAnyOneSync) {
     };
   };
   const auto folder_sync = [](auto fits) {
-    return [fits](const FileCall& call) {
-      return call.what == Call::sync_folder && fits(call.path);
-    };
+    return
+        [fits](const FileCall& call) { return call.what == Call::sync_folder && fits(call.path); };
   };
   const Mutation mutations[] = {
       {"weights' shard", file_sync("/model-")},
@@ -379,7 +384,7 @@ TEST(PowerCut, IsFatalWithoutAnyOneSync) {
   for (const Mutation& mutation : mutations) {
     MemoryFolder folder("crash-order");
     const Trace trace = record(folder / "disk", mutation.old_step, true, 2);
-    const Outcome outcome = PowerCuts(trace, mutation.left_out).run(3, 1);
+    const Outcome outcome = PowerCuts(trace, mutation.left_out, test_seed()).run(3, 1);
     EXPECT_GT(outcome.violations, 0) << "not noticed: no sync of the " << mutation.name;
     std::printf("  without the sync of the %-20s %4lld of %5lld states lose it: %s\n",
                 mutation.name, static_cast<long long>(outcome.violations),

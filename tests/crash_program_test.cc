@@ -24,8 +24,8 @@ class CrashProgram : public ProgramTest {
                               "--train.save_interval=1 --checkpoint.asynchronous=false "
                               "--checkpoint.hash_interval=1 --train.threads=1";
     put("rank.sh", "[ \"$OMPI_COMM_WORLD_RANK\" = " + std::to_string(victim) +
-                       " ] && exec strace -f -o /dev/null " + strace + " " + words +
-                       "\nexec " + words + "\n");
+                       " ] && exec strace -f -o /dev/null " + strace + " " + words + "\nexec " +
+                       words + "\n");
     return shell("export moemamba; exec timeout -k 1 60 $mpirun -np 2 sh rank.sh");
   }
   // The last chain and state hash of the run.
@@ -48,10 +48,10 @@ struct Point {
 };
 
 // Where a rank meets its end: in the lease, the claim, shards, manifests, renames, clean-up.
-constexpr Point kPoints[] = {{0, "renameat2", 1}, {0, "renameat2", 2}, {0, "renameat2", 4},
-                             {0, "fsync", 1},     {0, "fsync", 6},     {0, "fsync", 9},
-                             {0, "fsync", 20},    {1, "fsync", 1},     {1, "fsync", 4},
-                             {0, "unlink,rmdir", 5}};
+constexpr Point kPoints[] = {{0, "renameat2", 1},   {0, "renameat2", 2}, {0, "renameat2", 4},
+                             {0, "fsync", 1},       {0, "fsync", 9},     {0, "fsync", 20},
+                             {0, "fsync", 30},      {1, "fsync", 4},     {1, "fsync", 9},
+                             {0, "unlink,rmdir", 9}};
 
 TEST_F(CrashProgram, GoesOnToTheSameEndWhereverARankIsKilled) {
   if (shell("strace -f -o /dev/null -e inject=fsync:signal=KILL:when=1 true").code != 0)
@@ -63,7 +63,7 @@ TEST_F(CrashProgram, GoesOnToTheSameEndWhereverARankIsKilled) {
   const auto start = std::chrono::steady_clock::now();
   int kills = 0, resumed = 0;
   for (size_t i = 0; i < std::size(kPoints) || std::chrono::steady_clock::now() - start <
-                                                  std::chrono::seconds(soak_seconds());
+                                                   std::chrono::seconds(soak_seconds());
        ++i) {
     Point point = kPoints[i % std::size(kPoints)];
     if (i >= std::size(kPoints)) point.when = 1 + int(random() % 40);
@@ -82,9 +82,14 @@ TEST_F(CrashProgram, GoesOnToTheSameEndWhereverARankIsKilled) {
     if (next.code != 0) break;
     resumed += next.err.find("resumed    " + run()) != std::string::npos;
     EXPECT_EQ(ending(), expected) << next.err;
+    const size_t said = next.err.find("resumed    ");
+    if (i < std::size(kPoints) && said != std::string::npos)
+      std::printf("  %s %d of rank %d: %s\n", point.call, point.when, point.victim,
+                  next.err.substr(said, next.err.find(';', said) - said).c_str());
   }
-  std::printf("P1: %d kills of a rank under mpirun, after %d of them it went on from a checkpoint\n",
-              kills, resumed);
+  std::printf(
+      "P1: %d kills of a rank under mpirun, after %d of them it went on from a checkpoint\n", kills,
+      resumed);
 }
 
 }  // namespace

@@ -49,14 +49,13 @@ Saved troubled_save(const std::string& run, int ranks, int victim, int64_t at,
     return true;
   };
   const auto start = Clock::now();
-  saved.verdicts = save({.run = run,
-                         .step = 2,
-                         .disks = [&](int rank) -> FileSystem& {
-                           return rank == victim ? bad : good;
-                         },
-                         .ranks = ranks,
-                         .expert = 1,
-                         .deadline = trouble.deadline});
+  saved.verdicts =
+      save({.run = run,
+            .step = 2,
+            .disks = [&](int rank) -> FileSystem& { return rank == victim ? bad : good; },
+            .ranks = ranks,
+            .expert = 1,
+            .deadline = trouble.deadline});
   saved.seconds = std::chrono::duration<double>(Clock::now() - start).count();
   return saved;
 }
@@ -73,8 +72,8 @@ int64_t everywhere(const Trouble& trouble, bool dies_late, int64_t stride = 1) {
       const auto lost = [](const std::string& v) { return v.rfind("lost: ", 0) == 0; };
       for (const std::string& verdict : saved.verdicts) {
         // The same words; or, where the deadline passed, nobody has any.
-        EXPECT_TRUE(verdict == saved.verdicts[0] || (dies_late && lost(verdict) == lost(
-                                                                      saved.verdicts[0])))
+        EXPECT_TRUE(verdict == saved.verdicts[0] ||
+                    (dies_late && lost(verdict) == lost(saved.verdicts[0])))
             << verdict << "\nbut rank 0: " << saved.verdicts[0];
         EXPECT_TRUE(dies_late || !lost(verdict)) << verdict;
       }
@@ -87,9 +86,8 @@ int64_t everywhere(const Trouble& trouble, bool dies_late, int64_t stride = 1) {
 }
 
 TEST(Votes, AreOneVerdictWhereverARankThrows) {
-  const int64_t errors =
-      everywhere({"an Error", [] { throw Error("the disk of this rank is gone (injected)"); }},
-                 false);
+  const int64_t errors = everywhere(
+      {"an Error", [] { throw Error("the disk of this rank is gone (injected)"); }}, false);
   const int64_t others =
       everywhere({"no memory", [] { throw std::bad_alloc(); }}, false) +
       everywhere({"another exception", [] { throw std::runtime_error(""); }}, false);
@@ -99,17 +97,16 @@ TEST(Votes, AreOneVerdictWhereverARankThrows) {
 
 TEST(Votes, WaitForASlowRank) {
   const int64_t stride = soak_seconds() > 0 ? 1 : 5;
-  const int64_t cases = everywhere(
-      {"60 ms", [] { std::this_thread::sleep_for(milliseconds(60)); }}, false, stride);
+  const int64_t cases =
+      everywhere({"60 ms", [] { std::this_thread::sleep_for(milliseconds(60)); }}, false, stride);
   std::printf("P8: %lld slow ranks, waited for\n", static_cast<long long>(cases));
 }
 
 TEST(Votes, AreGivenUpByAllAtTheDeadline) {
   const int64_t stride = soak_seconds() > 0 ? 1 : 5;
-  const int64_t cases =
-      everywhere({"a silence", [] { std::this_thread::sleep_for(milliseconds(500)); },
-                  milliseconds(100)},
-                 true, stride);
+  const int64_t cases = everywhere(
+      {"a silence", [] { std::this_thread::sleep_for(milliseconds(500)); }, milliseconds(100)},
+      true, stride);
   std::printf("P8: %lld ranks silent past the deadline, given up by all\n",
               static_cast<long long>(cases));
 }
@@ -137,12 +134,11 @@ TEST(Votes, HoldUnderRandomTroubleOfSeveralRanks) {
         check(dice != 99, call.path, ": (injected)");
         return true;
       };
-    const auto verdicts =
-        save({.run = run,
-              .step = 2,
-              .disks = [&](int r) -> FileSystem& { return disks[size_t(r)]; },
-              .ranks = ranks,
-              .expert = 1});
+    const auto verdicts = save({.run = run,
+                                .step = 2,
+                                .disks = [&](int r) -> FileSystem& { return disks[size_t(r)]; },
+                                .ranks = ranks,
+                                .expert = 1});
     for (const std::string& verdict : verdicts) EXPECT_EQ(verdict, verdicts[0]);
     const int64_t found = loaded_step(run);
     EXPECT_TRUE(found == 2 || (found == 1 && !verdicts[0].empty())) << verdicts[0];

@@ -58,7 +58,8 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     require_cuda |= word == "--require-cuda";
-    if (i + 1 < argc && word == "--soak-seconds") moemamba::soak().seconds = std::stoll(argv[i + 1]);
+    if (i + 1 < argc && word == "--soak-seconds")
+      moemamba::soak().seconds = std::stoll(argv[i + 1]);
     if (i + 1 < argc && word == "--seed") moemamba::soak().seed = std::stoull(argv[i + 1]);
   }
   if (require_cuda && !moemamba::other_backend()) {
