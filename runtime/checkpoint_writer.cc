@@ -90,8 +90,11 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
       check(!options_.may_write || options_.may_write(), "another launch has taken over this run");
       files_.make_folders(folder);
       files_.sync_folder(options_.run);  // or a power cut takes the folder with all that is in it
-      check(!file_exists(join_path(folder, checkpoint_name(facts.step))), folder,
-            ": a checkpoint of step ", facts.step, " is there already");
+      const std::string place = join_path(folder, checkpoint_name(facts.step));
+      if (is_half_published(options_.run, facts.step))  // by a stale owner, since we have loaded
+        files_.rename(place, join_path(folder, damaged_name(facts.step, options_.generation)));
+      check(!file_exists(place), folder, ": a checkpoint of step ", facts.step,
+            " is there already");
       const int64_t room = files_.free_bytes(folder), needed = sum + sum / 20 + (1 << 16);
       check(room >= needed, folder, ": the disk has ", room, " bytes left, a checkpoint takes ",
             needed);

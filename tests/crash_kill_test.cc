@@ -243,6 +243,29 @@ TEST(Kill, LeavesTheOldOrTheNewCheckpointWhereverItStrikes) {
               static_cast<long long>(cases));
 }
 
+TEST(CleanUp, TouchesNothingThatItCannotRead) {
+  MemoryFolder folder("crash-clean");
+  const std::string run = folder / "run", there = checkpoints_folder(run);
+  saves(run, {1, 2, 3});
+  fs::create_directories(folder / "elsewhere/deep");
+  write_file(plain_disk(), folder / "elsewhere/deep/file", "precious");
+  fs::create_directory_symlink(folder / "elsewhere", there + "/.trash-link");
+  fs::create_directory_symlink(folder / "elsewhere", there + "/step-00000001.tmp-0-5");
+  fs::create_directory_symlink(folder / "elsewhere", there + "/step-00000009");
+  for (const char* name : {"notes", "step-1", "step-00000001.tmp-x-1", "step-00000001.tmp-0",
+                           "step-00000002.bak", "step-00000001.tmp-9-1", ".trasher"})
+    fs::create_directories(there + "/" + name);
+  collect_garbage(plain_disk(), run, 8, {.keep_last = 1});
+  EXPECT_EQ(read_file(folder / "elsewhere/deep/file"), "precious");
+  std::set<std::string> left;
+  for (const auto& entry : fs::directory_iterator(there)) left.insert(entry.path().filename());
+  EXPECT_EQ(left,
+            (std::set<std::string>{"step-00000003", "step-00000009", "notes", "step-1",
+                                   "step-00000001.tmp-x-1", "step-00000001.tmp-0",
+                                   "step-00000002.bak", "step-00000001.tmp-9-1", ".trasher"}));
+  EXPECT_EQ(loaded_step(run, 1), 3);
+}
+
 // One rank dies, the others learn of it when they wait for it, as mpirun would have it.
 TEST(Kill, OfOneRankLeavesTheOldOrTheNewCheckpoint) {
   struct Killed {};  // no std::exception: nothing that tidies up runs

@@ -166,6 +166,25 @@ TEST(Lease, HasAtMostOneOwnerWhenManyComeAndGo) {
               refusals.load(), static_cast<unsigned long long>(test_seed()));
 }
 
+// A launch has seen that generation 1 is free to follow; before it does, two others have.
+TEST(Lease, TakenTooLateIsGivenBack) {
+  MemoryFolder folder("lease");
+  const std::string run = folder / "run";
+  { Lease first(plain_disk(), run, Lease::Options{}); }
+  std::unique_ptr<Lease> third;
+  SeamFiles slow;
+  slow.before = [&](FileCall& call) {
+    if (call.what != Call::open || third) return true;
+    { Lease second(plain_disk(), run, Lease::Options{}); }
+    third = std::make_unique<Lease>(plain_disk(), run, Lease::Options{});
+    EXPECT_EQ(third->generation(), 3);
+    return true;
+  };
+  EXPECT_NE(message_of([&] { Lease late(slow, run, Lease::Options{}); }).find(kOwnPid),
+            std::string::npos);
+  EXPECT_TRUE(third->ours());
+}
+
 TEST(Lease, OfADeadProcessOrAReleasedOneIsFollowedAtOnce) {
   MemoryFolder folder("lease");
   for (int i = 0; i < 10; ++i) {
@@ -258,8 +277,8 @@ TEST(Lease, NeedsNoClock) {
 }
 
 // The owner saves step 2 and is stopped at call `at` of rank 0; a second launch takes over and
-// saves step 2 itself; then the first goes on. Returns whether it was stopped.
-bool stopped_owner(int64_t at, bool renames_new, int64_t& committed_late) {
+// saves the same step, before the first goes on or after. Returns whether that was stopped.
+bool stopped_owner(int64_t at, bool renames_new, bool saves_first, int64_t& committed_late) {
   MemoryFolder folder("lease-stop");
   const std::string run = folder / "run";
   const auto lifetime = milliseconds(80);
@@ -276,7 +295,7 @@ bool stopped_owner(int64_t at, bool renames_new, int64_t& committed_late) {
     int64_t calls = 0;
     first.renames_new = renames_new;
     first.before = [&](FileCall&) {
-      if (calls++ == at) kill(getpid(), SIGSTOP);
+      if (calls++ == at) raise(SIGSTOP);  // this thread stops here
       return true;
     };
     const auto verdicts =
@@ -300,15 +319,19 @@ bool stopped_owner(int64_t at, bool renames_new, int64_t& committed_late) {
     Lease second(plain_disk(), run, {.lifetime = lifetime, .patience = lifetime});
     found = loaded_step(run, second.generation());
     EXPECT_TRUE(found == 1 || found == 2) << found;  // 2: stopped after its commit
-    EXPECT_EQ(save({.run = run,
-                    .step = found + 1,
-                    .generation = second.generation(),
-                    .may_write = [&] { return second.ours(); }})[0],
-              "");
+    const auto save_next = [&] {
+      EXPECT_EQ(save({.run = run,
+                      .step = found + 1,
+                      .generation = second.generation(),
+                      .may_write = [&] { return second.ours(); }})[0],
+                "");
+    };
+    if (saves_first) save_next();
     kill(child, SIGCONT);
     waitpid(child, &status, 0);
     EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     EXPECT_TRUE(second.ours());
+    if (!saves_first) save_next();
   }
   EXPECT_EQ(shared.board->failures, 0) << "two verdicts";
   // It may say "saved" only of what was there when the second launch looked.
@@ -325,10 +348,10 @@ bool stopped_owner(int64_t at, bool renames_new, int64_t& committed_late) {
 
 TEST(Lease, ThatWasLostLetsNothingBeCommittedAtWhateverStepItsOwnerStood) {
   int64_t cases = 0, after_commit = 0;
-  for (bool renames_new : {true, false})
+  for (auto [renames_new, saves_first] : {std::pair{true, false}, {false, true}, {false, false}})
     for (int64_t at = 0; at < 300 && !HasFailure(); ++at, ++cases) {
       SCOPED_TRACE(concat(renames_new ? "rename" : "links", ", call ", at));
-      if (!stopped_owner(at, renames_new, after_commit)) break;
+      if (!stopped_owner(at, renames_new, saves_first, after_commit)) break;
     }
   EXPECT_GT(cases, 40);
   EXPECT_GT(after_commit, 0);
