@@ -1,7 +1,7 @@
 #include "core/file.h"
 
 #include <fcntl.h>
-#include <openssl/evp.h>
+#include <openssl/sha.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -289,32 +289,31 @@ void InputFile::read_at(int64_t offset, void* to, size_t bytes) const {
   }
 }
 
-Sha256::Sha256() : context_(EVP_MD_CTX_new()) {
-  check(context_ != nullptr, "SHA-256 failed; is OpenSSL complete?");
+// OpenSSL's plain functions: those of its providers allocate for every digest, and steps must not.
+struct Sha256::State {
+  SHA256_CTX context;
+};
+
+Sha256::Sha256() : state_(std::make_unique<State>()) {
   start();
 }
 
-Sha256::~Sha256() {
-  EVP_MD_CTX_free(static_cast<EVP_MD_CTX*>(context_));
-}
+Sha256::~Sha256() = default;
 
 void Sha256::start() {
-  const int done = EVP_DigestInit_ex(static_cast<EVP_MD_CTX*>(context_), EVP_sha256(), nullptr);
-  check(done == 1, "SHA-256 failed; is OpenSSL complete?");
+  check(SHA256_Init(&state_->context) == 1, "SHA-256 failed; is OpenSSL complete?");
 }
 
 void Sha256::add(const void* data, size_t bytes) {
-  const int done = EVP_DigestUpdate(static_cast<EVP_MD_CTX*>(context_), data, bytes);
-  check(done == 1, "SHA-256 failed; is OpenSSL complete?");
+  check(SHA256_Update(&state_->context, data, bytes) == 1,
+        "SHA-256 failed; is OpenSSL complete?");
 }
 
 void Sha256::hex(char* text) {
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned bytes = 0;
-  const int done = EVP_DigestFinal_ex(static_cast<EVP_MD_CTX*>(context_), digest, &bytes);
-  check(done == 1, "SHA-256 failed; is OpenSSL complete?");
+  unsigned char digest[SHA256_DIGEST_LENGTH];
+  check(SHA256_Final(digest, &state_->context) == 1, "SHA-256 failed; is OpenSSL complete?");
   start();
-  write_hex(digest, bytes, text);
+  write_hex(digest, sizeof digest, text);
 }
 
 std::string Sha256::hex() {

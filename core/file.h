@@ -132,8 +132,9 @@ class Sha256 {
   void hex(char* text);  // the same into 64 characters and a zero, without allocating
 
  private:
+  struct State;
   void start();
-  void* context_;
+  std::unique_ptr<State> state_;
 };
 
 // As 64 hex digits.

@@ -15,7 +15,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view kStep = "step-", kAttempt = ".tmp-", kTrash = ".trash-";
+constexpr std::string_view kStep = "step-", kAttempt = ".tmp-", kTrash = ".trash-",
+                           kDamaged = ".damaged-";
 constexpr size_t kStepDigits = 8;
 
 // All of `text` as a number without sign.
@@ -75,7 +76,7 @@ std::string attempt_name(int64_t step, int64_t generation, uint64_t nonce) {
 }
 
 std::string damaged_name(int64_t step, int64_t generation) {
-  return concat(checkpoint_name(step), ".damaged-", generation);
+  return concat(checkpoint_name(step), kDamaged, generation);
 }
 
 std::optional<int64_t> step_of_name(const std::string& name) {
@@ -98,18 +99,35 @@ std::vector<CheckpointPlace> list_checkpoints(const std::string& run) {
   return places;
 }
 
-void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
-                     const Retention& retention) {
-  const std::string folder = checkpoints_folder(run);
-  fence_attempts(files, run, generation + 1);
+NameKind kind_of_name(const std::string& name) {
+  const std::string prefix = name.substr(0, name.find('.'));
+  if (step_of_name(name)) return NameKind::checkpoint;
+  if (name.rfind(kTrash, 0) == 0) return NameKind::trash;
+  if (attempt_of(name)) return NameKind::attempt;
+  if (step_of_name(prefix) && name.rfind(kDamaged, prefix.size()) == prefix.size())
+    return NameKind::damaged;
+  return NameKind::other;
+}
+
+std::vector<CheckpointPlace> superseded(const std::string& run, const Retention& retention) {
+  std::vector<CheckpointPlace> others;
   int64_t kept = 0;
   for (const CheckpointPlace& place : list_checkpoints(run)) {
     const bool every = retention.keep_every > 0 && place.step % retention.keep_every == 0;
     if (kept++ < std::max<int64_t>(1, retention.keep_last) || every ||
         place.step == retention.always)
       continue;
-    bury(files, folder, checkpoint_name(place.step));
+    others.push_back(place);
   }
+  return others;
+}
+
+void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
+                     const Retention& retention) {
+  const std::string folder = checkpoints_folder(run);
+  fence_attempts(files, run, generation + 1);  // first: halves would count as kept
+  for (const CheckpointPlace& place : superseded(run, retention))
+    bury(files, folder, checkpoint_name(place.step));
   for (const std::string& name : names_in(folder))
     if (name.rfind(kTrash, 0) == 0) remove_tree(files, join_path(folder, name));
 }

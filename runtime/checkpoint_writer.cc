@@ -1,57 +1,15 @@
 #include "runtime/checkpoint_writer.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
-#include <map>
-#include <nlohmann/json.hpp>
 
 #include "core/error.h"
 #include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_parts.h"
 #include "runtime/manifest.h"
 #include "runtime/state_hash.h"
 
 namespace moemamba {
-
-namespace {
-
-std::string shard_name(const char* what, int rank, int ranks) {
-  char name[64];
-  std::snprintf(name, sizeof name, "%s-%05d-of-%05d.safetensors", what, rank + 1, ranks);
-  return name;
-}
-
-// Files of one report, now counted among all files.
-void append(const ShardReport& report, CheckpointManifest& manifest,
-            std::map<std::string, CheckpointManifest::Tensor>& tensors) {
-  const int before = manifest.files_size();
-  for (const auto& file : report.files()) *manifest.add_files() = file;
-  for (CheckpointManifest::Tensor part : report.tensors()) {
-    for (auto* pieces : {part.mutable_value(), part.mutable_exp_avg(), part.mutable_exp_avg_sq()})
-      for (auto& piece : *pieces) piece.set_file(piece.file() + before);
-    auto [at, is_new] = tensors.try_emplace(part.name(), part);
-    if (is_new) continue;
-    at->second.mutable_value()->MergeFrom(part.value());
-    at->second.mutable_exp_avg()->MergeFrom(part.exp_avg());
-    at->second.mutable_exp_avg_sq()->MergeFrom(part.exp_avg_sq());
-  }
-}
-
-// As Hugging Face tools expect it.
-std::string weights_index(const CheckpointManifest& manifest) {
-  nlohmann::ordered_json index;
-  int64_t bytes = 0;
-  nlohmann::ordered_json map = nlohmann::ordered_json::object();
-  for (const auto& tensor : manifest.tensors()) {
-    map[tensor.name()] = manifest.files(tensor.value(0).file()).name();
-    for (const auto& piece : tensor.value()) bytes += (piece.end() - piece.begin()) * 4;
-  }
-  index["metadata"]["total_size"] = bytes;
-  index["weight_map"] = map;
-  return index.dump(1) + "\n";
-}
-
-}  // namespace
 
 CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
                                    const ParameterStore& store, Options options)
@@ -61,10 +19,10 @@ CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
       stream_(Stream::immediate()),
       sources_(written_pieces(store)) {
   for (const StatePiece& piece : sources_) staged_bytes_ += (piece.end - piece.begin) * 4;
+  staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
 }
 
 void CheckpointWriter::stage() {
-  if (staging_.bytes() < staged_bytes_) staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
   staged_ = sources_;
   auto* to = reinterpret_cast<float*>(staging_.data());
   for (StatePiece& piece : staged_) {
@@ -147,28 +105,14 @@ CheckpointManifest CheckpointWriter::merge(const CheckpointFacts& facts,
   manifest.set_loss(facts.loss);
   manifest.set_chain(facts.chain);
   manifest.set_build(facts.build);
-  std::map<std::string, CheckpointManifest::Tensor> tensors;
-  for (const std::string& text : reports) {
-    ShardReport report;
-    check(report.ParseFromString(text), "a rank's report cannot be read");
-    check(report.problem().empty(), report.problem());
-    manifest.set_state_hash(manifest.state_hash() + report.state_hash());
-    append(report, manifest, tensors);
-  }
-  const auto by_begin = [](const auto& a, const auto& b) { return a.begin() < b.begin(); };
-  for (auto& [name, tensor] : tensors) {
-    for (auto* pieces :
-         {tensor.mutable_value(), tensor.mutable_exp_avg(), tensor.mutable_exp_avg_sq()})
-      std::sort(pieces->begin(), pieces->end(), by_begin);
-    *manifest.add_tensors() = tensor;
-  }
+  merge_reports(reports, manifest);
   return manifest;
 }
 
 void CheckpointWriter::write_manifest(const CheckpointFacts& facts, const std::string& attempt,
                                       CheckpointManifest manifest) {
   ShardReport small;
-  write_small_file(files_, attempt, "model.safetensors.index.json", weights_index(manifest), small);
+  write_small_file(files_, attempt, kIndexName, weights_index(manifest), small);
   for (const auto& [name, content] : facts.extra_files)
     write_small_file(files_, attempt, name, content, small);
   for (const auto& file : small.files()) *manifest.add_files() = file;

@@ -57,9 +57,11 @@ void TrainingRun::say(const std::string& line) {
 
 void TrainingRun::open_evaluation() {
   const DataConfig& data = request_.data;
-  if (data.validation_size() == 0) return;
-  HeldOut held_out = open_held_out({data.validation().begin(), data.validation().end()});
+  const bool holds_out = data.validation_size() > 0;
+  const auto& files = holds_out ? data.validation() : data.train();
+  HeldOut held_out = open_held_out({files.begin(), files.end()});
   bytes_per_token_ = double(held_out.bytes) / double(held_out.tokens());
+  if (!holds_out) return;
   evaluator_.emplace(trainer_.session(), std::move(held_out),
                      evaluator_options(request_.train, tokenizer_));
 }
@@ -105,7 +107,7 @@ void TrainingRun::resume() {
           taken_text(request_.run, "it has no checkpoints from which it could go on"));
     say("resumed    no checkpoint is there yet: from step 1");
   } else {
-    check(found->step() < request_.train.steps(),
+    check(found->step() < request_.train.steps() || !has_weights_of(found->step()),
           taken_text(request_.run,
                      concat("it is finished: step ", found->step(), " of ", request_.train.steps(),
                             "; with more train.steps it goes on")));
@@ -159,12 +161,15 @@ void TrainingRun::open_checkpoints() {
 
 TrainResult TrainingRun::go() {
   introduce();
+  // It was cut off between its last checkpoint and its weights.
+  if (loaded_step_ >= request_.train.steps()) conclude(loaded_step_);
   for (int64_t k = first_step_; k < request_.train.steps() && !trainer_.stopping(); ++k) {
     if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
     StepRecord record = trainer_.step(k);
     after_step(record);
   }
   checkpoints_->finish();
+  if (request_.train.steps() == 0) save_weights_of(0);
   finish();
   return {.evaluation = evaluation_, .stopped = trainer_.stopping()};
 }

@@ -33,6 +33,8 @@ class TrainingRun {
   void link(StepRecord& record);
   void save_checkpoint(const StepRecord& record);
   void save_weights_of(int64_t step);
+  bool has_weights_of(int64_t step) const;
+  void conclude(int64_t step);
   void finish();
 
   FileSystem& files_;

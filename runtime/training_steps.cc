@@ -94,6 +94,20 @@ void TrainingRun::save_weights_of(int64_t step) {
                metadata, step);
 }
 
+bool TrainingRun::has_weights_of(int64_t step) const {
+  const std::string folder = join_path(request_.run, "weights");
+  if (!file_exists(folder)) return false;
+  const WeightsMetadata metadata = read_weights_metadata(folder);
+  const auto stored = metadata.find("step");
+  return stored != metadata.end() && stored->second == std::to_string(step);
+}
+
+// What the last step leaves behind, made from its checkpoint.
+void TrainingRun::conclude(int64_t step) {
+  if (evaluator_) evaluation_ = evaluator_->run();
+  save_weights_of(step);
+}
+
 // The terminal's line of a step, and what is out of the ordinary in it.
 void TrainingRun::report(const StepRecord& record, bool ends) {
   constexpr int64_t kMostSkipped = 10;
@@ -137,7 +151,7 @@ void TrainingRun::finish() {
   write_loss_svg(files_, request_.run);
   const int64_t experts = trainer_.session().model.sizes().E;
   const std::vector<double>& counts = evaluation_ ? evaluation_->counts : trainer_.expert_counts();
-  if (experts > 0)
+  if (experts > 0 && !counts.empty())
     write_file(files_, join_path(request_.run, "experts.txt"), expert_table(counts, experts));
 }
 

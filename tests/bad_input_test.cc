@@ -237,7 +237,7 @@ TEST_F(BadInput, MetricsGoOnWhenADiskHasRoomAgain) {
     GTEST_SKIP() << "mount is refused here (" << result.err
                  << "): run as root with CAP_SYS_ADMIN to fill a real disk";
   const std::string said = read_file(*this / "said");
-  EXPECT_EQ(result.code, 143) << said;
+  EXPECT_EQ(result.code, 75) << said;
   EXPECT_EQ(count(said, "No space left on device"), 1) << said;
   EXPECT_EQ(count(said, " of the run's lines were lost"), 1) << said;
   const std::string metrics = read_file(*this / "kept/metrics.jsonl");
@@ -245,7 +245,7 @@ TEST_F(BadInput, MetricsGoOnWhenADiskHasRoomAgain) {
   ASSERT_FALSE(steps.empty());
   EXPECT_EQ(metrics.back(), '\n');
   EXPECT_LT(double(steps.size()), steps.back() + 1);  // some are missing, whole lines
-  EXPECT_EQ(count(metrics, "{\"step\":"), count(metrics, "}}\n"));
+  EXPECT_EQ(count(metrics, "{\"step\":"), count(metrics, "\"}\n"));
   EXPECT_TRUE(file_exists(*this / "kept/weights/model.safetensors"));
 }
 

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "core/file.h"
+#include "runtime/checkpoint_folder.h"
 #include "tests/support/program.h"
 #include "tests/support/training.h"
 
@@ -25,7 +26,11 @@ TEST_F(Launch, TrainsUnderMpirunAndHandsOnTheExitCode) {
   EXPECT_EQ(numbers_of(read_file(run() + "/metrics.jsonl"), "loss").size(), 2u);
   result = shell("$moemamba train --ranks 2" + words);  // the folder holds a run
   EXPECT_EQ(result.code, 1) << result.err;
-  EXPECT_EQ(count(result.err, "already holds a run"), 1) << result.err;
+  EXPECT_EQ(count(result.err,
+                  "already holds a run; choose another --run or set --overwrite=true to replace "
+                  "it; it is finished: step 2 of 2"),
+            1)
+      << result.err;
   result = shell("$mpirun -n 2 $moemamba train --overwrite=true" + words);
   EXPECT_EQ(result.code, 0) << result.err;
   result = shell("$mpirun -n 2 $moemamba train --ranks 3" + words);
@@ -120,6 +125,24 @@ TEST_F(Launch, GeneratesTheSameTextOnAnyNumberOfRanks) {
   }
 }
 
+TEST_F(Launch, ZeroStepsWriteTheFirstWeights) {
+  const Result result = shell("$moemamba train --ranks 2 --parallel.expert=2" + small_training(0));
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(read_file(run() + "/metrics.jsonl"), "");
+  const Result evaluated =
+      shell("$moemamba evaluate --run run --data.validation=tokens/validation");
+  EXPECT_EQ(evaluated.code, 0) << evaluated.err;
+  EXPECT_EQ(count(evaluated.out, ", loss 5.5"), 1) << evaluated.out;  // log 257: knows nothing
+}
+
+TEST_F(Launch, TheProgressLineKnowsBitsPerByteWithoutHeldOutTextToo) {
+  for (const char* more : {"", "--data.validation=tokens/validation "}) {
+    const Result result = shell("$moemamba train --overwrite=true" + small_training(1) + more);
+    EXPECT_EQ(result.code, 0) << result.err;
+    EXPECT_EQ(count(result.err, " (bpb 8.0"), 1) << result.err;
+  }
+}
+
 TEST_F(Launch, RanksWithoutSequencesAreTold) {
   const std::string train = "$moemamba train --ranks 3 --overwrite=true" + small_training(1);
   Result result = shell(train + "--train.routing_group=4");
@@ -153,18 +176,24 @@ TEST_F(Launch, ADeadRankEndsTheOthersAndIsNamed) {
 void expect_whole(const std::string& metrics) {
   ASSERT_FALSE(metrics.empty());
   EXPECT_EQ(metrics.back(), '\n');
-  EXPECT_EQ(count(metrics, "{\"step\":"), count(metrics, "}}\n"));
+  EXPECT_EQ(count(metrics, "{\"step\":"), count(metrics, "\"}\n"));
+  EXPECT_EQ(count(metrics, "{\"step\":"), count(metrics, "\n"));
 }
 
 TEST_F(Launch, ASignalEndsTheRunAfterItsStepWithItsWeights) {
-  for (const auto& [signal, code] : {std::pair(SIGINT, 130), {SIGTERM, 143}, {SIGUSR1, 0}}) {
+  for (const auto& [signal, code] : {std::pair(SIGINT, 130), {SIGTERM, 75}, {SIGUSR1, 75}}) {
     const Result result =
         while_training("--overwrite=true",
                        [&, signal = signal](const Processes& p) { kill(p.launchers[0], signal); });
     EXPECT_EQ(result.code, code) << result.err;
     EXPECT_EQ(count(result.err, "moemamba: ending after this step"), 1) << result.err;
-    EXPECT_EQ(count(result.err, "of 1000000000, as asked; the weights are in " + run()), 1)
+    EXPECT_EQ(count(result.err,
+                    "of 1000000000, as asked; the same command goes on with it; the weights are "
+                    "in " +
+                        run()),
+              1)
         << result.err;
+    EXPECT_EQ(list_checkpoints(run()).size(), 1u);
     expect_whole(read_file(run() + "/metrics.jsonl"));
     const Result evaluated =
         shell("$moemamba evaluate --run run --data.validation=tokens/validation");
@@ -177,7 +206,7 @@ TEST_F(Launch, ASignalEndsTheRunAfterItsStepWithItsWeights) {
 TEST_F(Launch, ASignalEndsARunThatOthersStartedToo) {
   const std::string words = small_training(1'000'000'000);
   const std::tuple<const char*, const char*, int> cases[] = {
-      {"$moemamba", "TERM", 143}, {"$moemamba", "USR1", 0}, {"$mpirun -n 2 $moemamba", "USR1", 0}};
+      {"$moemamba", "TERM", 75}, {"$moemamba", "USR1", 75}, {"$mpirun -n 2 $moemamba", "USR1", 75}};
   for (const auto& [program, signal, code] : cases) {
     const Result result = shell(std::string(program) + " train --overwrite=true" + words +
                                 "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; " +

@@ -77,6 +77,8 @@ TEST(ThreadGroups, SeatEveryRankInItsGroups) {
     EXPECT_EQ(g.rank, r);
     EXPECT_EQ(g.data->rank(), r);
     EXPECT_EQ(g.control->size(), 6);
+    EXPECT_EQ(g.checkpoint->size(), 6);
+    EXPECT_EQ(g.checkpoint->rank(), r);
     EXPECT_EQ(g.expert->size(), 2);
     EXPECT_EQ(g.expert->rank(), r % 2);
     EXPECT_EQ(g.expert_data->size(), 3);
