@@ -125,9 +125,9 @@ std::vector<CheckpointPlace> superseded(const std::string& run, const Retention&
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
                      const Retention& retention) {
   const std::string folder = checkpoints_folder(run);
+  fence_attempts(files, run, generation + 1);  // first: halves would count as kept
   for (const CheckpointPlace& place : superseded(run, retention))
     bury(files, folder, checkpoint_name(place.step));
-  fence_attempts(files, run, generation);
   for (const std::string& name : names_in(folder))
     if (name.rfind(kTrash, 0) == 0) remove_tree(files, join_path(folder, name));
 }
@@ -144,8 +144,7 @@ void fence_attempts(FileSystem& files, const std::string& run, int64_t generatio
   for (const std::string& name : names_in(folder)) {
     const std::optional<Attempt> attempt = attempt_of(name);
     if (!attempt || attempt->generation >= generation) continue;
-    if (is_half_published(run, attempt->step))
-      bury(files, folder, checkpoint_name(attempt->step));
+    if (is_half_published(run, attempt->step)) bury(files, folder, checkpoint_name(attempt->step));
     bury(files, folder, name);
   }
 }

@@ -40,7 +40,8 @@ struct Retention {
 // The others, newest first.
 std::vector<CheckpointPlace> superseded(const std::string& run, const Retention& retention);
 // Deletes the others: each is renamed first, so that what is half deleted looks like nothing. Also
-// attempts of earlier generations and older trash. Never touches a name it cannot read.
+// attempts, but those of later generations, and older trash. Never touches a name it cannot read.
+// REQUIRES: no save of `generation` is on its way.
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
                      const Retention& retention);
 // A folder of that step's name without a manifest: one that was being published by links.

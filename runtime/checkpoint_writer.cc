@@ -48,8 +48,11 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
       check(!options_.may_write || options_.may_write(), "another launch has taken over this run");
       files_.make_folders(folder);
       files_.sync_folder(options_.run);  // or a power cut takes the folder with all that is in it
-      check(!file_exists(join_path(folder, checkpoint_name(facts.step))), folder,
-            ": a checkpoint of step ", facts.step, " is there already");
+      const std::string place = join_path(folder, checkpoint_name(facts.step));
+      if (is_half_published(options_.run, facts.step))  // by a stale owner, since we have loaded
+        files_.rename(place, join_path(folder, damaged_name(facts.step, options_.generation)));
+      check(!file_exists(place), folder, ": a checkpoint of step ", facts.step,
+            " is there already");
       const int64_t room = files_.free_bytes(folder), needed = sum + sum / 20 + (1 << 16);
       check(room >= needed, folder, ": the disk has ", room, " bytes left, a checkpoint takes ",
             needed);
@@ -131,21 +134,18 @@ void CheckpointWriter::publish(const CheckpointFacts& facts, const std::string& 
 }
 
 // Where the file system has no rename that fails on an existing name (NFS): a new folder, links to
-// all files, and the manifest's last, without which a folder is no checkpoint. While such a folder
-// stands without one, so does the attempt: fence_attempts() knows by it what it is.
+// all files, and the manifest's last, without which a folder is no checkpoint. Where that fails
+// halfway the attempt stays as well: fence_attempts() knows by it what the folder is. It is not
+// deleted here: a name may be another launch's by now.
 void CheckpointWriter::publish_by_links(const std::string& attempt, const std::string& place) {
   const CheckpointManifest manifest =
       unseal(read_file(join_path(attempt, kManifestName)), join_path(attempt, kManifestName));
+  files_.sync_folder(checkpoints_folder(options_.run));  // no half without its attempt
   files_.make_folder(place);
-  try {
-    for (const auto& file : manifest.files())
-      files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
-    files_.sync_folder(place);
-    files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
-  } catch (const std::exception&) {
-    remove_tree(files_, place);
-    throw;
-  }
+  for (const auto& file : manifest.files())
+    files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
+  files_.sync_folder(place);
+  files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
   files_.sync_folder(place);
 }
 
