@@ -203,7 +203,10 @@ void write_file(FileSystem& files, const std::string& path, std::string_view con
 }
 
 void remove_tree(FileSystem& files, const std::string& folder) {
-  if (!std::filesystem::is_directory(folder)) return;
+  std::error_code missing;
+  const auto type = std::filesystem::symlink_status(folder, missing).type();
+  if (type == std::filesystem::file_type::symlink) return files.remove(folder);
+  if (type != std::filesystem::file_type::directory) return;
   std::vector<std::string> found;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(folder))
     found.push_back(entry.path().string());

@@ -76,7 +76,7 @@ class AtomicFile {
   int64_t bytes_ = 0;
 };
 
-// A folder with all that is in it; missing is fine.
+// A folder with all that is in it; missing is fine. Of symlinks the link goes, not its target.
 void remove_tree(FileSystem& files, const std::string& folder);
 
 void write_file(FileSystem& files, const std::string& path, std::string_view content);  // atomic

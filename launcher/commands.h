@@ -20,5 +20,6 @@ Command add_prepare(CLI::App& app, const Words& words);
 Command add_plan(CLI::App& app, const Words& words);
 Command add_settings(CLI::App& app, const Words& words);
 Command add_compare(CLI::App& app, const Words& words);
+Command add_inspect(CLI::App& app, const Words& words);
 
 }  // namespace moemamba

@@ -41,13 +41,11 @@ int run(int argc, char** argv) {
       "    --data.tokenizer=data/mine/tokenizer.model\n"
       "  moemamba generate --run runs/mine --prompt \"It was\"\n"
       "`moemamba COMMAND --help` says more, `moemamba settings` lists every setting.");
-  const std::pair<const char*, Command> commands[] = {{"prepare", add_prepare(app, words)},
-                                                      {"train", add_train(app, words)},
-                                                      {"evaluate", add_evaluate(app, words)},
-                                                      {"generate", add_generate(app, words)},
-                                                      {"plan", add_plan(app, words)},
-                                                      {"settings", add_settings(app, words)},
-                                                      {"compare", add_compare(app, words)}};
+  const std::pair<const char*, Command> commands[] = {
+      {"prepare", add_prepare(app, words)},   {"train", add_train(app, words)},
+      {"evaluate", add_evaluate(app, words)}, {"generate", add_generate(app, words)},
+      {"plan", add_plan(app, words)},         {"settings", add_settings(app, words)},
+      {"compare", add_compare(app, words)},   {"inspect", add_inspect(app, words)}};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -51,13 +51,6 @@ bool makes_another_run(const std::string& setting) {
   return setting.rfind("model.", 0) == 0 || names.count(setting) > 0;
 }
 
-// Settings that say how the command is run, not what is trained.
-bool is_about_the_run(const std::string& setting) {
-  return setting == "run" || setting == "overwrite" || setting == "init_from" ||
-         setting == "train.threads" || setting == "train.progress" ||
-         setting == "train.log_interval";
-}
-
 void check_data(Settings& settings, const RunConfig& config) {
   if (config.data().tokenizer() != "none") return;
   if (config.model().vocabulary() == 0)
@@ -96,6 +89,12 @@ void check_training(Settings& settings, const RunConfig& config) {
 }
 
 }  // namespace
+
+bool is_about_the_run(const std::string& setting) {
+  return setting == "run" || setting == "overwrite" || setting == "init_from" ||
+         setting == "train.threads" || setting == "train.progress" ||
+         setting == "train.log_interval";
+}
 
 void add_settings_options(CLI::App& app, SettingsSource& source) {
   app.add_option("--config", source.files,

@@ -31,6 +31,9 @@ enum class Purpose {
 // BadSettings lists every problem.
 RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks);
 
+// Settings that say how and where a command is run, not what is trained.
+bool is_about_the_run(const std::string& setting);
+
 // Where config.run holds a run already, throws an Error unless `config` can go on with it: what
 // makes it another run (model, length, batch, seed, sampling) must be as it was. Other settings
 // that differ are said on `out` (null: not), unless `quietly`.

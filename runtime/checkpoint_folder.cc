@@ -15,7 +15,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view kStep = "step-", kAttempt = ".tmp-", kTrash = ".trash-";
+constexpr std::string_view kStep = "step-", kAttempt = ".tmp-", kTrash = ".trash-",
+                           kDamaged = ".damaged-";
 constexpr size_t kStepDigits = 8;
 
 // All of `text` as a number without sign.
@@ -35,13 +36,19 @@ std::vector<std::string> names_in(const std::string& folder) {
   return names;
 }
 
-// The generation of an attempt's name.
-std::optional<int64_t> generation_of_attempt(const std::string& name) {
+struct Attempt {
+  int64_t step, generation;
+};
+// Of an attempt's name.
+std::optional<Attempt> attempt_of(const std::string& name) {
   const size_t at = name.find(kAttempt);
-  if (at == std::string::npos || !step_of_name(name.substr(0, at))) return std::nullopt;
+  if (at == std::string::npos) return std::nullopt;
+  const std::optional<int64_t> step = step_of_name(name.substr(0, at));
   const std::string rest = name.substr(at + kAttempt.size());
   const size_t dash = rest.find('-');
-  return dash == std::string::npos ? std::nullopt : number(rest.substr(0, dash));
+  if (!step || dash == std::string::npos) return std::nullopt;
+  const std::optional<int64_t> generation = number(rest.substr(0, dash));
+  return generation ? std::optional(Attempt{*step, *generation}) : std::nullopt;
 }
 
 // Renames, then deletes. Errors go to the caller; what is left is trash for the next time.
@@ -69,7 +76,7 @@ std::string attempt_name(int64_t step, int64_t generation, uint64_t nonce) {
 }
 
 std::string damaged_name(int64_t step, int64_t generation) {
-  return concat(checkpoint_name(step), ".damaged-", generation);
+  return concat(checkpoint_name(step), kDamaged, generation);
 }
 
 std::optional<int64_t> step_of_name(const std::string& name) {
@@ -92,27 +99,54 @@ std::vector<CheckpointPlace> list_checkpoints(const std::string& run) {
   return places;
 }
 
-void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
-                     const Retention& retention) {
-  const std::string folder = checkpoints_folder(run);
+NameKind kind_of_name(const std::string& name) {
+  const std::string prefix = name.substr(0, name.find('.'));
+  if (step_of_name(name)) return NameKind::checkpoint;
+  if (name.rfind(kTrash, 0) == 0) return NameKind::trash;
+  if (attempt_of(name)) return NameKind::attempt;
+  if (step_of_name(prefix) && name.rfind(kDamaged, prefix.size()) == prefix.size())
+    return NameKind::damaged;
+  return NameKind::other;
+}
+
+std::vector<CheckpointPlace> superseded(const std::string& run, const Retention& retention) {
+  std::vector<CheckpointPlace> others;
   int64_t kept = 0;
   for (const CheckpointPlace& place : list_checkpoints(run)) {
     const bool every = retention.keep_every > 0 && place.step % retention.keep_every == 0;
     if (kept++ < std::max<int64_t>(1, retention.keep_last) || every ||
         place.step == retention.always)
       continue;
-    bury(files, folder, checkpoint_name(place.step));
+    others.push_back(place);
   }
+  return others;
+}
+
+void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
+                     const Retention& retention) {
+  const std::string folder = checkpoints_folder(run);
+  for (const CheckpointPlace& place : superseded(run, retention))
+    bury(files, folder, checkpoint_name(place.step));
   fence_attempts(files, run, generation);
   for (const std::string& name : names_in(folder))
     if (name.rfind(kTrash, 0) == 0) remove_tree(files, join_path(folder, name));
 }
 
+bool is_half_published(const std::string& run, int64_t step) {
+  const fs::path place = join_path(checkpoints_folder(run), checkpoint_name(step));
+  std::error_code error;
+  return fs::symlink_status(place, error).type() == fs::file_type::directory &&
+         fs::symlink_status(place / kManifestName, error).type() == fs::file_type::not_found;
+}
+
 void fence_attempts(FileSystem& files, const std::string& run, int64_t generation) {
   const std::string folder = checkpoints_folder(run);
   for (const std::string& name : names_in(folder)) {
-    const std::optional<int64_t> of = generation_of_attempt(name);
-    if (of && *of < generation) bury(files, folder, name);
+    const std::optional<Attempt> attempt = attempt_of(name);
+    if (!attempt || attempt->generation >= generation) continue;
+    if (is_half_published(run, attempt->step))
+      bury(files, folder, checkpoint_name(attempt->step));
+    bury(files, folder, name);
   }
 }
 

@@ -29,17 +29,24 @@ std::vector<CheckpointPlace> list_checkpoints(const std::string& run);
 // The step, if `name` is a checkpoint's, else nothing.
 std::optional<int64_t> step_of_name(const std::string& name);
 
+enum class NameKind : uint8_t { checkpoint, attempt, damaged, trash, other };
+NameKind kind_of_name(const std::string& name);
+
 // What stays of the checkpoints: the last `keep_last`, every one whose step is a multiple of
 // `keep_every` (0: none for that), and the step `always` (-1: none).
 struct Retention {
   int64_t keep_last = 2, keep_every = 0, always = -1;
 };
+// The others, newest first.
+std::vector<CheckpointPlace> superseded(const std::string& run, const Retention& retention);
 // Deletes the others: each is renamed first, so that what is half deleted looks like nothing. Also
 // attempts of earlier generations and older trash. Never touches a name it cannot read.
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
                      const Retention& retention);
+// A folder of that step's name without a manifest: one that was being published by links.
+bool is_half_published(const std::string& run, int64_t step);
 // Attempts of generations before `generation`, which nobody may finish any more: a stale owner's
-// rename then fails.
+// rename then fails. With what they had published by halves.
 void fence_attempts(FileSystem& files, const std::string& run, int64_t generation);
 // Something about the time and the process that no other attempt has.
 uint64_t fresh_nonce();

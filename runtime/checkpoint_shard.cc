@@ -47,15 +47,6 @@ class DigestedFile {
   int64_t bytes_ = 0;
 };
 
-StoredTensor stored(const StatePiece& piece) {
-  if (piece.kind == StateKind::value && piece.begin == 0 && piece.end == piece.shape.elements())
-    return {.name = piece.tensor, .dtype = DType::f32, .shape = piece.shape};
-  return {.name = concat(kStateNames[int(piece.kind)], "/", piece.tensor, "[", piece.begin, ":",
-                         piece.end, "]"),
-          .dtype = DType::f32,
-          .shape = {piece.end - piece.begin}};
-}
-
 void report_piece(const StatePiece& piece, int file, int64_t offset, ShardReport& report) {
   CheckpointManifest::Tensor* tensor = report.add_tensors();
   tensor->set_name(piece.tensor);
@@ -69,21 +60,54 @@ void report_piece(const StatePiece& piece, int file, int64_t offset, ShardReport
   stored->set_offset(offset);
 }
 
-}  // namespace
-
-void write_shard(FileSystem& files, const std::string& folder, const std::string& name,
-                 const std::vector<StatePiece>& pieces, const SafetensorsMetadata& metadata,
-                 ShardReport& report) {
+// Writes header and pieces; write_piece(file, piece) writes the elements of one.
+template <class WritePiece>
+void write_pieces(FileSystem& files, const std::string& folder, const std::string& name,
+                  const std::vector<StatePiece>& pieces, const SafetensorsMetadata& metadata,
+                  ShardReport& report, WritePiece&& write_piece) {
   std::vector<StoredTensor> tensors;
-  for (const StatePiece& piece : pieces) tensors.push_back(stored(piece));
+  for (const StatePiece& piece : pieces) tensors.push_back(stored_tensor(piece));
   const std::string header = safetensors_header(tensors, metadata, join_path(folder, name));
   DigestedFile file(files, folder, name);
   file.write(header.data(), header.size());
   for (size_t i = 0; i < pieces.size(); ++i) {
     report_piece(pieces[i], report.files_size(), int64_t(header.size()) + tensors[i].begin, report);
-    file.write(pieces[i].data, size_t(pieces[i].end - pieces[i].begin) * sizeof(float));
+    write_piece(file, pieces[i]);
   }
   file.finish(report);
+}
+
+}  // namespace
+
+StoredTensor stored_tensor(const StatePiece& piece) {
+  if (piece.kind == StateKind::value && piece.begin == 0 && piece.end == piece.shape.elements())
+    return {.name = piece.tensor, .dtype = DType::f32, .shape = piece.shape};
+  return {.name = concat(kStateNames[int(piece.kind)], "/", piece.tensor, "[", piece.begin, ":",
+                         piece.end, "]"),
+          .dtype = DType::f32,
+          .shape = {piece.end - piece.begin}};
+}
+
+void write_shard(FileSystem& files, const std::string& folder, const std::string& name,
+                 const std::vector<StatePiece>& pieces, const SafetensorsMetadata& metadata,
+                 ShardReport& report) {
+  write_pieces(files, folder, name, pieces, metadata, report,
+               [](DigestedFile& file, const StatePiece& piece) {
+                 file.write(piece.data, size_t(piece.end - piece.begin) * sizeof(float));
+               });
+}
+
+void write_shard(FileSystem& files, const std::string& folder, const std::string& name,
+                 const std::vector<StatePiece>& pieces, const SafetensorsMetadata& metadata,
+                 const PieceReader& read, ShardReport& report) {
+  std::vector<float> buffer;
+  write_pieces(files, folder, name, pieces, metadata, report,
+               [&](DigestedFile& file, const StatePiece& piece) {
+                 for_parts(piece, buffer, [&](const StatePiece& part) {
+                   read(part);
+                   file.write(part.data, size_t(part.end - part.begin) * sizeof(float));
+                 });
+               });
 }
 
 void write_small_file(FileSystem& files, const std::string& folder, const std::string& name,

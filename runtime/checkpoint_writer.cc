@@ -1,57 +1,15 @@
 #include "runtime/checkpoint_writer.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
-#include <map>
-#include <nlohmann/json.hpp>
 
 #include "core/error.h"
 #include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_parts.h"
 #include "runtime/manifest.h"
 #include "runtime/state_hash.h"
 
 namespace moemamba {
-
-namespace {
-
-std::string shard_name(const char* what, int rank, int ranks) {
-  char name[64];
-  std::snprintf(name, sizeof name, "%s-%05d-of-%05d.safetensors", what, rank + 1, ranks);
-  return name;
-}
-
-// Files of one report, now counted among all files.
-void append(const ShardReport& report, CheckpointManifest& manifest,
-            std::map<std::string, CheckpointManifest::Tensor>& tensors) {
-  const int before = manifest.files_size();
-  for (const auto& file : report.files()) *manifest.add_files() = file;
-  for (CheckpointManifest::Tensor part : report.tensors()) {
-    for (auto* pieces : {part.mutable_value(), part.mutable_exp_avg(), part.mutable_exp_avg_sq()})
-      for (auto& piece : *pieces) piece.set_file(piece.file() + before);
-    auto [at, is_new] = tensors.try_emplace(part.name(), part);
-    if (is_new) continue;
-    at->second.mutable_value()->MergeFrom(part.value());
-    at->second.mutable_exp_avg()->MergeFrom(part.exp_avg());
-    at->second.mutable_exp_avg_sq()->MergeFrom(part.exp_avg_sq());
-  }
-}
-
-// As Hugging Face tools expect it.
-std::string weights_index(const CheckpointManifest& manifest) {
-  nlohmann::ordered_json index;
-  int64_t bytes = 0;
-  nlohmann::ordered_json map = nlohmann::ordered_json::object();
-  for (const auto& tensor : manifest.tensors()) {
-    map[tensor.name()] = manifest.files(tensor.value(0).file()).name();
-    for (const auto& piece : tensor.value()) bytes += (piece.end() - piece.begin()) * 4;
-  }
-  index["metadata"]["total_size"] = bytes;
-  index["weight_map"] = map;
-  return index.dump(1) + "\n";
-}
-
-}  // namespace
 
 CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
                                    const ParameterStore& store, Options options)
@@ -61,10 +19,10 @@ CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
       stream_(Stream::immediate()),
       sources_(written_pieces(store)) {
   for (const StatePiece& piece : sources_) staged_bytes_ += (piece.end - piece.begin) * 4;
+  staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
 }
 
 void CheckpointWriter::stage() {
-  if (staging_.bytes() < staged_bytes_) staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
   staged_ = sources_;
   auto* to = reinterpret_cast<float*>(staging_.data());
   for (StatePiece& piece : staged_) {
@@ -89,6 +47,7 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
       const std::string folder = checkpoints_folder(options_.run);
       check(!options_.may_write || options_.may_write(), "another launch has taken over this run");
       files_.make_folders(folder);
+      files_.sync_folder(options_.run);  // or a power cut takes the folder with all that is in it
       check(!file_exists(join_path(folder, checkpoint_name(facts.step))), folder,
             ": a checkpoint of step ", facts.step, " is there already");
       const int64_t room = files_.free_bytes(folder), needed = sum + sum / 20 + (1 << 16);
@@ -96,8 +55,8 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
             needed);
       attempt = join_path(folder, attempt_name(facts.step, options_.generation, fresh_nonce()));
       files_.make_folder(attempt);
-    } catch (const Error& error) {
-      problem = error.what();
+    } catch (const std::exception& error) {
+      problem = concat("rank 0: ", error.what());
     }
   }
   const std::string answer =
@@ -143,28 +102,14 @@ CheckpointManifest CheckpointWriter::merge(const CheckpointFacts& facts,
   manifest.set_loss(facts.loss);
   manifest.set_chain(facts.chain);
   manifest.set_build(facts.build);
-  std::map<std::string, CheckpointManifest::Tensor> tensors;
-  for (const std::string& text : reports) {
-    ShardReport report;
-    check(report.ParseFromString(text), "a rank's report cannot be read");
-    check(report.problem().empty(), report.problem());
-    manifest.set_state_hash(manifest.state_hash() + report.state_hash());
-    append(report, manifest, tensors);
-  }
-  const auto by_begin = [](const auto& a, const auto& b) { return a.begin() < b.begin(); };
-  for (auto& [name, tensor] : tensors) {
-    for (auto* pieces :
-         {tensor.mutable_value(), tensor.mutable_exp_avg(), tensor.mutable_exp_avg_sq()})
-      std::sort(pieces->begin(), pieces->end(), by_begin);
-    *manifest.add_tensors() = tensor;
-  }
+  merge_reports(reports, manifest);
   return manifest;
 }
 
 void CheckpointWriter::write_manifest(const CheckpointFacts& facts, const std::string& attempt,
                                       CheckpointManifest manifest) {
   ShardReport small;
-  write_small_file(files_, attempt, "model.safetensors.index.json", weights_index(manifest), small);
+  write_small_file(files_, attempt, kIndexName, weights_index(manifest), small);
   for (const auto& [name, content] : facts.extra_files)
     write_small_file(files_, attempt, name, content, small);
   for (const auto& file : small.files()) *manifest.add_files() = file;
@@ -186,34 +131,39 @@ void CheckpointWriter::publish(const CheckpointFacts& facts, const std::string& 
 }
 
 // Where the file system has no rename that fails on an existing name (NFS): a new folder, links to
-// all files, and the manifest's last, without which a folder is no checkpoint.
+// all files, and the manifest's last, without which a folder is no checkpoint. While such a folder
+// stands without one, so does the attempt: fence_attempts() knows by it what it is.
 void CheckpointWriter::publish_by_links(const std::string& attempt, const std::string& place) {
   const CheckpointManifest manifest =
       unseal(read_file(join_path(attempt, kManifestName)), join_path(attempt, kManifestName));
   files_.make_folder(place);
-  for (const auto& file : manifest.files())
-    files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
+  try {
+    for (const auto& file : manifest.files())
+      files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
+    files_.sync_folder(place);
+    files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
+  } catch (const std::exception&) {
+    remove_tree(files_, place);
+    throw;
+  }
   files_.sync_folder(place);
-  files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
-  files_.sync_folder(place);
-  remove_tree(files_, attempt);
 }
 
 // Rank 0, when all have voted: what becomes of the attempt.
 std::string CheckpointWriter::conclude(const CheckpointFacts& facts, const std::string& attempt,
                                        const std::vector<std::string>& reports) {
+  std::string problem;
   try {
     write_manifest(facts, attempt, merge(facts, reports));
     publish(facts, attempt);
-    return "";
   } catch (const std::exception& error) {
-    const std::string problem = error.what();
-    try {
-      remove_tree(files_, attempt);
-    } catch (const std::exception&) {  // its name says what it is; the next launch deletes it
-    }
-    return problem.empty() ? "unknown" : problem;
+    problem = *error.what() ? error.what() : "unknown";
   }
+  try {  // gone by its rename, if all went well
+    if (!is_half_published(options_.run, facts.step)) remove_tree(files_, attempt);
+  } catch (const std::exception&) {  // its name says what it is; the next launch deletes it
+  }
+  return problem;
 }
 
 std::string CheckpointWriter::write(const CheckpointFacts& facts) {

@@ -7,6 +7,18 @@
 
 namespace moemamba {
 
+namespace {
+// Of the text that a prepared file was made of; the part is known by its number of tokens.
+std::optional<int64_t> bytes_of(const TokenFile& file) {
+  const std::string folder = folder_of(file.path());
+  if (!file_exists(join_path(folder, "summary.json"))) return {};
+  const PrepareSummary summary = read_summary(folder);
+  for (const SplitSummary& part : {summary.validation, summary.train})
+    if (part.tokens == file.size()) return part.bytes;
+  return {};
+}
+}  // namespace
+
 int64_t HeldOut::tokens() const {
   int64_t sum = 0;
   for (const TokenFile& file : files) sum += file.size();
@@ -18,12 +30,9 @@ HeldOut open_held_out(const std::vector<std::string>& paths) {
   bool known = true;
   for (const std::string& path : paths) {
     held_out.files.emplace_back(path);
-    const std::string folder = folder_of(path);
-    if (known && file_exists(join_path(folder, "summary.json")) &&
-        read_summary(folder).validation.tokens == held_out.files.back().size())
-      held_out.bytes += read_summary(folder).validation.bytes;
-    else
-      known = false;
+    const std::optional<int64_t> bytes = bytes_of(held_out.files.back());
+    known = known && bytes.has_value();
+    held_out.bytes += bytes.value_or(0);
   }
   if (!known) held_out.bytes = 0;
   return held_out;

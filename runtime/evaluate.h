@@ -15,7 +15,7 @@ struct Evaluation {
   std::vector<double> counts;           // [routers, E] choices
 };
 
-// Held-out text: token files, and how many bytes of text they stand for (0: not known).
+// Text to evaluate on: token files, and how many bytes of text they stand for (0: not known).
 struct HeldOut {
   std::vector<TokenFile> files;
   int64_t bytes = 0;

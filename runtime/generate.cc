@@ -93,6 +93,34 @@ const float* Decoder::feed(std::span<const int32_t> ids) {
   return logits;
 }
 
+namespace {
+// Where the last character begins, if there is more of it to come; else the end.
+size_t end_of_whole_characters(std::string_view text) {
+  constexpr size_t kLongestCharacter = 4;  // bytes of UTF-8
+  for (size_t back = 1; back < kLongestCharacter && back <= text.size(); ++back) {
+    const auto byte = uint8_t(text[text.size() - back]);
+    if ((byte & 0xC0) == 0x80) continue;  // not a first byte
+    const size_t bytes = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : byte >= 0xC0 ? 2 : 1;
+    return bytes > back ? text.size() - back : text.size();
+  }
+  return text.size();
+}
+}  // namespace
+
+void TextStream::add(int32_t token) {
+  text_ += decode_(std::span(&token, 1));
+  show_until(std::max(shown_, end_of_whole_characters(text_)));
+}
+
+void TextStream::finish() {
+  show_until(text_.size());
+}
+
+void TextStream::show_until(size_t end) {
+  if (end > shown_) show_(std::string_view(text_).substr(shown_, end - shown_));
+  shown_ = end;
+}
+
 std::string generate(Session& session, const Tokenizer& tokenizer, std::string_view prompt,
                      const SamplingOptions& options,
                      const std::function<void(std::string_view)>& piece) {
@@ -101,12 +129,11 @@ std::string generate(Session& session, const Tokenizer& tokenizer, std::string_v
   if (ids.empty()) ids.push_back(tokenizer.end_of_document());
   Decoder decoder(session, int64_t(ids.size()) + options.tokens);
   Sampler sampler(options, session.model.sizes().V);
-  std::vector<int32_t> made, tokens(size_t(control.size()));
-  constexpr size_t kLongestCharacter = 4;  // bytes of UTF-8
-  size_t shown = 0;
-  const auto show = [&](std::string_view part) {
-    if (session.groups.rank == 0 && !part.empty()) piece(part);
-  };
+  std::vector<int32_t> tokens(size_t(control.size()));
+  TextStream text([&](std::span<const int32_t> made) { return tokenizer.decode(made); },
+                  [&](std::string_view part) {
+                    if (session.groups.rank == 0) piece(part);
+                  });
   const float* logits = decoder.feed(ids);
   for (int64_t i = 0; i < options.tokens; ++i) {
     // Everybody follows rank 0: rows may be rounded differently where their neighbours differ.
@@ -114,19 +141,11 @@ std::string generate(Session& session, const Tokenizer& tokenizer, std::string_v
     control.all_gather(session.compute, &own, tokens.data(), 4);
     const int32_t token = tokens[0];
     if (token == tokenizer.end_of_document()) break;
-    made.push_back(token);
-    const std::string whole = tokenizer.decode(made);
-    // A character may take several tokens: its first bytes wait for the rest.
-    size_t end = whole.size();
-    while (end > shown && uint8_t(whole[end - 1]) >= 0x80) --end;
-    if (whole.size() - end > kLongestCharacter) end = whole.size();
-    show(std::string_view(whole).substr(shown, end - shown));
-    shown = end;
+    text.add(token);
     logits = decoder.feed(std::span(&token, 1));
   }
-  const std::string text = tokenizer.decode(made);
-  show(std::string_view(text).substr(std::min(shown, text.size())));
-  return text;
+  text.finish();
+  return text.text();
 }
 
 }  // namespace moemamba

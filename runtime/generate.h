@@ -51,6 +51,25 @@ class Decoder {
   Buffer logits_;
 };
 
+// Text of tokens as they come: every token is decoded once, and what has been shown ends with a
+// whole character of UTF-8 (one may take several tokens), as far as the text is UTF-8.
+class TextStream {
+ public:
+  using Decode = std::function<std::string(std::span<const int32_t>)>;
+  using Show = std::function<void(std::string_view)>;
+  TextStream(Decode decode, Show show) : decode_(std::move(decode)), show_(std::move(show)) {}
+  void add(int32_t token);
+  void finish();  // shows what is held back
+  const std::string& text() const { return text_; }
+
+ private:
+  void show_until(size_t end);
+  Decode decode_;
+  Show show_;
+  std::string text_;
+  size_t shown_ = 0;
+};
+
 // Continues `prompt`; piece(text) is called on rank 0 as text appears. Returns the new text.
 std::string generate(Session& session, const Tokenizer& tokenizer, std::string_view prompt,
                      const SamplingOptions& options,

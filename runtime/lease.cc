@@ -8,6 +8,7 @@
 #include <fstream>
 #include <optional>
 #include <sstream>
+#include <vector>
 
 #include "core/error.h"
 #include "runtime/checkpoint_folder.h"
@@ -20,6 +21,8 @@ namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
+constexpr const char* kFolder = "lease";
+constexpr const char* kDraft = "new-";
 constexpr size_t kBytes = 512;  // of a lease's file: one line, padded, so that a write is whole
 
 std::string first_line(const std::string& path) {
@@ -54,19 +57,22 @@ LeaseOwner this_process() {
 std::string path_of(const std::string& run, int64_t generation) {
   char name[32];
   std::snprintf(name, sizeof name, "%08lld", static_cast<long long>(generation));
-  return join_path(join_path(run, "lease"), name);
+  return join_path(join_path(run, kFolder), name);
+}
+
+std::optional<int64_t> generation_of(const std::string& name) {
+  if (name.empty() || name.size() > 18 || name.find_first_not_of("0123456789") != std::string::npos)
+    return std::nullopt;
+  return std::atoll(name.c_str());
 }
 
 // The highest generation there is; 0: none.
 int64_t newest_generation(const std::string& run) {
   int64_t newest = 0;
   std::error_code error;
-  for (fs::directory_iterator at(join_path(run, "lease"), error), end; !error && at != end;
-       at.increment(error)) {
-    const std::string name = at->path().filename().string();
-    if (name.find_first_not_of("0123456789") == std::string::npos)
-      newest = std::max<int64_t>(newest, std::atoll(name.c_str()));
-  }
+  for (fs::directory_iterator at(join_path(run, kFolder), error), end; !error && at != end;
+       at.increment(error))
+    newest = std::max(newest, generation_of(at->path().filename().string()).value_or(0));
   return newest;
 }
 
@@ -92,17 +98,31 @@ bool dead_here(const LeaseOwner& owner) {
          start_of(owner.pid) != owner.started;
 }
 
-// Returns when `path`'s owner may be followed; throws if it lives.
-void wait_for_end(const std::string& run, const std::string& path, const Lease::Options& options) {
+// For people: who holds the newest lease. It may be replaced while it is being read.
+std::string newest_owner(const std::string& run) {
+  LeaseOwner owner;
+  for (int i = 0; i < 20 && owner.pid == 0; ++i)
+    owner = read_lease(path_of(run, newest_generation(run))).owner;
+  return describe(owner);
+}
+
+[[noreturn]] void refuse(const std::string& run) {
+  throw Error(concat(run, ": ", newest_owner(run),
+                     " is working on this run; wait for its end, or choose another --run"));
+}
+
+// Returns when the owner of `generation` may be followed; throws if it lives, or has a successor.
+void wait_for_end(const std::string& run, int64_t generation, const Lease::Options& options) {
+  const std::string path = path_of(run, generation);
   const LeaseState first = read_lease(path);
-  if (first.owner.released || dead_here(first.owner)) return;
+  const auto ended = [](const LeaseOwner& owner) { return owner.released || dead_here(owner); };
+  if (ended(first.owner)) return;
   const auto start = Clock::now();
   for (bool said = false; Clock::now() - start < options.lifetime;) {
     std::this_thread::sleep_for(milliseconds(50));
     const LeaseState now = read_lease(path);
-    if (now.owner.released || dead_here(now.owner)) return;
-    check(now.beats == first.beats, run, ": ", describe(now.owner),
-          " is working on this run; wait for its end, or choose another --run");
+    if (ended(now.owner)) return;
+    if (now.beats != first.beats || newest_generation(run) != generation) refuse(run);
     if (!said && Clock::now() - start > options.patience) {
       said = true;
       std::fprintf(stderr,
@@ -121,23 +141,63 @@ std::string describe(const LeaseOwner& owner) {
 
 Lease::Lease(FileSystem& files, std::string run, const Options& options)
     : files_(files), run_(std::move(run)), options_(options) {
-  files.make_folders(join_path(run_, "lease"));
+  files.make_folders(join_path(run_, kFolder));
   const int64_t newest = newest_generation(run_);
-  if (newest > 0) wait_for_end(run_, path_of(run_, newest), options_);
+  if (newest > 0) wait_for_end(run_, newest, options_);
   generation_ = newest + 1;
+  take();
   try {
-    file_ = files.open(path_of(run_, generation_), OpenMode::create_new);
-  } catch (const Error&) {
-    if (newest_generation(run_) < generation_) throw;  // not taken: the disk refuses
-    throw Error(concat(run_, ": ", describe(read_lease(path_of(run_, generation_)).owner),
-                       " has just started to work on this run; wait for its end, or choose "
-                       "another --run"));
+    fence_attempts(files, run_, generation_);
+    drop_older();
+  } catch (...) {
+    release();
+    throw;
   }
-  write(0, false);
-  fence_attempts(files, run_, generation_);
-  for (int64_t old = newest; old > 0 && file_exists(path_of(run_, old)); --old)
-    files.remove(path_of(run_, old));
   heart_ = std::thread([this] { renew(); });
+}
+
+// The file comes to be whole, under a name that one of several gets: nobody sees half a lease.
+void Lease::take() {
+  const std::string draft = join_path(join_path(run_, kFolder), concat(kDraft, fresh_nonce()));
+  const std::string path = path_of(run_, generation_);
+  bool taken = false;
+  try {
+    file_ = files_.open(draft, OpenMode::create_new);
+    write(0, false);
+    if (!files_.rename_new(draft, path)) {
+      files_.link(draft, path);
+      files_.remove(draft);
+    }
+    taken = true;
+  } catch (const Error&) {
+    try {
+      files_.remove(draft);
+    } catch (const Error&) {  // the next owner does it
+    }
+    if (newest_generation(run_) < generation_) throw;  // not taken: the disk refuses
+  }
+  if (taken && !ours()) files_.remove(path);  // others have taken and left it since it was free
+  if (!taken || !ours()) refuse(run_);
+}
+
+// Leases of owners before, and drafts of launches that died.
+void Lease::drop_older() {
+  const std::string folder = join_path(run_, kFolder);
+  std::vector<std::string> old;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    const std::optional<int64_t> generation = generation_of(name);
+    if ((generation && *generation < generation_) || name.rfind(kDraft, 0) == 0)
+      old.push_back(entry.path().string());
+  }
+  for (const std::string& path : old) files_.remove(path);
+}
+
+void Lease::release() {
+  try {
+    write(0, true);
+  } catch (const Error&) {  // it ends by itself
+  }
 }
 
 Lease::~Lease() {
@@ -147,10 +207,7 @@ Lease::~Lease() {
   }
   wake_.notify_all();
   heart_.join();
-  try {
-    write(0, true);
-  } catch (const Error&) {  // it ends by itself
-  }
+  release();
 }
 
 bool Lease::ours() const {

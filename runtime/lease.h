@@ -12,7 +12,7 @@
 namespace moemamba {
 
 // The right to write in a run's folder: files <run>/lease/GENERATION, of which the highest counts.
-// Taking over is creating the next one exclusively, so of several that try one succeeds. The owner
+// Taking over is making the next one exclusively, so of several that try one succeeds. The owner
 // counts upwards in its file while it lives; nobody reads a clock of somebody else's.
 struct LeaseOwner {
   std::string host, boot_id;
@@ -40,6 +40,9 @@ class Lease {
   bool ours() const;
 
  private:
+  void take();
+  void drop_older();
+  void release();
   void renew();
   void write(int64_t beats, bool released);
 

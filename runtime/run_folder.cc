@@ -11,6 +11,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kConfigName = "config.textproto";
+constexpr const char* kConfigDraft = "config.textproto.tmp";  // of a launch that died
 constexpr const char* kLeaseName = "lease";
 
 void empty_folder(FileSystem& files, const std::string& folder) {
@@ -37,10 +38,12 @@ bool holds_run(const std::string& folder) {
   if (!file_exists(folder)) return false;
   check(fs::is_directory(folder), folder, ": cannot make folder: a file is in its place");
   if (file_exists(join_path(folder, kConfigName))) return true;
-  for (const auto& entry : fs::directory_iterator(folder))
-    check(entry.path().filename() == kLeaseName, folder,
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const fs::path name = entry.path().filename();
+    check(name == kLeaseName || name == kConfigDraft, folder,
           " holds files that are no run's (there is no ", kConfigName,
           "); choose another --run or empty it yourself");
+  }
   return false;
 }
 
@@ -52,6 +55,10 @@ std::string claim_run_folder(FileSystem& files, const std::string& folder,
   }
   files.make_folders(folder);
   write_file(files, join_path(folder, kConfigName), config_text);
+  try {
+    files.sync_folder(folder_of(folder));  // a power cut leaves the folder itself
+  } catch (const Error&) {  // not ours to open: then it lasts when the system gets to it
+  }
   return folder;
 }
 

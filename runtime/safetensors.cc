@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
-#include <set>
 
 #include "core/error.h"
 
@@ -14,7 +13,6 @@ using Json = nlohmann::json;
 
 constexpr int64_t kLargestHeader = 100'000'000;  // as the reference implementation
 constexpr int64_t kAlignment = 64;
-constexpr int kDeepest = 4;  // objects within objects: one entry has depth 3
 
 struct DTypeName {
   DType dtype;
@@ -30,67 +28,133 @@ const char* stored_name(DType dtype) {
   return "?";
 }
 
-// Parses `text`, refusing what JSON allows but a header must not hold: the same name twice, or
-// nesting so deep that the parser's own recursion could be attacked.
-Json parse_header(std::string_view text, const std::string& path) {
-  std::vector<std::set<std::string>> names;
-  std::string problem;
-  const auto watch = [&](int depth, Json::parse_event_t event, Json& value) {
-    if (depth > kDeepest && problem.empty()) problem = "nested too deeply";
-    if (event == Json::parse_event_t::object_start) {
-      names.emplace_back();
-    } else if (event == Json::parse_event_t::object_end) {
-      names.pop_back();
-    } else if (event == Json::parse_event_t::key && problem.empty()) {
-      if (!names.back().insert(value.get_ref<const std::string&>()).second)
-        problem = concat("the name ", value.dump(-1, ' ', true, Json::error_handler_t::replace),
-                         " appears twice");
-    }
-    return problem.empty();
-  };
-  Json header = Json::parse(text.begin(), text.end(), watch, false);
-  check(problem.empty(), path, ": damaged header: ", problem);
-  check(header.is_object(), path, ": damaged header: expected a JSON object");
-  return header;
-}
-
-int64_t integer(const Json& value, const std::string& where) {
-  check(value.is_number_unsigned() && value.get<uint64_t>() < (uint64_t{1} << 62), where,
-        ": expected an integer from 0 to 2^62 - 1");
-  return value.get<int64_t>();
-}
-
-DType parse_dtype(const Json& value, const std::string& where) {
-  check(value.is_string(), where, ": expected a dtype");
-  const auto& name = value.get_ref<const std::string&>();
+DType parse_dtype(const std::string& name, const std::string& where) {
   for (const auto& entry : kDTypeNames)
     if (name == entry.name) return entry.dtype;
   throw Error(
-      concat(where, ": dtype ", name, " is not known; expected F32, BF16, F64, I32, I64, ", "U8"));
+      concat(where, ": dtype ", name, " is not known; expected F32, BF16, F64, I32, I64, U8"));
 }
 
-StoredTensor parse_tensor(const std::string& name, const Json& entry, const std::string& where) {
-  check(entry.is_object() && entry.size() == 3 && entry.contains("dtype") &&
-            entry.contains("shape") && entry.contains("data_offsets"),
-        where, ": expected dtype, shape and data_offsets, nothing else");
-  StoredTensor tensor{.name = name, .dtype = parse_dtype(entry["dtype"], where)};
-  const Json& shape = entry["shape"];
-  check(shape.is_array() && shape.size() <= 4, where, ": expected a shape of at most 4 dims");
-  int64_t bytes = size_of(tensor.dtype);
-  for (const Json& extent : shape) {
-    const int64_t size = integer(extent, where);
-    tensor.shape.extents[tensor.shape.dims++] = size;
-    check(!__builtin_mul_overflow(bytes, size, &bytes), where, ": the shape is too large");
+// Takes a header apart while it is read (an interface of nlohmann-json): what does not belong there
+// is an Error at once, so that no header can make the reader hold much more than itself.
+class HeaderReader {
+ public:
+  HeaderReader(const std::string& path, std::vector<StoredTensor>& tensors,
+               SafetensorsMetadata& metadata)
+      : path_(path), tensors_(tensors), metadata_(metadata) {}
+
+  bool start_object(size_t) {
+    if (place_ == Place::outside) return go(Place::root);
+    if (place_ != Place::root) refuse("an object");
+    if (name_ == "__metadata__") return go(Place::metadata);
+    tensor_ = {.name = name_};
+    seen_dtype_ = seen_shape_ = seen_offsets_ = false;
+    return go(Place::tensor);
   }
-  const Json& offsets = entry["data_offsets"];
-  check(offsets.is_array() && offsets.size() == 2, where, ": expected two data_offsets");
-  tensor.begin = integer(offsets[0], where);
-  tensor.end = integer(offsets[1], where);
-  check(tensor.begin <= tensor.end && tensor.end - tensor.begin == bytes, where, ": ",
-        stored_name(tensor.dtype), to_string(tensor.shape), " has ", bytes,
-        " bytes, its offsets say ", tensor.begin, " to ", tensor.end);
-  return tensor;
-}
+  bool key(std::string& name) {
+    if (place_ == Place::root) {
+      check(name != "__metadata__" || !seen_metadata_, path_,
+            ": damaged header: __metadata__ appears twice");
+      seen_metadata_ = seen_metadata_ || name == "__metadata__";
+      name_ = std::move(name);
+      return true;
+    }
+    key_ = std::move(name);
+    if (place_ == Place::metadata) return true;
+    bool& seen = key_ == "dtype"          ? seen_dtype_
+                 : key_ == "shape"        ? seen_shape_
+                 : key_ == "data_offsets" ? seen_offsets_
+                                          : always_;
+    check(!seen, where(), ": expected dtype, shape and data_offsets, once each, nothing else");
+    seen = true;
+    return true;
+  }
+  bool start_array(size_t) {
+    if (place_ != Place::tensor || key_ == "dtype") refuse("a list");
+    offsets_ = 0;
+    return go(key_ == "shape" ? Place::shape : Place::offsets);
+  }
+  bool number_unsigned(uint64_t value) {
+    check(value < (uint64_t{1} << 62), where(), ": expected an integer from 0 to 2^62 - 1");
+    if (place_ == Place::shape) {
+      check(tensor_.shape.dims < 4, where(), ": expected a shape of at most 4 dims");
+      tensor_.shape.extents[tensor_.shape.dims++] = int64_t(value);
+    } else if (place_ == Place::offsets) {
+      check(offsets_ < 2, where(), ": expected two data_offsets");
+      (offsets_++ == 0 ? tensor_.begin : tensor_.end) = int64_t(value);
+    } else {
+      refuse("a number");
+    }
+    return true;
+  }
+  bool string(std::string& text) {
+    if (place_ == Place::tensor && key_ == "dtype") {
+      tensor_.dtype = parse_dtype(text, where());
+      return true;
+    }
+    if (place_ != Place::metadata) refuse("a text");
+    check(metadata_.emplace(key_, std::move(text)).second, path_, ": __metadata__: ", key_,
+          " appears twice");
+    return true;
+  }
+  bool end_array() {
+    check(place_ == Place::shape || offsets_ == 2, where(), ": expected two data_offsets");
+    return go(Place::tensor);
+  }
+  bool end_object() {
+    if (place_ == Place::tensor) add_tensor();
+    return go(place_ == Place::root ? Place::outside : Place::root);
+  }
+  bool null() { return refuse("null"); }
+  bool boolean(bool) { return refuse("true or false"); }
+  bool number_integer(int64_t) { return refuse("a number below 0"); }
+  bool number_float(double, const std::string&) { return refuse("a fraction"); }
+  bool binary(Json::binary_t&) { return refuse("bytes"); }
+  template <class Problem>
+  bool parse_error(size_t at, const std::string&, const Problem&) {
+    throw Error(concat(path_, ": damaged header: no JSON at its byte ", at));
+  }
+
+ private:
+  enum class Place { outside, root, metadata, tensor, shape, offsets };
+
+  bool go(Place place) {
+    place_ = place;
+    return true;
+  }
+  std::string where() const { return path_ + ": " + name_; }
+  [[noreturn]] bool refuse(const char* found) const {
+    const char* expected = place_ == Place::outside    ? "a JSON object"
+                           : place_ == Place::root     ? "an object"
+                           : place_ == Place::metadata ? "text"
+                           : place_ != Place::tensor   ? "an integer from 0 to 2^62 - 1"
+                           : key_ == "dtype"           ? "a dtype"
+                                                       : "a list of integers";
+    throw Error(concat(where(), ": damaged header: expected ", expected, ", found ", found));
+  }
+  void add_tensor() {
+    check(seen_dtype_ && seen_shape_ && seen_offsets_, where(),
+          ": expected dtype, shape and data_offsets, nothing else");
+    int64_t bytes = size_of(tensor_.dtype);
+    for (int d = 0; d < tensor_.shape.dims; ++d)
+      check(!__builtin_mul_overflow(bytes, tensor_.shape[d], &bytes), where(),
+            ": the shape is too large");
+    check(tensor_.begin <= tensor_.end && tensor_.end - tensor_.begin == bytes, where(), ": ",
+          stored_name(tensor_.dtype), to_string(tensor_.shape), " has ", bytes,
+          " bytes, its offsets say ", tensor_.begin, " to ", tensor_.end);
+    tensors_.push_back(std::move(tensor_));
+  }
+
+  const std::string& path_;
+  std::vector<StoredTensor>& tensors_;
+  SafetensorsMetadata& metadata_;
+  Place place_ = Place::outside;
+  std::string name_, key_;  // of the root's member, and within it
+  StoredTensor tensor_;
+  int offsets_ = 0;
+  bool seen_metadata_ = false, seen_dtype_ = false, seen_shape_ = false, seen_offsets_ = false;
+  bool always_ = true;
+};
 
 // Sorts by place and checks that nothing overlaps and nothing is left out.
 void check_cover(std::vector<StoredTensor>& tensors, int64_t bytes, const std::string& path) {
@@ -181,20 +245,12 @@ SafetensorsReader::SafetensorsReader(const std::string& path) : file_(path) {
   start_ = 8 + int64_t(length);
   const std::string_view text = file_.text().substr(8, length);
   check(!text.empty() && text[0] == '{', path, ": damaged header: expected it to begin with {");
-  const Json header = parse_header(text, path);
-  for (const auto& [name, entry] : header.items()) {
-    if (name != "__metadata__") {
-      tensors_.push_back(parse_tensor(name, entry, concat(path, ": ", name)));
-      continue;
-    }
-    check(entry.is_object(), path, ": __metadata__: expected an object");
-    for (const auto& [key, value] : entry.items()) {
-      check(value.is_string(), path, ": __metadata__: expected text for ", key);
-      metadata_[key] = value.get<std::string>();
-    }
-  }
+  HeaderReader header(path, tensors_, metadata_);
+  Json::sax_parse(text.begin(), text.end(), &header);
   check_cover(tensors_, int64_t(bytes.size()) - start_, path);
-  for (size_t i = 0; i < tensors_.size(); ++i) by_name_[tensors_[i].name] = i;
+  for (size_t i = 0; i < tensors_.size(); ++i)
+    check(by_name_.emplace(tensors_[i].name, i).second, path, ": damaged header: the name ",
+          tensors_[i].name, " appears twice");
 }
 
 const StoredTensor* SafetensorsReader::find(const std::string& name) const {

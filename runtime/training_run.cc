@@ -57,9 +57,11 @@ void TrainingRun::say(const std::string& line) {
 
 void TrainingRun::open_evaluation() {
   const DataConfig& data = request_.data;
-  if (data.validation_size() == 0) return;
-  HeldOut held_out = open_held_out({data.validation().begin(), data.validation().end()});
+  const bool holds_out = data.validation_size() > 0;
+  const auto& files = holds_out ? data.validation() : data.train();
+  HeldOut held_out = open_held_out({files.begin(), files.end()});
   bytes_per_token_ = double(held_out.bytes) / double(held_out.tokens());
+  if (!holds_out) return;
   evaluator_.emplace(trainer_.session(), std::move(held_out),
                      evaluator_options(request_.train, tokenizer_));
 }
@@ -70,12 +72,16 @@ void TrainingRun::take_folder() {
   std::string facts;  // "resume|new GENERATION RUN-ID"
   Stream& stream = trainer_.session().compute;
   if (speaks()) {
-    const bool there = holds_run(request_.run);
-    check(!there || !request_.fresh, taken_text(request_.run, "--fresh wants an empty folder"));
+    const auto there = [&] {
+      const bool holds = holds_run(request_.run);
+      check(!holds || !request_.fresh, taken_text(request_.run, "--fresh wants an empty folder"));
+      return holds;
+    };
+    there();  // before anything is written
     const auto lifetime =
         std::chrono::milliseconds(int64_t(request_.checkpoint.lease_seconds() * 1e3));
     lease_ = std::make_unique<Lease>(files_, request_.run, Lease::Options{.lifetime = lifetime});
-    const bool resumes = there && !request_.overwrite;
+    const bool resumes = there() && !request_.overwrite;  // another may have begun it meanwhile
     if (!resumes)
       claim_run_folder(files_, request_.run, request_.resolved_text, request_.overwrite);
     facts = concat(resumes ? "resume " : "new ", lease_->generation(), " ", fresh_nonce());
@@ -163,6 +169,7 @@ TrainResult TrainingRun::go() {
     after_step(record);
   }
   checkpoints_->finish();
+  if (request_.train.steps() == 0) save_weights_of(0);
   finish();
   return {.evaluation = evaluation_, .stopped = trainer_.stopping()};
 }

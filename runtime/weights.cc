@@ -1,6 +1,8 @@
 #include "runtime/weights.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <exception>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -162,26 +164,27 @@ void clean_up(FileSystem& files, const std::string& folder) noexcept {
   }
 }
 
-void write_folder(FileSystem& files, const std::string& folder, const ParameterStore& store,
-                  ProcessGroups& groups, Stream& stream, const WeightsMetadata& metadata) {
-  const int shards = groups.layout.expert_size();
-  const int shard = groups.layout.expert_coordinate(groups.rank);
-  const bool writes = groups.layout.expert_data_coordinate(groups.rank) == 0;
-  const std::string fresh = fresh_name(folder);
-  if (groups.rank == 0) {
-    remove_tree(files, fresh);
-    files.make_folders(fresh);
+// Every rank calls it, whatever `work` did on it: ends when all have come, so that nobody still
+// writes when rank 0 cleans up. Throws what `work` threw, or that another rank's did.
+void together(ProcessGroups& groups, Stream& stream, FunctionRef<void()> work,
+              FunctionRef<void()> clean_up) {
+  std::exception_ptr error;
+  try {
+    work();
+  } catch (const std::exception&) {
+    error = std::current_exception();
   }
-  barrier(*groups.control, stream);
-  if (writes)
-    write_shard(files, join_path(fresh, shard_name(shard, shards)), own_tensors(store, shard == 0),
-                metadata);
-  barrier(*groups.control, stream);
-  if (groups.rank == 0) {
-    if (shards > 1) write_index(files, fresh, shards);
-    replace_folder(files, folder);
-  }
-  barrier(*groups.control, stream);
+  const uint8_t failed = error != nullptr;
+  std::vector<uint8_t> of_ranks(size_t(groups.layout.ranks()));
+  groups.control->all_gather(stream, &failed, of_ranks.data(), 1);
+  stream.synchronize();
+  const auto first = std::ranges::find(of_ranks, uint8_t(1));
+  if (first == of_ranks.end()) return;
+  if (groups.rank == 0) clean_up();
+  barrier(*groups.control, stream);  // ranks that throw end the others
+  if (error) std::rethrow_exception(error);
+  throw PeerLost(groups.control->name(), int(first - of_ranks.begin()),
+                 "stopped: it could not write its part of the weights");
 }
 
 }  // namespace
@@ -190,12 +193,29 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
                   ProcessGroups& groups, Stream& stream, WeightsMetadata metadata, int64_t step) {
   metadata["step"] = std::to_string(step);
   metadata["format"] = "pt";
-  try {
-    write_folder(files, folder, store, groups, stream, metadata);
-  } catch (const std::exception&) {
-    if (groups.rank == 0) clean_up(files, folder);
-    throw;
-  }
+  const int shards = groups.layout.expert_size();
+  const int shard = groups.layout.expert_coordinate(groups.rank);
+  const bool writes = groups.layout.expert_data_coordinate(groups.rank) == 0;
+  const std::string fresh = fresh_name(folder);
+  const auto clean = [&] { clean_up(files, folder); };
+  const auto make_folder = [&] {
+    if (groups.rank != 0) return;
+    remove_tree(files, fresh);
+    files.make_folders(fresh);
+  };
+  const auto write_own = [&] {
+    if (writes)
+      write_shard(files, join_path(fresh, shard_name(shard, shards)),
+                  own_tensors(store, shard == 0), metadata);
+  };
+  const auto finish = [&] {
+    if (groups.rank != 0) return;
+    if (shards > 1) write_index(files, fresh, shards);
+    replace_folder(files, folder);
+  };
+  together(groups, stream, make_folder, clean);
+  together(groups, stream, write_own, clean);
+  together(groups, stream, finish, clean);
 }
 
 WeightsMetadata read_weights_metadata(const std::string& path) {

@@ -1,13 +1,14 @@
 #!/bin/sh
 # Installs with apt-get what the build needs and this Debian 12 machine does not have yet.
 # usage: sh scripts/install.sh        (as root, or as a user who may use sudo)
+# MOEMAMBA_MORE_PACKAGES names further ones (scripts/fuzz.sh: clang).
 # Where nothing is missing it changes nothing, asks for no privilege and takes milliseconds.
 set -eu
 
 packages="g++ cmake ninja-build pkg-config libopenmpi-dev openmpi-bin libprotobuf-dev
-protobuf-compiler libboost-dev libopenblas-dev libssl-dev zlib1g-dev libcli11-dev libfmt-dev
-libspdlog-dev nlohmann-json3-dev libsentencepiece-dev libhwloc-dev libeigen3-dev libgtest-dev
-libgmock-dev libbenchmark-dev iproute2 xz-utils bzip2 ca-certificates"
+protobuf-compiler libopenblas-dev libssl-dev zlib1g-dev libcli11-dev nlohmann-json3-dev
+libsentencepiece-dev libhwloc-dev libgtest-dev libbenchmark-dev iproute2 xz-utils bzip2
+ca-certificates ${MOEMAMBA_MORE_PACKAGES:-}"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   echo "install: this is not a Debian system; install by hand what provides:" $packages >&2

@@ -1,7 +1,8 @@
 #!/bin/sh
 # From nothing to a trained mixture of experts on a Debian 12 machine: installs what is missing,
 # builds, fetches Jane Austen's six novels, trains on five of them across two MPI ranks (the experts
-# are spread over both), and compares the result on the sixth with compressors.
+# are spread over both), kills one of them amid the run with SIGKILL, goes on from the newest
+# checkpoint on another layout, and compares the result on the sixth with compressors.
 # usage: sh scripts/quickstart.sh
 # Started again, it installs and builds nothing that is there, and trains anew in runs/quickstart.
 # Its last line is for programs; `seconds` are those of training. Exit code 0 only if the held-out
@@ -13,6 +14,8 @@ most_bits=1.90
 ranks=2
 tokens=data/austen/tokens
 run=runs/quickstart
+save_interval=110  # steps
+kill_step=340      # of 660
 moemamba=build/cpu-release/moemamba
 
 say() { printf '\n== %s\n' "$*"; }
@@ -24,11 +27,47 @@ sh scripts/build.sh cpu-release moemamba
 say "corpus: Debian's r-cran-janeaustenr, unpacked, not installed; Persuasion is held out"
 sh scripts/fetch_austen.sh "$moemamba"
 
-say "train on $ranks ranks, the experts spread over them"
+set -- train --ranks "$ranks" --config configs/quickstart.textproto --run="$run" \
+  --data.train="$tokens/train" --data.validation="$tokens/validation" \
+  --data.tokenizer="$tokens/tokenizer.model" --train.save_interval="$save_interval"
+# Descendants of a process, itself not among them.
+descendants() {
+  for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
+    echo "$child"
+    descendants "$child"
+  done
+}
+
+say "train on $ranks ranks, the experts spread over them; after step $kill_step one rank is killed"
 train_started=$(date +%s)
-"$moemamba" train --ranks "$ranks" --config configs/quickstart.textproto \
-  --run="$run" --overwrite=true --data.train="$tokens/train" \
-  --data.validation="$tokens/validation" --data.tokenizer="$tokens/tokenizer.model"
+rm -f "$run/metrics.jsonl"  # of the run before: its lines are counted below
+"$moemamba" "$@" --overwrite=true &
+launcher=$!
+trap 'kill "$launcher" 2>/dev/null; exit 1' INT TERM
+until [ "$(wc -l 2>/dev/null <"$run/metrics.jsonl" || echo 0)" -ge "$kill_step" ] &&
+  [ -n "$(ls -d "$run"/checkpoints/step-0*[0-9] 2>/dev/null)" ]; do
+  kill -0 "$launcher" 2>/dev/null || { wait "$launcher"; exit 1; }
+  sleep 0.2
+done
+victim=$(for process in $(descendants "$launcher"); do
+  if grep -qz '^OMPI_COMM_WORLD_RANK=' "/proc/$process/environ" 2>/dev/null; then
+    echo "$process"
+  fi
+done | sort -n | tail -n 1)
+kill -KILL "$victim"
+code=0
+wait "$launcher" || code=$?
+trap - INT TERM
+echo "quickstart: rank process $victim was killed with SIGKILL after" \
+  "$(wc -l <"$run/metrics.jsonl") steps; the run ended with code $code"
+if [ "$code" -eq 0 ]; then
+  echo "quickstart: FAILED: a run with a dead rank said that all is well"
+  exit 1
+fi
+
+say "go on from the newest checkpoint, every rank now with all experts"
+"$moemamba" inspect list "$run"
+"$moemamba" "$@" --overwrite=false --parallel.expert=1
 seconds=$(($(date +%s) - train_started))
 
 say "Persuasion, which the model has not seen"

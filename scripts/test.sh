@@ -2,7 +2,8 @@
 # Installs what is missing, builds and runs every test. Exit code 0: all of them passed.
 # usage: sh scripts/test.sh
 #   preset cpu-release: all tests;  cpu-asan: the unit tests under the address and
-#   undefined-behaviour sanitizers;  cuda-release: what there is for CUDA, where nvcc is found.
+#   undefined-behaviour sanitizers;  cuda-release: what there is for CUDA, where nvcc is found;
+#   cpu-fuzz: every fuzz target for a minute.
 # With CI=true in the environment a test that could not run (skipped) counts as failed.
 set -eu
 cd "$(dirname "$0")/.."
@@ -31,6 +32,12 @@ run_tests() {  # preset, further options of ctest
 }
 run_tests cpu-release
 run_tests cpu-asan -L unit
+
+# A minute for each target of tests/fuzz, two at a time.
+echo "== fuzz"
+fuzz=build/fuzz-summary.txt
+sh scripts/fuzz.sh 60 >"$fuzz" || failed="$failed fuzz"
+executions=$(awk '/^fuzz: .* executions/ { sum += $3 } END { print sum + 0 }' "$fuzz")
 
 # googletest: one <testcase> a line, followed by <skipped message="file:line&#x0A;reason"> where it
 # was skipped.
@@ -63,13 +70,15 @@ comparisons=$(sed -n 's/^comparisons: //p' "$summary")
 
 echo
 grep -E '^(skipped|failed): ' "$summary" | sed 's/^/  /' || true
+cat "$fuzz"
 seconds=$(($(date +%s) - started))
 verdict=passed
 [ -z "$failed" ] || verdict="FAILED in$failed"
 if [ "${CI:-}" = true ] && [ "$skipped" -gt 0 ]; then
   verdict="FAILED: CI=true and a test was skipped"
 fi
-echo "tests: $ran run, $failures failed, $skipped skipped, $seconds s: $verdict"
+echo "tests: $ran run, $failures failed, $skipped skipped, $executions fuzz executions, $seconds s:" \
+  "$verdict"
 if [ "$comparisons" -gt 0 ]; then cuda="on this machine's GPU"; fi
 echo "CUDA comparisons: $comparisons ($cuda)"
 [ "$verdict" = passed ]

@@ -194,5 +194,57 @@ TEST(Generate, GivesTheSameTextForTheSameSeedOnEveryLayout) {
   EXPECT_EQ(texts.size(), 1u);
 }
 
+// A text of 2000 tokens and more, of characters of one to four bytes, some of them many times.
+std::string many_characters() {
+  std::string text;
+  for (int i = 0; i < 300; ++i)
+    text += "h\xC3\xA9 \xD0\xB6\xD0\xB4\xE2\x82\xAC" + std::to_string(i % 7) + "\xF0\x9F\x90\x8D\n";
+  return text;
+}
+
+void expect_same_text_piece_by_piece(const Tokenizer& tokenizer, const std::string& text) {
+  const std::vector<int32_t> ids = tokenizer.encode(text);
+  ASSERT_GT(ids.size(), 2000u);
+  size_t decoded = 0;
+  std::string shown;
+  TextStream stream(
+      [&](std::span<const int32_t> made) {
+        decoded += made.size();
+        return tokenizer.decode(made);
+      },
+      [&](std::string_view part) {
+        EXPECT_FALSE(part.empty());
+        EXPECT_NE(uint8_t(part[0]) & 0xC0, 0x80) << "begins inside a character";
+        shown += part;
+      });
+  for (int32_t id : ids) {
+    stream.add(id);
+    EXPECT_LT(stream.text().size() - shown.size(), 4u) << "more is held back than one character";
+  }
+  stream.finish();
+  EXPECT_EQ(decoded, ids.size()) << "a token is decoded once";
+  EXPECT_EQ(shown, text);
+  EXPECT_EQ(stream.text(), tokenizer.decode(ids));
+}
+
+TEST(TextStream, ShowsWholeCharactersAndDecodesEveryTokenOnce) {
+  const std::string text = many_characters();
+  expect_same_text_piece_by_piece(Tokenizer::bytes(), text);
+  // Trained without the snake and the euro sign, whose bytes become tokens of their own.
+  const std::vector<std::string> sample(50, "h\xC3\xA9 \xD0\xB6\xD0\xB4 0123456\n");
+  expect_same_text_piece_by_piece(Tokenizer::train_bpe(sample, 280), text);
+}
+
+TEST(TextStream, GivesBackBytesThatAreNoUtf8) {
+  const Tokenizer tokenizer = Tokenizer::bytes();
+  std::string shown;
+  TextStream stream([&](std::span<const int32_t> made) { return tokenizer.decode(made); },
+                    [&](std::string_view part) { shown += part; });
+  const std::string text = "a\xFF\x80\x80\x80\x80\xE2z\xF0\x9F";
+  for (int32_t id : tokenizer.encode(text)) stream.add(id);
+  stream.finish();
+  EXPECT_EQ(shown, text);
+}
+
 }  // namespace
 }  // namespace moemamba

@@ -39,7 +39,6 @@ struct ThirdParty {
 const ThirdParty kThirdParties[] = {
     {"protobuf", "google/protobuf/.*", "core/.*|runtime/manifest\\.cc|launcher/build_facts\\.cc"},
     {"OpenSSL", "openssl/.*", "core/.*"},
-    {"fmt and spdlog", "(fmt|spdlog)/.*", "core/.*"},
     {"OpenBLAS", "cblas\\.h|openblas.*", "kernels/cpu/[^/]*"},
     {"SIMD intrinsics", "immintrin\\.h", "kernels/cpu/simd/.*"},
     {"CUDA", "cuda.*|cublas.*|cooperative_groups.*|cub/.*",
@@ -52,9 +51,9 @@ const ThirdParty kThirdParties[] = {
     {"Boost.Asio and Beast", "boost/(asio|beast|system)(/.*|\\.hpp)", "runtime/.*|launcher/.*"},
     {"CLI11", "CLI/.*", "launcher/.*"},
     {"hwloc", "hwloc.*", "launcher/.*"},
-    {"GoogleTest", "g(test|mock)/.*", "tests/.*"},
+    {"libFuzzer's sanitizers", "sanitizer/.*", "tests/fuzz/.*"},
+    {"GoogleTest", "gtest/.*", "tests/.*"},
     {"Google Benchmark", "benchmark/.*", "tests/.*"},
-    {"Eigen", "Eigen/.*", "tests/.*"},
     {"the operating system",
      "sys/.*|linux/.*|net.*/.*|arpa/.*|"
      "(dirent|dlfcn|errno|fcntl|poll|pthread|pwd|sched|signal|spawn|termios|time|unistd)\\.h",

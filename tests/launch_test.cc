@@ -125,6 +125,24 @@ TEST_F(Launch, GeneratesTheSameTextOnAnyNumberOfRanks) {
   }
 }
 
+TEST_F(Launch, ZeroStepsWriteTheFirstWeights) {
+  const Result result = shell("$moemamba train --ranks 2 --parallel.expert=2" + small_training(0));
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(read_file(run() + "/metrics.jsonl"), "");
+  const Result evaluated =
+      shell("$moemamba evaluate --run run --data.validation=tokens/validation");
+  EXPECT_EQ(evaluated.code, 0) << evaluated.err;
+  EXPECT_EQ(count(evaluated.out, ", loss 5.5"), 1) << evaluated.out;  // log 257: knows nothing
+}
+
+TEST_F(Launch, TheProgressLineKnowsBitsPerByteWithoutHeldOutTextToo) {
+  for (const char* more : {"", "--data.validation=tokens/validation "}) {
+    const Result result = shell("$moemamba train --overwrite=true" + small_training(1) + more);
+    EXPECT_EQ(result.code, 0) << result.err;
+    EXPECT_EQ(count(result.err, " (bpb 8.0"), 1) << result.err;
+  }
+}
+
 TEST_F(Launch, RanksWithoutSequencesAreTold) {
   const std::string train = "$moemamba train --ranks 3 --overwrite=true" + small_training(1);
   Result result = shell(train + "--train.routing_group=4");

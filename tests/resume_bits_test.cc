@@ -124,7 +124,8 @@ TEST(Resume, AtTheSameLayoutIsBitIdentical) {
   }
   for (const System& system : kSystems) {
     const std::string model = std::string("blocks: 2 width: 24 ") + system.model;
-    expect_unharmed(folder, {system.name, {.ranks = 2, .expert = 2, .model = model.c_str()}, kHalf});
+    expect_unharmed(folder,
+                    {system.name, {.ranks = 2, .expert = 2, .model = model.c_str()}, kHalf});
     ++cases;
   }
   std::printf("resumed runs that equal uninterrupted ones: %d\n", cases);

@@ -39,5 +39,6 @@ void add_matmul_benchmarks(Ceiling& ceiling);
 void add_scan_benchmarks(Ceiling& ceiling);
 void add_attention_benchmarks(Ceiling& ceiling);
 void add_step_benchmarks(Ceiling& ceiling);
+void add_checkpoint_benchmarks();  // beside a ceiling of their own
 
 }  // namespace moemamba

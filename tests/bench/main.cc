@@ -47,6 +47,7 @@ int main(int argc, char** argv) {
   moemamba::add_scan_benchmarks(ceiling);
   moemamba::add_attention_benchmarks(ceiling);
   moemamba::add_step_benchmarks(ceiling);
+  moemamba::add_checkpoint_benchmarks();
   benchmark::RunSpecifiedBenchmarks();
   return 0;
 }

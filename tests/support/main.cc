@@ -4,7 +4,6 @@
 #include <string>
 
 #include "tests/support/harness.h"
-#include "tests/support/soak.h"
 
 namespace moemamba {
 
@@ -30,37 +29,15 @@ class LastLine : public testing::EmptyTestEventListener {
   int comparisons_ = 0;
 };
 
-struct Soak {
-  int64_t seconds = 0;
-  uint64_t seed = 1;
-};
-Soak& soak() {
-  static Soak values;
-  return values;
-}
-
 }  // namespace
-
-int64_t soak_seconds() {
-  return soak().seconds;
-}
-
-uint64_t test_seed() {
-  return soak().seed;
-}
 
 }  // namespace moemamba
 
-// gtest's own main(), and --require-cuda: no GPU is a failure then; --soak-seconds N, --seed S.
+// gtest's own main(), and --require-cuda: no GPU is a failure then.
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   bool require_cuda = false;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    require_cuda |= word == "--require-cuda";
-    if (i + 1 < argc && word == "--soak-seconds") moemamba::soak().seconds = std::stoll(argv[i + 1]);
-    if (i + 1 < argc && word == "--seed") moemamba::soak().seed = std::stoull(argv[i + 1]);
-  }
+  for (int i = 1; i < argc; ++i) require_cuda |= argv[i] == std::string("--require-cuda");
   if (require_cuda && !moemamba::other_backend()) {
     std::fprintf(stderr, "--require-cuda: no GPU is there, or this build has no CUDA backend\n");
     return 1;

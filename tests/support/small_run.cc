@@ -21,7 +21,8 @@ namespace fs = std::filesystem;
 
 // The first tokens of the synthetic text alone.
 std::string short_tokens(int64_t tokens) {
-  const std::string whole = synthetic_tokens(61), path = whole + "." + std::to_string(tokens) + ".bin";
+  const std::string whole = synthetic_tokens(61),
+                    path = whole + "." + std::to_string(tokens) + ".bin";
   if (!fs::exists(path)) {
     fs::copy_file(whole, path);
     fs::resize_file(path, uintmax_t(tokens) * 2);
@@ -176,12 +177,11 @@ std::optional<CheckpointManifest> find_newest(const SmallRun& run, std::string* 
     Session session(groups, sizes, 1, run.batch, request.train.sequence_length(), 1.25,
                     Session::Memory::training);
     WrappedFiles files;
-    const auto own = load_newest(files, groups, session.compute, session.store,
-                                 {.run = run.folder,
-                                  .generation = generation,
-                                  .say = [&](const std::string& text) {
-                                    if (said) *said += text + "\n";
-                                  }});
+    const auto own = load_newest(
+        files, groups, session.compute, session.store,
+        {.run = run.folder, .generation = generation, .say = [&](const std::string& text) {
+           if (said) *said += text + "\n";
+         }});
     if (own)
       check(state_hash(groups, session.compute, session.store) == own->state_hash(),
             "what was loaded has another hash");

@@ -1,11 +1,16 @@
 #pragma once
 #include <cstdint>
+#include <string>
 
 namespace moemamba {
 
-// --soak-seconds N: how long each long part of a test may go on; 0: there are only quick parts.
+// What a test program was started with: --soak-seconds N asks every property for about N seconds of
+// further cases (0, the default: the quick part alone); --seed S (default 1) draws them. Read from
+// the process's own command line, so that no test keeps state.
 int64_t soak_seconds();
-// --seed S of all that tests draw; 1 unless told.
 uint64_t test_seed();
+
+// One line for people and scripts/soak.sh: "cases: P1 atomic: 1234, seed 1".
+void report_cases(const std::string& property, int64_t cases);
 
 }  // namespace moemamba

@@ -1,0 +1,21 @@
+# libFuzzer targets (preset cpu-fuzz, clang): each *_fuzz.cc of tests/fuzz is a program. They link
+# only what reads files of others, so that little is built under the sanitizers.
+add_library(fuzzed STATIC
+  runtime/safetensors.cc runtime/manifest.cc runtime/token_files.cc model/config.cc model/pattern.cc)
+foreach(proto model/model_config parallel/parallel_config runtime/train_config runtime/manifest
+        launcher/run_config)
+  target_sources(fuzzed PRIVATE ${CMAKE_BINARY_DIR}/generated/${proto}.pb.cc)
+endforeach()
+target_include_directories(fuzzed PUBLIC ${CMAKE_SOURCE_DIR})
+target_include_directories(fuzzed SYSTEM PUBLIC ${CMAKE_BINARY_DIR}/generated)
+target_link_libraries(fuzzed PUBLIC moemamba_core nlohmann_json::nlohmann_json)
+
+add_custom_target(fuzz)
+file(GLOB fuzz_sources CONFIGURE_DEPENDS tests/fuzz/*_fuzz.cc)
+foreach(source ${fuzz_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} ${source})
+  target_link_libraries(${name} PRIVATE fuzzed)
+  target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+  add_dependencies(fuzz ${name})
+endforeach()

@@ -1,0 +1,95 @@
+#!/bin/sh
+# The long parts of the tests, round after round with another seed: the fuzz targets, and every test
+# program called crash_*, damage_*, reshard_* or kill_*.
+# usage: sh scripts/soak.sh --minutes M [--seed S]
+# Ends with a table: property, cases, failures, first and last seed. Exit code 0: no failures. Logs
+# of rounds that failed stay in build/soak.
+set -eu
+cd "$(dirname "$0")/.."
+minutes=
+seed=1
+while [ $# -gt 0 ]; do
+  case $1 in
+    --minutes) minutes=${2:-}; shift ;;
+    --seed) seed=${2:-}; shift ;;
+    *) minutes= seed=; break ;;
+  esac
+  shift
+done
+case $minutes$seed in
+  '' | *[!0-9]*) echo "usage: sh scripts/soak.sh --minutes M [--seed S]" >&2; exit 2 ;;
+esac
+if [ -z "$minutes" ] || [ -z "$seed" ]; then
+  echo "usage: sh scripts/soak.sh --minutes M [--seed S]" >&2
+  exit 2
+fi
+
+programs=
+for source in tests/crash_*_test.cc tests/damage_*_test.cc tests/reshard_*_test.cc \
+  tests/kill_*_test.cc; do
+  [ ! -f "$source" ] || programs="$programs $(basename "$source" .cc)"
+done
+sh scripts/install.sh
+# shellcheck disable=SC2086  # a list of words
+sh scripts/build.sh cpu-release moemamba $programs
+
+# A fifth of a round for the fuzz targets, which run two at a time, the rest for the programs.
+results=build/soak
+rm -rf "$results"
+mkdir -p "$results"
+end=$(($(date +%s) + minutes * 60))
+count=$(echo "$programs" | wc -w)
+round=$((minutes * 60 < 600 ? minutes * 60 : 600))
+fuzz_seconds=$((round / 10 > 5 ? round / 10 : 5))
+share=$((count > 0 ? (round - 2 * fuzz_seconds) / count : 0))
+[ "$share" -ge 5 ] || share=5
+lines=$results/lines  # property|cases|failures|seed
+: >"$lines"
+
+# What a test program says of its cases: "cases: PROPERTY: N, seed S" (tests/support/soak.h),
+# "P1, P18: N kills of a launch, ..." or "lengths tried: N ...".
+counts() {  # seed
+  sed -n 's/^cases: //
+    s/^\(P[0-9P, ]*\): \([0-9][0-9]*\) \([^(,0-9]*\).*/\1 \3|\2/p
+    s/^\([A-Za-z][^:|]*\): \([0-9][0-9]*\)\([,; ].*\)\{0,1\}$/\1|\2/p' |
+    sed "s/ *|/|/; s/\$/|0|$1/"
+}
+
+while [ "$(date +%s)" -lt "$end" ]; do
+  log=$results/fuzz-$seed.log
+  sh scripts/fuzz.sh "$fuzz_seconds" >"$log" 2>&1 || true
+  sed -n 's/^fuzz: \([a-z_]*\): \([0-9]*\) executions.*: passed$/P23 hostile \1|\2|0|'"$seed/p" \
+    "$log" >>"$lines"
+  sed -n 's/^fuzz: \([a-z_]*\): \([0-9]*\) executions.*FAILED.*/P23 hostile \1|\2|1|'"$seed/p" \
+    "$log" >>"$lines"
+  grep -q '^fuzz: ' "$log" || echo "P23 hostile: did not run|0|1|$seed" >>"$lines"
+  for program in $programs; do
+    [ "$(date +%s)" -lt "$end" ] || break
+    log=$results/$program-$seed.log
+    code=0
+    (cd build/cpu-release && "./$program" --soak-seconds "$share" --seed "$seed") >"$log" 2>&1 ||
+      code=$?
+    counts "$seed" <"$log" >>"$lines"
+    tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
+    failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
+    [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1
+    echo "$program|${tests:-0}|${failed:-0}|$seed" >>"$lines"
+    [ "$code" -ne 0 ] || rm "$log"
+  done
+  seed=$((seed + 1))
+done
+
+echo
+awk -F '|' '
+  !($1 in cases) { order[++n] = $1; first[$1] = $4 }
+  { cases[$1] += $2; failures[$1] += $3; last[$1] = $4; all += $3 }
+  END {
+    printf "%-48s %14s %9s  %s\n", "property", "cases", "failures", "seeds"
+    for (i = 1; i <= n; ++i) {
+      p = order[i]
+      printf "%-48s %14d %9d  %s\n", p, cases[p], failures[p],
+        first[p] == last[p] ? first[p] : first[p] "-" last[p]
+    }
+    exit all > 0
+  }' "$lines" || { echo "soak: FAILED, logs in $results"; exit 1; }
+echo "soak: passed, $minutes minutes"
