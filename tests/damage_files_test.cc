@@ -122,8 +122,7 @@ TEST(Damage, EveryBitOfACheckpoint) {
   for (const auto& list : missed)
     EXPECT_TRUE(list.empty()) << list.size() << " flips were missed, the first: " << list.front();
   EXPECT_EQ(flips[0] + flips[1], int64_t(bytes) * 8);
-  std::printf("bits flipped one by one: %lld, all found and named\n",
-              static_cast<long long>(flips[0] + flips[1]));
+  report_cases("P9 every bit of a checkpoint", flips[0] + flips[1]);
 }
 
 TEST(Damage, TruncatedAndExtendedFiles) {
@@ -143,7 +142,7 @@ TEST(Damage, TruncatedAndExtendedFiles) {
     }
   }
   EXPECT_EQ(problem_of(checkpoint), "");
-  std::printf("lengths tried: %lld\n", static_cast<long long>(cases));
+  report_cases("P9 files of another length", cases);
 }
 
 // What else may become of one file of a checkpoint. Each returns whether it changed anything.
@@ -236,7 +235,7 @@ TEST(Damage, EveryFileByEveryHarm) {
           expect_found(harm, name, join_path(place(run, 8), other));
     }
   EXPECT_GT(cases, 60);
-  std::printf("harms to one file: %d\n", cases);
+  report_cases("P9 harms to one file", cases);
 }
 
 // A whole checkpoint under another step's name is none of that step.
@@ -324,8 +323,8 @@ TEST(Damage, OfTheNewestMakesTheNextOlderOneBeTaken) {
       fs::remove_all(run.folder);
     }
   EXPECT_GE(runs, 5);
-  std::printf("newest 1 to 4 of 4 checkpoints damaged: %d cases, %d runs to their end\n", cases,
-              runs);
+  std::printf("of them to their end: %d\n", runs);
+  report_cases("P11, P12 newest 1 to 4 of 4 damaged", cases);
 }
 
 TEST(Damage, OtherPeoplesFilesAreHarmlessAndStay) {
@@ -358,7 +357,7 @@ TEST(Damage, OtherPeoplesFilesAreHarmlessAndStay) {
     ++kept;
   }
   EXPECT_EQ(read_file(all + "/LATEST"), "step-00000008\n");
-  std::printf("files of others beside and in checkpoints: %d\n", kept + 3);
+  report_cases("P18 files of others stay", kept);
 }
 
 // Random flips of a larger one, through the same door as a launch: quick a few, soak 10^6.
@@ -393,9 +392,7 @@ TEST(Damage, RandomBitsOfALargerCheckpoint) {
   } while (flips < 300 ||
            (flips < 1'000'000 && std::chrono::steady_clock::now() - start < enough));
   EXPECT_EQ(problem_of(checkpoint), "");
-  std::printf("random flips of %lld KiB: %lld, seed %llu\n",
-              static_cast<long long>(ends.back() >> 13), static_cast<long long>(flips),
-              static_cast<unsigned long long>(test_seed()));
+  report_cases(concat("P9 random bits of ", ends.back() >> 13, " KiB"), flips);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include "runtime/state_hash.h"
 #include "tests/support/in_world.h"
 #include "tests/support/small_run.h"
+#include "tests/support/soak.h"
 #include "tests/support/systems.h"
 #include "tests/support/temporary_folder.h"
 #include "tests/support/training.h"
@@ -207,8 +208,8 @@ TEST(Reshard, EveryPairOfLayoutsGivesEveryBitBack) {
       fs::remove_all(run);
     }
   }
-  std::printf("pairs of layouts: %lld; pieces found once and right: %lld\n",
-              static_cast<long long>(pairs), static_cast<long long>(pieces));
+  report_cases("P14 pairs of layouts", pairs);
+  report_cases("P15 pieces found once and right", pieces);
 }
 
 std::map<std::string, std::string> bytes_of(const std::string& run) {
@@ -231,7 +232,7 @@ TEST(Reshard, EverySystemComesBackByteForByte) {
     EXPECT_TRUE(bytes_of(folder / "0") == bytes_of(folder / "5")) << system.name;
     for (size_t i = 0; i < std::size(way); ++i) fs::remove_all(folder / std::to_string(i));
   }
-  std::printf("reshards of systems: %d\n", cases);
+  report_cases("P13, P14 reshards of systems", cases);
 }
 
 // The copy is taken when training is told to go on: whatever it does then, the files do not see.
@@ -258,7 +259,7 @@ TEST(Reshard, ACopyIsSavedNotWhatTrainingMakesOfItMeanwhile) {
     fs::remove_all(folder / "moved");
   }
   EXPECT_GT(changed, 10000);
-  std::printf("elements changed under a save: %lld\n", static_cast<long long>(changed));
+  report_cases("P19 elements changed under a save", changed);
 }
 
 // Whole runs: a save that takes as long as four steps writes what one that all wait for writes.

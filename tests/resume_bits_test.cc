@@ -128,7 +128,7 @@ TEST(Resume, AtTheSameLayoutIsBitIdentical) {
                     {system.name, {.ranks = 2, .expert = 2, .model = model.c_str()}, kHalf});
     ++cases;
   }
-  std::printf("resumed runs that equal uninterrupted ones: %d\n", cases);
+  report_cases("resumed runs that equal uninterrupted ones", cases);
 }
 
 // Its last checkpoint is there, its weights are not yet: the same command makes up for them.
@@ -155,6 +155,14 @@ TEST(Resume, ARunThatEndedBeforeItsWeightsGetsThem) {
     expect_same_run("weights made up for", folder / "whole", run.folder, run.steps);
     EXPECT_NE(message_of([&] { launch(run); }).find("it is finished"), std::string::npos);
   }
+}
+
+// Asked in its last step, a run is done, not stopped: nothing is left to start again for.
+TEST(Resume, ARunThatIsAskedToStopInItsLastStepIsDone) {
+  TemporaryFolder folder;
+  const SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 4, .launch_steps = 4};
+  EXPECT_FALSE(launch(run).stopped);
+  EXPECT_EQ(newest_manifest(run.folder).step(), 4);
 }
 
 // What the tests above are worth: another seed, and a run that begins again, are not the same run.
@@ -203,8 +211,8 @@ TEST(Resume, CrashesAtRandomSteps) {
     fs::remove_all(run.folder);
     ++runs;
   } while (runs < 5 || std::chrono::steady_clock::now() - start < quick);
-  std::printf("%lld crashes in %lld runs, seed %llu\n", static_cast<long long>(crashes),
-              static_cast<long long>(runs), static_cast<unsigned long long>(test_seed()));
+  std::printf("runs to their end: %lld\n", static_cast<long long>(runs));
+  report_cases("crashes between steps, resumed", crashes);
 }
 
 }  // namespace
