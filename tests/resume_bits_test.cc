@@ -1,10 +1,12 @@
 // A run that was interrupted and went on is, bit for bit, the run that was not.
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cstdio>
 #include <filesystem>
 
 #include "core/random.h"
+#include "runtime/state_hash.h"
 #include "tests/support/small_run.h"
 #include "tests/support/soak.h"
 #include "tests/support/systems.h"
@@ -154,6 +156,21 @@ TEST(Resume, ARunThatEndedBeforeItsWeightsGetsThem) {
     EXPECT_FALSE(launch(run).stopped);
     expect_same_run("weights made up for", folder / "whole", run.folder, run.steps);
     EXPECT_NE(message_of([&] { launch(run); }).find("it is finished"), std::string::npos);
+  }
+}
+
+// As docs/checkpoint_format.md has it, so that other programs can compute it.
+TEST(Resume, TheHashChainIsWhatItsPageSays) {
+  HashChain chain;
+  std::string digits(64, '0');
+  for (int64_t k = 0; k < 3; ++k) {
+    const double loss = 1.5 + double(k), norm = 0.25;
+    chain.add(
+        {.step = k, .loss = loss, .grad_norm = norm, .first_sample = 8 * k, .samples = 8});
+    const uint64_t words[] = {uint64_t(k), std::bit_cast<uint64_t>(loss),
+                              std::bit_cast<uint64_t>(norm), uint64_t(8 * k), 8};
+    digits = sha256(digits + std::string(reinterpret_cast<const char*>(words), sizeof words));
+    EXPECT_EQ(chain.text().data(), digits);
   }
 }
 
