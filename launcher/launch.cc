@@ -115,11 +115,11 @@ Ended wait_for(pid_t child, const sigset_t& signals, OnSignal on_signal) {
 }
 
 // What the ranks' end means, said and as an exit code.
-int explain(const Ended& ended) {
+int explain(const Ended& ended, OnSignal on_signal) {
   if (ended.signal != 0) {
     if (ended.code != 0 && ended.code != kExitRestart)
       std::fprintf(stderr, "moemamba: %s: the ranks were ended\n", signal_name(ended.signal));
-    if (ended.code == 0 && ended.signal == SIGUSR1) return 0;  // it was at its end anyway
+    if (ended.code == 0 && on_signal == OnSignal::ask) return 0;  // it was at its end anyway
     const bool resumes = ended.code == kExitRestart && ended.signal != SIGINT;
     return resumes ? kExitRestart : 128 + ended.signal;
   }
@@ -176,7 +176,7 @@ int launch(int ranks, const std::vector<std::string>& words, OnSignal on_signal)
   if (child == 0) become(command, before, parent);
   const Ended ended = wait_for(child, signals, on_signal);
   sigprocmask(SIG_SETMASK, &before, nullptr);
-  return explain(ended);
+  return explain(ended, on_signal);
 }
 
 Terminal find_terminal() {

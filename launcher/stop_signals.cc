@@ -17,14 +17,17 @@ void hand_back(int signal, siginfo_t*, void* context) {
   kill(getpid(), signal);
 }
 
-void set_handlers(const sigset_t& signals, bool ours) {
+void set_handlers(const sigset_t& signals, void (*handler)(int)) {
   struct sigaction action {};
-  if (ours) {
-    action.sa_sigaction = hand_back;
-    action.sa_flags = SA_SIGINFO | SA_RESTART;
-  } else {
-    action.sa_handler = SIG_DFL;
-  }
+  action.sa_handler = handler;
+  for (int signal : kStopSignals)
+    if (sigismember(&signals, signal)) sigaction(signal, &action, nullptr);
+}
+
+void set_hand_back(const sigset_t& signals) {
+  struct sigaction action {};
+  action.sa_sigaction = hand_back;
+  action.sa_flags = SA_SIGINFO | SA_RESTART;
   for (int signal : kStopSignals)
     if (sigismember(&signals, signal)) sigaction(signal, &action, nullptr);
 }
@@ -53,7 +56,7 @@ StopSignals::StopSignals(std::string notice)
     : signals_(stop_signals()), notice_(std::move(notice)) {
   sigaddset(&signals_, SIGUSR2);  // the destructor's word to the watcher
   pthread_sigmask(SIG_BLOCK, &signals_, &before_);
-  set_handlers(signals_, true);
+  set_hand_back(signals_);
   watcher_ = std::thread([this] { watch(); });
 }
 
@@ -61,7 +64,7 @@ StopSignals::~StopSignals() {
   ends_ = true;
   pthread_kill(watcher_.native_handle(), SIGUSR2);
   watcher_.join();
-  set_handlers(signals_, false);
+  set_handlers(signals_, SIG_IGN);  // what was to be ended has ended
   pthread_sigmask(SIG_SETMASK, &before_, nullptr);
 }
 
@@ -74,7 +77,7 @@ void StopSignals::watch() {
     if (signal <= 0 || signal == SIGUSR2) continue;  // interrupted; the destructor
     received_ = signal;
     std::fputs(notice_.c_str(), stderr);
-    set_handlers(signals_, false);
+    set_handlers(signals_, SIG_DFL);
     sigset_t next = signals_;
     sigdelset(&next, SIGUSR2);
     pthread_sigmask(SIG_UNBLOCK, &next, nullptr);  // here the next one takes its effect

@@ -78,6 +78,8 @@ std::string problem_of(Work&& work) {
     return "";
   } catch (const PeerLost&) {
     throw;
+  } catch (const OtherFormat&) {  // every rank finds the same
+    throw;
   } catch (const std::exception& error) {
     return *error.what() ? error.what() : "unknown";
   }

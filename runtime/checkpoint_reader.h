@@ -40,7 +40,8 @@ struct LoadRequest {
 
 // The newest checkpoint of the run that holds in every file, loaded by all ranks: any layout reads
 // any layout's. Damaged ones are named and, once a good one is found, renamed. None there: nothing.
-// Some there and none good, or of another model: an Error, and nothing is touched.
+// Some there and none good, or the newest whole one of another model or of a format that this
+// program does not read: an Error, and nothing is touched.
 std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& groups,
                                               Stream& stream, const ParameterStore& store,
                                               const LoadRequest& request);

@@ -69,6 +69,17 @@ void check_cover(const CheckpointManifest& manifest, const CheckpointManifest::T
         end, " of ", elements);
 }
 
+void check_format(const CheckpointManifest& manifest, const std::string& path) {
+  const int format = manifest.format(), oldest = std::max(1, kManifestFormat - 1);
+  if (format > kManifestFormat)
+    throw OtherFormat(concat(path, ": written in format ", format, ", this program reads up to ",
+                             kManifestFormat, "; take a newer moemamba"));
+  if (format < oldest)
+    throw OtherFormat(concat(path, ": written in format ", format, ", this program reads ", oldest,
+                             " to ", kManifestFormat,
+                             "; let an older moemamba go on from it and save"));
+}
+
 void check_files(const CheckpointManifest& manifest, const std::string& path) {
   std::set<std::string> names;
   for (const auto& file : manifest.files()) {
@@ -113,10 +124,7 @@ CheckpointManifest unseal(std::string_view bytes, const std::string& path) {
         ": damaged: its bytes do not have the digest that it says");
   CheckpointManifest manifest;
   check(parse(sealed.manifest(), manifest), path, ": damaged: cannot be read");
-  check(manifest.format() <= kManifestFormat, path, ": written in format ", manifest.format(),
-        ", this program reads up to ", kManifestFormat, "; take a newer moemamba");
-  check(manifest.format() >= std::max(1, kManifestFormat - 1), path, ": written in format ",
-        manifest.format(), ", this program reads ", kManifestFormat, " and the one before");
+  check_format(manifest, path);
   check_files(manifest, path);
   check_tensors(manifest, path);
   return manifest;

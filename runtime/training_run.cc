@@ -163,7 +163,8 @@ TrainResult TrainingRun::go() {
   introduce();
   // It was cut off between its last checkpoint and its weights.
   if (loaded_step_ >= request_.train.steps()) conclude(loaded_step_);
-  for (int64_t k = first_step_; k < request_.train.steps() && !trainer_.stopping(); ++k) {
+  int64_t k = first_step_;
+  for (; k < request_.train.steps() && !trainer_.stopping(); ++k) {
     if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
     StepRecord record = trainer_.step(k);
     after_step(record);
@@ -171,7 +172,7 @@ TrainResult TrainingRun::go() {
   checkpoints_->finish();
   if (request_.train.steps() == 0) save_weights_of(0);
   finish();
-  return {.evaluation = evaluation_, .stopped = trainer_.stopping()};
+  return {.evaluation = evaluation_, .stopped = k < request_.train.steps()};
 }
 
 TrainResult run_training(FileSystem& files, ProcessGroups& groups, const TrainRequest& request) {

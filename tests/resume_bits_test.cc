@@ -1,10 +1,12 @@
 // A run that was interrupted and went on is, bit for bit, the run that was not.
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cstdio>
 #include <filesystem>
 
 #include "core/random.h"
+#include "runtime/state_hash.h"
 #include "tests/support/small_run.h"
 #include "tests/support/soak.h"
 #include "tests/support/systems.h"
@@ -128,7 +130,7 @@ TEST(Resume, AtTheSameLayoutIsBitIdentical) {
                     {system.name, {.ranks = 2, .expert = 2, .model = model.c_str()}, kHalf});
     ++cases;
   }
-  std::printf("resumed runs that equal uninterrupted ones: %d\n", cases);
+  report_cases("resumed runs that equal uninterrupted ones", cases);
 }
 
 // Its last checkpoint is there, its weights are not yet: the same command makes up for them.
@@ -155,6 +157,29 @@ TEST(Resume, ARunThatEndedBeforeItsWeightsGetsThem) {
     expect_same_run("weights made up for", folder / "whole", run.folder, run.steps);
     EXPECT_NE(message_of([&] { launch(run); }).find("it is finished"), std::string::npos);
   }
+}
+
+// As docs/checkpoint_format.md has it, so that other programs can compute it.
+TEST(Resume, TheHashChainIsWhatItsPageSays) {
+  HashChain chain;
+  std::string digits(64, '0');
+  for (int64_t k = 0; k < 3; ++k) {
+    const double loss = 1.5 + double(k), norm = 0.25;
+    chain.add(
+        {.step = k, .loss = loss, .grad_norm = norm, .first_sample = 8 * k, .samples = 8});
+    const uint64_t words[] = {uint64_t(k), std::bit_cast<uint64_t>(loss),
+                              std::bit_cast<uint64_t>(norm), uint64_t(8 * k), 8};
+    digits = sha256(digits + std::string(reinterpret_cast<const char*>(words), sizeof words));
+    EXPECT_EQ(chain.text().data(), digits);
+  }
+}
+
+// Asked in its last step, a run is done, not stopped: nothing is left to start again for.
+TEST(Resume, ARunThatIsAskedToStopInItsLastStepIsDone) {
+  TemporaryFolder folder;
+  const SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 4, .launch_steps = 4};
+  EXPECT_FALSE(launch(run).stopped);
+  EXPECT_EQ(newest_manifest(run.folder).step(), 4);
 }
 
 // What the tests above are worth: another seed, and a run that begins again, are not the same run.
@@ -203,8 +228,8 @@ TEST(Resume, CrashesAtRandomSteps) {
     fs::remove_all(run.folder);
     ++runs;
   } while (runs < 5 || std::chrono::steady_clock::now() - start < quick);
-  std::printf("%lld crashes in %lld runs, seed %llu\n", static_cast<long long>(crashes),
-              static_cast<long long>(runs), static_cast<unsigned long long>(test_seed()));
+  std::printf("runs to their end: %lld\n", static_cast<long long>(runs));
+  report_cases("crashes between steps, resumed", crashes);
 }
 
 }  // namespace

@@ -1,0 +1,108 @@
+// Going on with a run as users do it: folders that hold another run, other formats, and a checkpoint
+// of every format that there ever was.
+#include <filesystem>
+
+#include "runtime/state_hash.h"
+#include "tests/support/program.h"
+#include "tests/support/small_run.h"
+
+namespace moemamba {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Resume : public ProgramTest {
+ protected:
+  std::string copy_golden(const std::string& format) const {
+    const std::string golden = MOEMAMBA_SOURCE_DIR "/tests/golden_checkpoints/format-" + format;
+    fs::create_directories(checkpoints_folder(run()));
+    fs::copy(golden + "/step-00000003", checkpoints_folder(run()) + "/step-00000003");
+    return golden;
+  }
+};
+
+TEST_F(Resume, AnotherRunIsRefusedByItsSettings) {
+  const std::string train = "$moemamba train" + small_training(4);
+  ASSERT_EQ(shell(train).code, 0);
+  const auto before = tree_of(run());
+  const std::pair<const char*, const char*> others[] = {
+      {"--model.experts=3", "model.experts: 2 there, 3 here"},
+      {"--model.width=24", "model.width: 16 there, 24 here"},
+      {"--train.seed=7", "train.seed: 42 there, 7 here"},
+      {"--train.global_batch_size=8", "train.global_batch_size: 4 there, 8 here"},
+      {"--train.sequence_length=8", "train.sequence_length: 16 there, 8 here"},
+      {"--data.sampling=CIRCULAR", "data.sampling: EPOCHS there, CIRCULAR here"}};
+  for (const auto& [option, text] : others)
+    for (const std::string steps : {"", " --train.steps=9"}) {
+      const Result result = shell(train + option + steps);
+      EXPECT_EQ(result.code, 1) << result.err;
+      EXPECT_EQ(count(result.err, "already holds a run; choose another --run or set "), 1)
+          << result.err;
+      EXPECT_EQ(count(result.err, text), 1) << text << " in\n" << result.err;
+    }
+  Result result = shell(train + "--fresh --train.steps=9");
+  EXPECT_EQ(result.code, 1) << result.err;
+  EXPECT_EQ(count(result.err, "--fresh wants an empty folder"), 1) << result.err;
+  EXPECT_TRUE(tree_of(run()) == before) << "something was touched";
+  result = shell(train + "--train.steps=6");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(count(result.err, "train.steps: 4 there, 6 here"), 1) << result.err;
+  EXPECT_EQ(numbers_of(read_file(run() + "/metrics.jsonl"), "step"),
+            (std::vector<double>{0, 1, 2, 3, 4, 5}));
+  result = shell("$moemamba train --fresh --run=new" + small_training(2) + "--run=new");
+  EXPECT_EQ(result.code, 0) << result.err;
+}
+
+// Whole, and from elsewhere in time: it is neither read nor taken for a damaged one.
+TEST_F(Resume, AnotherFormatIsRefusedAndLeftAlone) {
+  const std::string train = "$moemamba train" + small_training(4) + "--train.save_interval=2 ";
+  ASSERT_EQ(shell(train).code, 0);
+  const std::string place = list_checkpoints(run()).front().path + "/" + kManifestName;
+  const std::string content = read_file(place);
+  CheckpointManifest manifest = unseal(content, place);
+  for (const auto& [format, text] :
+       {std::pair(2, "MANIFEST.pb: written in format 2, this program reads up to 1; take a newer "
+                     "moemamba"),
+        {0, "MANIFEST.pb: written in format 0, this program reads 1 to 1"}}) {
+    manifest.set_format(format);
+    put("run/checkpoints/step-00000004/MANIFEST.pb", seal(manifest));
+    const auto before = tree_of(checkpoints_folder(run()));
+    const Result result = shell(train + "--train.steps=6");
+    EXPECT_EQ(result.code, 1) << result.err;
+    EXPECT_EQ(count(result.err, text), 1) << result.err;
+    EXPECT_TRUE(tree_of(checkpoints_folder(run())) == before);
+  }
+  put("run/checkpoints/step-00000004/MANIFEST.pb", content);
+  EXPECT_EQ(shell(train + "--train.steps=6").code, 0);
+}
+
+// Nothing may ever make these unreadable: an older format goes when this program's is two further.
+TEST_F(Resume, TheCheckpointOfEveryFormatIsRead) {
+  const std::string folder = copy_golden("1"), place = list_checkpoints(run()).front().path;
+  const std::string expected = read_file(folder + "/expected.txt");
+  const auto value_of = [&](const std::string& name) {
+    const size_t at = expected.find("\n" + name + ": ") + name.size() + 3;
+    return expected.substr(at, expected.find('\n', at) - at);
+  };
+  const Checkpoint checkpoint(place);
+  checkpoint.verify_files();
+  const CheckpointManifest& manifest = checkpoint.manifest();
+  EXPECT_EQ(manifest.format(), 1);
+  EXPECT_EQ(state_hash_text(hash_of_files(place)), value_of("state hash"));
+  EXPECT_EQ(state_hash_text(manifest.state_hash()), value_of("state hash"));
+  EXPECT_EQ(manifest.chain(), value_of("chain"));
+  EXPECT_EQ(std::to_string(manifest.next_sample()), value_of("next sample"));
+  // And gone on with: its own settings, two more steps.
+  put("run/config.textproto", manifest.config());
+  put("settings.textproto", manifest.config());
+  small_training(1);  // its text
+  const Result result =
+      shell("$moemamba train --config settings.textproto --run=run --train.steps=5 "
+            "--parallel.expert=1 --data.train=tokens/train");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(count(result.err, "resumed    run/checkpoints/step-00000003"), 1) << result.err;
+  EXPECT_EQ(newest_manifest(run()).step(), 5);
+}
+
+}  // namespace
+}  // namespace moemamba

@@ -6,32 +6,11 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
-#include <map>
 #include <thread>
 
 #include "core/file.h"
 
 namespace moemamba {
-
-namespace {
-
-std::string words_of(pid_t id, const char* what) {  // "cmdline", "comm" or "environ"
-  std::ifstream file("/proc/" + std::to_string(id) + "/" + what, std::ios::binary);
-  return std::string((std::istreambuf_iterator<char>(file)), {});
-}
-
-// Living processes that were started with `mark` among their words (zombies have none).
-std::vector<pid_t> processes_with(const std::string& mark) {
-  std::vector<pid_t> found;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
-    const pid_t id = std::atoi(entry.path().filename().c_str());
-    if (id > 0 && words_of(id, "cmdline").find(mark) != std::string::npos) found.push_back(id);
-  }
-  return found;
-}
-
-}  // namespace
 
 int count(const std::string& text, const std::string& part) {
   int found = 0;
@@ -78,26 +57,11 @@ ProgramTest::Result ProgramTest::while_training(const std::string& words,
                                                 std::function<void(const Processes&)> act) const {
   const std::string training = small_training(1'000'000'000);
   const std::string mark = "--run=" + run();
-  const auto programs = [&] {
-    Processes processes;
-    std::map<int, pid_t> by_rank;
-    for (pid_t id : processes_with(mark)) {
-      if (words_of(id, "comm") != "moemamba\n") continue;  // the shell, mpirun
-      const std::string name = "OMPI_COMM_WORLD_RANK=", environment = words_of(id, "environ");
-      const size_t at = environment.find(name);
-      if (at == std::string::npos)
-        processes.launchers.push_back(id);
-      else
-        by_rank[std::atoi(environment.c_str() + at + name.size())] = id;
-    }
-    for (const auto& [rank, id] : by_rank) processes.ranks.push_back(id);
-    return processes;
-  };
   std::thread actor([&] {
     const auto pause = [] { std::this_thread::sleep_for(std::chrono::milliseconds(100)); };
     const std::string metrics = join_path(run(), "metrics.jsonl");
     for (int i = 0; i < 600 && (!file_exists(metrics) || read_file(metrics).empty()); ++i) pause();
-    const Processes processes = programs();
+    const Processes processes = find_processes(mark);
     EXPECT_EQ(processes.launchers.size(), 1u);
     EXPECT_EQ(processes.ranks.size(), 2u);
     if (processes.launchers.size() == 1 && processes.ranks.size() == 2) act(processes);

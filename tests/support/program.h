@@ -1,11 +1,11 @@
 #pragma once
 #include <gtest/gtest.h>
-#include <sys/types.h>
 
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "tests/support/processes.h"
 #include "tests/support/temporary_folder.h"
 
 namespace moemamba {
@@ -36,10 +36,6 @@ class ProgramTest : public testing::Test {
   std::string small_training(int64_t steps) const;
   std::string run() const { return folder_ / "run"; }
 
-  struct Processes {
-    std::vector<pid_t> launchers;
-    std::vector<pid_t> ranks;  // in the order of their numbers
-  };
   // Starts an endless training with two ranks and `words`, calls `act` after its first steps, and
   // expects that all of its processes end within 20 s. Returns what the launcher left behind.
   Result while_training(const std::string& words, std::function<void(const Processes&)> act) const;

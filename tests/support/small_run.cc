@@ -153,6 +153,8 @@ std::map<std::string, std::string> tree_of(const std::string& folder) {
       tree[name] = "link to " + fs::read_symlink(entry.path()).string();
     else if (entry.is_directory())
       tree[name] = "folder";
+    else if (!entry.is_regular_file())
+      tree[name] = "something else";
     else
       tree[name] = concat("file of ", entry.last_write_time().time_since_epoch().count(), "\n",
                           read_file(entry.path().string()));
