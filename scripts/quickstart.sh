@@ -1,8 +1,8 @@
 #!/bin/sh
 # From nothing to a trained mixture of experts on a Debian 12 machine: installs what is missing,
-# builds, fetches Jane Austen's six novels, trains on five of them across two MPI ranks (the experts
-# are spread over both), kills one of them amid the run with SIGKILL, goes on from the newest
-# checkpoint on another layout, and compares the result on the sixth with compressors.
+# builds, fetches Jane Austen's six novels, trains on five of them across two MPI ranks, kills one of
+# them amid the run with SIGKILL, goes on from the newest checkpoint on another layout (the experts
+# are spread over both ranks now), and compares the result on the sixth with compressors.
 # usage: sh scripts/quickstart.sh
 # Started again, it installs and builds nothing that is there, and trains anew in runs/quickstart.
 # Its last line is for programs; `seconds` are those of training. Exit code 0 only if the held-out
@@ -38,10 +38,10 @@ descendants() {
   done
 }
 
-say "train on $ranks ranks, the experts spread over them; after step $kill_step one rank is killed"
+say "train on $ranks ranks, each with all experts; after step $kill_step one rank is killed"
 train_started=$(date +%s)
 rm -f "$run/metrics.jsonl"  # of the run before: its lines are counted below
-"$moemamba" "$@" --overwrite=true &
+"$moemamba" "$@" --overwrite=true --parallel.expert=1 &
 launcher=$!
 trap 'kill "$launcher" 2>/dev/null; exit 1' INT TERM
 until [ "$(wc -l 2>/dev/null <"$run/metrics.jsonl" || echo 0)" -ge "$kill_step" ] &&
@@ -65,9 +65,9 @@ if [ "$code" -eq 0 ]; then
   exit 1
 fi
 
-say "go on from the newest checkpoint, every rank now with all experts"
+say "go on from the newest checkpoint, the experts now spread over both ranks"
 "$moemamba" inspect list "$run"
-"$moemamba" "$@" --overwrite=false --parallel.expert=1
+"$moemamba" "$@" --overwrite=false
 seconds=$(($(date +%s) - train_started))
 
 say "Persuasion, which the model has not seen"
