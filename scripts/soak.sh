@@ -25,7 +25,7 @@ if [ -z "$minutes" ] || [ -z "$seed" ]; then
 fi
 
 programs=
-for source in tests/lease_*test.cc tests/crash_*_test.cc tests/damage_*_test.cc tests/reshard_*_test.cc \
+for source in tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc tests/reshard_*_test.cc \
   tests/kill_*_test.cc; do
   [ ! -f "$source" ] || programs="$programs $(basename "$source" .cc)"
 done
