@@ -37,8 +37,8 @@ class CheckpointWriter {
   int64_t staged_bytes() const { return staged_bytes_; }
   void stage();
   // "" when the checkpoint is there for good; else why this attempt was given up, the same on every
-  // rank, with nothing left of it but perhaps a folder that says what it is (or, where only the last
-  // sync failed, the whole checkpoint). Throws PeerLost alone.
+  // rank, with nothing left of it but perhaps a folder that says what it is (or, where only the
+  // last sync failed, the whole checkpoint). Throws PeerLost alone.
   std::string write(const CheckpointFacts& facts);
 
  private:

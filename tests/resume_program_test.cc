@@ -1,5 +1,5 @@
-// Going on with a run as users do it: folders that hold another run, other formats, and a checkpoint
-// of every format that there ever was.
+// Going on with a run as users do it: folders that hold another run, other formats, and a
+// checkpoint of every format that there ever was.
 #include <filesystem>
 
 #include "runtime/state_hash.h"
@@ -61,8 +61,9 @@ TEST_F(Resume, AnotherFormatIsRefusedAndLeftAlone) {
   const std::string content = read_file(place);
   CheckpointManifest manifest = unseal(content, place);
   for (const auto& [format, text] :
-       {std::pair(2, "MANIFEST.pb: written in format 2, this program reads up to 1; take a newer "
-                     "moemamba"),
+       {std::pair(2,
+                  "MANIFEST.pb: written in format 2, this program reads up to 1; take a newer "
+                  "moemamba"),
         {0, "MANIFEST.pb: written in format 0, this program reads 1 to 1"}}) {
     manifest.set_format(format);
     put("run/checkpoints/step-00000004/MANIFEST.pb", seal(manifest));
@@ -96,9 +97,9 @@ TEST_F(Resume, TheCheckpointOfEveryFormatIsRead) {
   put("run/config.textproto", manifest.config());
   put("settings.textproto", manifest.config());
   small_training(1);  // its text
-  const Result result =
-      shell("$moemamba train --config settings.textproto --run=run --train.steps=5 "
-            "--parallel.expert=1 --data.train=tokens/train");
+  const Result result = shell(
+      "$moemamba train --config settings.textproto --run=run --train.steps=5 "
+      "--parallel.expert=1 --data.train=tokens/train");
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(count(result.err, "resumed    run/checkpoints/step-00000003"), 1) << result.err;
   EXPECT_EQ(newest_manifest(run()).step(), 5);
