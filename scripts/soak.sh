@@ -1,6 +1,6 @@
 #!/bin/sh
 # The long parts of the tests, round after round with another seed: the fuzz targets, and every test
-# program called crash_*, damage_*, reshard_*, kill_* or lease_*.
+# program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test.
 # usage: sh scripts/soak.sh --minutes M [--seed S]
 # Ends with a table: property, cases, failures, first and last seed. Exit code 0: no failures. Logs
 # of rounds that failed stay in build/soak.
@@ -25,8 +25,8 @@ if [ -z "$minutes" ] || [ -z "$seed" ]; then
 fi
 
 programs=
-for source in tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc tests/reshard_*_test.cc \
-  tests/kill_*_test.cc; do
+for source in tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc \
+  tests/reshard_*_test.cc tests/resume_bits_test.cc tests/kill_*_test.cc; do
   [ ! -f "$source" ] || programs="$programs $(basename "$source" .cc)"
 done
 sh scripts/install.sh

@@ -192,8 +192,8 @@ const NamedHarm kHarms[] = {
      [](const std::string& path, const std::string&) {
        std::string content = read_file(path);
        const size_t block = content.size() / 2;
-       const std::string swapped = content.substr(block, block) + content.substr(0, block) +
-                                   content.substr(2 * block);
+       const std::string swapped =
+           content.substr(block, block) + content.substr(0, block) + content.substr(2 * block);
        if (swapped == content) return false;
        std::ofstream(path, std::ios::binary) << swapped;
        return true;
@@ -389,8 +389,7 @@ TEST(Damage, RandomBitsOfALargerCheckpoint) {
     ASSERT_EQ(problem.rfind(paths[i] + ": ", 0), 0u)
         << "bit " << within << " of " << paths[i] << ": " << problem;
     ++flips;
-  } while (flips < 300 ||
-           (flips < 1'000'000 && std::chrono::steady_clock::now() - start < enough));
+  } while (flips < 300 || (flips < 1'000'000 && std::chrono::steady_clock::now() - start < enough));
   EXPECT_EQ(problem_of(checkpoint), "");
   report_cases(concat("P9 random bits of ", ends.back() >> 13, " KiB"), flips);
 }

@@ -142,10 +142,9 @@ int64_t expect_exact_cover(const std::string& path, uint64_t seed) {
         ++pieces;
         const std::string file = m.files(piece.file()).name();
         const bool whole = kind == StateKind::value;
-        const std::string name =
-            whole ? tensor.name()
-                  : concat(kStateNames[int(kind)], "/", tensor.name(), "[", piece.begin(), ":",
-                           piece.end(), "]");
+        const std::string name = whole ? tensor.name()
+                                       : concat(kStateNames[int(kind)], "/", tensor.name(), "[",
+                                                piece.begin(), ":", piece.end(), "]");
         const SafetensorsReader& shard = shards.at(file);
         const StoredTensor* stored = shard.find(name);
         ASSERT_TRUE(stored) << file << ": no " << name;
@@ -188,8 +187,11 @@ TEST(Reshard, EveryPairOfLayoutsGivesEveryBitBack) {
   TemporaryFolder folder;
   int64_t pairs = 0, pieces = 0;
   for (int64_t experts : {42, 5}) {
-    const ModelSizes sizes = trainer_options({.experts = experts, .blocks = 1, .width = 10,
-                                              .hidden = 7, .activation = ModelConfig::SWIGLU,
+    const ModelSizes sizes = trainer_options({.experts = experts,
+                                              .blocks = 1,
+                                              .width = 10,
+                                              .hidden = 7,
+                                              .activation = ModelConfig::SWIGLU,
                                               .model = "router: SIGMOID router_bias_rate: 0.01"})
                                  .sizes;
     uint64_t hash = 0;

@@ -165,8 +165,7 @@ TEST(Resume, TheHashChainIsWhatItsPageSays) {
   std::string digits(64, '0');
   for (int64_t k = 0; k < 3; ++k) {
     const double loss = 1.5 + double(k), norm = 0.25;
-    chain.add(
-        {.step = k, .loss = loss, .grad_norm = norm, .first_sample = 8 * k, .samples = 8});
+    chain.add({.step = k, .loss = loss, .grad_norm = norm, .first_sample = 8 * k, .samples = 8});
     const uint64_t words[] = {uint64_t(k), std::bit_cast<uint64_t>(loss),
                               std::bit_cast<uint64_t>(norm), uint64_t(8 * k), 8};
     digits = sha256(digits + std::string(reinterpret_cast<const char*>(words), sizeof words));

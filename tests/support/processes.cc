@@ -4,12 +4,15 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <sstream>
 
 namespace moemamba {
 
 std::string words_of(pid_t id, const char* what) {
   std::ifstream file("/proc/" + std::to_string(id) + "/" + what, std::ios::binary);
-  return std::string((std::istreambuf_iterator<char>(file)), {});
+  std::ostringstream words;
+  words << file.rdbuf();  // of one that ends meanwhile: nothing
+  return words.str();
 }
 
 std::vector<pid_t> processes_with(const std::string& mark) {
