@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <exception>
 
 namespace moemamba {
 
@@ -64,7 +65,8 @@ StopSignals::~StopSignals() {
   ends_ = true;
   pthread_kill(watcher_.native_handle(), SIGUSR2);
   watcher_.join();
-  set_handlers(signals_, SIG_IGN);  // what was to be ended has ended
+  // What was to be ended has ended. After a failure, though, mpirun may end this process.
+  set_handlers(signals_, std::uncaught_exceptions() > 0 ? SIG_DFL : SIG_IGN);
   pthread_sigmask(SIG_SETMASK, &before_, nullptr);
 }
 

@@ -8,8 +8,9 @@
 namespace moemamba {
 
 // While it lives, the first SIGINT, SIGTERM or SIGUSR1 only asks this process to stop, which says
-// `notice` on standard error; the next one ends it as ever. Afterwards they are ignored: a process
-// that has done its work must not die of them on its way out. A signal that the process ignored
+// `notice` on standard error; the next one ends it as ever. Afterwards they are ignored, unless
+// an exception is on its way: a process that has done its work must not die of them on its way out.
+// A signal that the process ignored
 // before stays ignored. REQUIRES: made before other threads of this program (those of libraries
 // that start before main() may be there).
 class StopSignals {
