@@ -113,7 +113,9 @@ std::string memory_text(const Plan& plan) {
                      row("reduction buffer", t.reduction) +
                      row("activations", t.activations - plan.bytes.exchange) +
                      row("exchange buffers", plan.bytes.exchange) +
-                     row("batch and facts", t.batch) + row("total", t.total());
+                     row("batch and facts", t.batch) +
+                     row("checkpoint", plan.bytes.staging, "the copy that is written") +
+                     row("total", plan.bytes.total());
   text += "\nlargest activations and exchange buffers\n";
   constexpr size_t kShown = 8;
   for (size_t i = 0; i < std::min(kShown, plan.bytes.largest.size()); ++i)
@@ -142,7 +144,7 @@ std::string wires_text(const Plan& plan) {
 }
 
 std::string verdict_text(const Plan& plan) {
-  const int64_t total = plan.bytes.trainer.total();
+  const int64_t total = plan.bytes.total();
   const std::string memory = bytes_text(plan.memory);
   const std::string largest =
       concat(plan.largest_micro_batch, " sequences",

@@ -66,10 +66,12 @@ void check_data(Settings& settings, const RunConfig& config) {
 void check_steps(Settings& settings, const RunConfig& config) {
   const TrainConfig& train = config.train();
   const auto whole_groups = [&](const char* setting, int sequences) {
-    if (sequences % train.routing_group() != 0)
-      settings.object(
-          setting, concat(sequences, " sequences are not a multiple of the ", train.routing_group(),
-                          " of a routing group (train.routing_group)"));
+    if (sequences % train.routing_group() == 0) return;
+    // What somebody wrote is to blame, not a default.
+    const bool own = !settings.place_of(setting).empty();
+    settings.object(own ? setting : "train.routing_group",
+                    concat(sequences, " sequences (", setting, ") are not a multiple of the ",
+                           train.routing_group(), " of a routing group (train.routing_group)"));
   };
   whole_groups("train.global_batch_size", train.global_batch_size());
   whole_groups("train.micro_batch_size", train.micro_batch_size());

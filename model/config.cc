@@ -54,15 +54,14 @@ void judge_pattern(const ModelConfig& c, const std::vector<BlockPlan>& plans, Pr
     problems.require(read.problem.empty(), "model.pattern", read.problem);
     for (const SubLayerPlan& layers : read.plan) {
       const auto mixes = [&](LayerKind kind) {
-        return kind == LayerKind::mamba || kind == LayerKind::inner_moe ||
-               kind == LayerKind::attention;
+        return kind == LayerKind::mamba || kind == LayerKind::inner_moe;
       };
       problems.require(layers.size() < 2 || !read.problem.empty() ||
                            std::any_of(layers.begin(), layers.end(), mixes),
                        "model.pattern",
                        concat("\"", text,
-                              "\": layers side by side need a mamba, inner_moe or attention layer "
-                              "among them; try \"mamba + moe\""));
+                              "\": layers side by side need a mamba or inner_moe layer among "
+                              "them; try \"mamba + moe\""));
     }
   }
   problems.require(c.pattern_size() <= c.blocks(), "model.pattern",

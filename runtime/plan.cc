@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/schema.h"
+#include "runtime/checkpoint_pieces.h"
 
 namespace moemamba {
 
@@ -74,6 +75,8 @@ PlannedBytes PlannedRank::bytes() {
       same->bytes += taken.bytes;
   }
   std::ranges::stable_sort(largest, std::greater(), &Arena::Taken::bytes);
+  for (const StatePiece& piece : written_pieces(session_.store))
+    planned.staging += (piece.end - piece.begin) * int64_t(sizeof(float));
   planned.scratch = scratch_estimate(options_.sizes, share_.micro_batch * session_.length);
   return planned;
 }

@@ -11,8 +11,10 @@ struct PlannedBytes {
   TrainerBytes trainer;  // activations: all of the arena
   int64_t exchange = 0;  // of the activations: what the exchange reads and writes, at the peak
   int64_t dense = 0;     // of the values: parameters that every rank holds whole
-  int64_t scratch = 0;   // estimate of what operators take besides; not in trainer.total()
+  int64_t staging = 0;   // the copy that a checkpoint is written from, behind the steps
+  int64_t scratch = 0;   // estimate of what operators take besides; not in total()
   std::vector<Arena::Taken> largest;  // activations at the peak, added up by name, largest first
+  int64_t total() const { return trainer.total() + staging; }
 };
 
 // Bytes that one rank sends in a step, to other ranks. Tokens are spread evenly over the experts.
@@ -66,7 +68,7 @@ struct Plan {
   std::optional<Remedy> remedy;
   std::optional<Obstacle> obstacle;
 
-  bool fits() const { return bytes.trainer.total() <= memory; }
+  bool fits() const { return bytes.total() <= memory; }
   double product_flops() const { return options.sizes.matmul_flops_per_token(); }  // per token
   double attention_flops() const {
     return options.sizes.attention_flops_per_token(options.data.sequence_length);

@@ -13,7 +13,8 @@ Json bytes_json(const PlannedBytes& bytes) {
   return {{"values", t.values},         {"masters", 0},
           {"gradients", t.gradients},   {"moments", t.moments},
           {"reduction", t.reduction},   {"activations", t.activations - bytes.exchange},
-          {"exchange", bytes.exchange}, {"batch", t.batch}};
+          {"exchange", bytes.exchange}, {"batch", t.batch},
+          {"checkpoint", bytes.staging}};
 }
 
 // Whole numbers as such, where a double holds them exactly.
@@ -48,7 +49,7 @@ Json remedy_json(const Plan& plan) {
 }  // namespace
 
 std::string plan_json(const Plan& plan) {
-  const int64_t total = plan.bytes.trainer.total();
+  const int64_t total = plan.bytes.total();
   const Json json = {{"pattern", plan.options.sizes.pattern_text()},
                      {"parameters_total", plan.counts.total},
                      {"parameters_active", plan.counts.active},

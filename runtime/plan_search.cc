@@ -18,7 +18,7 @@ Obstacle describe(const PlannedBytes& bytes, const RankLayout& layout) {
   const TrainerBytes& t = bytes.trainer;
   Obstacle worst{.ranks = layout.ranks(),
                  .expert = layout.expert_size(),
-                 .total = t.total(),
+                 .total = bytes.total(),
                  .what = "values and gradients of the layers that every rank holds whole",
                  .bytes = 2 * bytes.dense,
                  .reduce = "model.width, model.blocks or model.vocabulary"};
@@ -29,6 +29,8 @@ Obstacle describe(const PlannedBytes& bytes, const RankLayout& layout) {
            "model.expert_hidden, model.width or model.blocks");
   consider("activations of one routing group", t.activations,
            "train.routing_group, train.sequence_length or parallel.exchange_rows");
+  consider("the copy that a rank's part of a checkpoint is written from", bytes.staging,
+           "model.width, model.blocks or model.experts");
   consider("the buffer that reduces the largest block's gradients", t.reduction,
            "model.width or model.vocabulary");
   return worst;
@@ -43,7 +45,7 @@ int64_t largest_micro_batch(const TrainerOptions& options, const RankLayout& lay
   const int64_t rows_of_group =
       options.routing_group * options.data.sequence_length * std::max<int64_t>(1, options.sizes.K);
   const auto fits = [&](int64_t count) {
-    return planned_bytes(with_groups(options, count), layout).trainer.total() <= memory;
+    return planned_bytes(with_groups(options, count), layout).total() <= memory;
   };
   // fits(low) holds (0: nothing to hold), fits(high) does not.
   int64_t low = 0, high = std::min(share, kMostPlannedRows / rows_of_group) + 1;
@@ -64,9 +66,9 @@ std::optional<Remedy> find_layout(const TrainerOptions& options, const RankLayou
       if (ranks % expert != 0) continue;
       const RankLayout other(ranks, expert, layout.experts());
       const PlannedBytes bytes = planned_bytes(smallest, other);
-      if (bytes.trainer.total() <= memory)
+      if (bytes.total() <= memory)
         return Remedy{ranks, expert, largest_micro_batch(options, other, memory)};
-      if (!obstacle || bytes.trainer.total() < obstacle->total) obstacle = describe(bytes, other);
+      if (!obstacle || bytes.total() < obstacle->total) obstacle = describe(bytes, other);
     }
   return std::nullopt;
 }

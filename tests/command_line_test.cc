@@ -43,7 +43,7 @@ TEST_F(CommandLine, RefusesLayoutsThatDoNotFit) {
   EXPECT_EQ(count(result.err, "--parallel.expert=4: 4 ranks cannot share 3 experts"), 1);
   result = shell(train + "--train.routing_group=3");
   EXPECT_EQ(result.code, 2);
-  EXPECT_EQ(count(result.err, "train.global_batch_size: 16 sequences are not a multiple of the 3"),
+  EXPECT_EQ(count(result.err, "16 sequences (train.global_batch_size) are not a multiple of the 3"),
             1)
       << result.err;
 }

@@ -51,10 +51,12 @@ TEST(ModelOptions, RefusesTwoLayersOfAKindInABlock) {
                            "take turns, and more model.blocks")});
 }
 
-TEST(ModelOptions, RefusesAParallelBlockWithoutAMixer) {
-  EXPECT_EQ(refusal("model {\n  pattern: \"moe + feed_forward\"\n}\n"),
-            Lines{"file:2:3: model.pattern: \"moe + feed_forward\": layers side by side need a "
-                  "mamba, inner_moe or attention layer among them; try \"mamba + moe\""});
+TEST(ModelOptions, RefusesAParallelBlockWithoutMamba) {
+  for (const std::string pattern : {"moe + feed_forward", "attention + moe"})
+    EXPECT_EQ(refusal("model {\n  pattern: \"" + pattern + "\"\n}\n"),
+              Lines{"file:2:3: model.pattern: \"" + pattern +
+                    "\": layers side by side need a "
+                    "mamba or inner_moe layer among them; try \"mamba + moe\""});
 }
 
 TEST(ModelOptions, RefusesPatternsThatNeverStand) {

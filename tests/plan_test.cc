@@ -1,5 +1,6 @@
 // A plan against trainers that really run, and `moemamba plan` as a user meets it.
 #include "runtime/plan.h"
+#include "runtime/checkpoint_writer.h"
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
@@ -36,6 +37,9 @@ void expect_as_planned(const TrainingCase& c, int ranks, int expert, bool fills_
     EXPECT_LE(bytes.total(), plan.bytes.trainer.total()) << where;
     EXPECT_LE(arena.peak(), plan.bytes.trainer.activations) << where;
     if (groups.rank > 0) return;
+    PosixFileSystem files;
+    const CheckpointWriter writer(files, groups, trainer.session().store, {});
+    EXPECT_EQ(writer.staged_bytes(), plan.bytes.staging) << where;
     EXPECT_EQ(bytes, plan.bytes.trainer) << where;
     if (fills_arena) {
       EXPECT_EQ(arena.peak(), plan.bytes.trainer.activations) << where;
@@ -135,7 +139,7 @@ TEST(Plan, FindsTheLargestMicroBatch) {
   for (int64_t groups = 1; groups <= 6; ++groups) {
     TrainerOptions with = options;
     with.micro_batch = 2 * groups;
-    totals.push_back(planned_bytes(with, layout).trainer.total());
+    totals.push_back(planned_bytes(with, layout).total());
   }
   EXPECT_TRUE(std::ranges::is_sorted(totals, std::less_equal()));
   EXPECT_EQ(largest_micro_batch(options, layout, totals[0] - 1), 0);
@@ -285,7 +289,8 @@ TEST_F(PlanCommand, RefusesBadSettingsWithExitCode2) {
        "must divide the 8 ranks that are planned; try 1, 2, 4 or 8"},
       {"--model.top_k=9", "--model.top_k=9: must be at most the 8 experts"},
       {"--model.expert=3", "did you mean \"--model.experts\"?"},
-      {"--train.routing_group=3", "16 sequences are not a multiple of the 3"},
+      {"--train.routing_group=3",
+       "16 sequences (train.global_batch_size) are not a multiple of the 3"},
       {"--train.warmup_steps=2000", "must be at most the 1000 steps"},
       {"--gpu-memory much", "much: expected a size such as 80G, 512M or 1.5T"},
       {"--ranks 0", "--ranks"},
