@@ -1,5 +1,7 @@
 #include "runtime/manifest.h"
 
+#include <google/protobuf/descriptor.h>
+
 #include <algorithm>
 #include <set>
 
@@ -23,11 +25,46 @@ std::string digest_bytes(std::string_view data) {
   return bytes;
 }
 
-// Of exactly these bytes: a length that they do not have is refused before anything is reserved for
-// it. protobuf itself bounds messages within messages at 100.
+// Takes a base-128 number off the front; false where it does not end, or ends past 64 bits.
+bool take_varint(std::string_view& bytes, uint64_t& value) {
+  value = 0;
+  for (int shift = 0; shift < 64 && !bytes.empty(); shift += 7) {
+    const auto byte = uint8_t(bytes.front());
+    bytes.remove_prefix(1);
+    value |= uint64_t(byte & 0x7f) << shift;
+    if (byte < 0x80) return true;
+  }
+  return false;
+}
+
+// Whether every field, known or not, lies within the message around it, down through the messages
+// that `type` knows. protobuf reserves memory for lengths that a field only claims; these are
+// refused before it sees them.
+bool lengths_hold(std::string_view bytes, const google::protobuf::Descriptor& type) {
+  while (!bytes.empty()) {
+    uint64_t tag = 0, size = 0;
+    if (!take_varint(bytes, tag)) return false;
+    const uint64_t kind = tag & 7;
+    if (kind == 0) {
+      if (!take_varint(bytes, size)) return false;
+      continue;
+    }
+    if (kind == 2 && !take_varint(bytes, size)) return false;
+    if (kind == 1 || kind == 5) size = kind == 1 ? 8 : 4;
+    if ((kind != 1 && kind != 2 && kind != 5) || size > bytes.size()) return false;
+    const auto* field = tag >> 3 <= INT32_MAX ? type.FindFieldByNumber(int(tag >> 3)) : nullptr;
+    if (kind == 2 && field && field->message_type() &&
+        !lengths_hold(bytes.substr(0, size), *field->message_type()))
+      return false;
+    bytes.remove_prefix(size);
+  }
+  return true;
+}
+
 template <class Message>
 bool parse(std::string_view bytes, Message& message) {
-  return message.ParseFromArray(bytes.data(), int(bytes.size()));
+  return lengths_hold(bytes, *Message::descriptor()) &&
+         message.ParseFromArray(bytes.data(), int(bytes.size()));
 }
 
 // A name that stays in its folder: letters, digits, ".", "_", "-"; at most 128 of them.
