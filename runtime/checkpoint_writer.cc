@@ -35,7 +35,7 @@ void CheckpointWriter::stage() {
 
 // Rank 0 makes the attempt's folder; all ranks get its path, or why there is none.
 std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& attempt) {
-  // What all ranks will write, and half as much again for headers and what else the disk takes.
+  // What all ranks will write; a twentieth and 64 KiB more for headers and what else a disk takes.
   int64_t sum = staged_bytes_;
   std::vector<int64_t> sizes(size_t(groups_.layout.ranks()));
   all_reduce_sum(*groups_.checkpoint, stream_, view(&sum, {1}),

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -227,7 +228,8 @@ void Lease::write(int64_t beats, bool released) {
 }
 
 void Lease::renew() {
-  const auto pause = std::max(milliseconds(20), options_.lifetime / 20);
+  // Often enough for a second launch to see it within its patience, however long a lease lives.
+  const auto pause = std::clamp(options_.lifetime / 20, milliseconds(20), milliseconds(500));
   std::unique_lock lock(mutex_);
   for (int64_t beats = 1; !wake_.wait_for(lock, pause, [this] { return ends_; }); ++beats) {
     try {

@@ -37,24 +37,38 @@ bool take_varint(std::string_view& bytes, uint64_t& value) {
   return false;
 }
 
-// Whether every field, known or not, lies within the message around it, down through the messages
-// that `type` knows. protobuf reserves memory for lengths that a field only claims; these are
-// refused before it sees them.
-bool lengths_hold(std::string_view bytes, const google::protobuf::Descriptor& type) {
+// How a field is written: 0 varint, 1 eight bytes, 2 a length and as many bytes.
+uint64_t wire_kind(const google::protobuf::FieldDescriptor& field) {
+  using Field = google::protobuf::FieldDescriptor;
+  switch (field.type()) {
+    case Field::TYPE_MESSAGE:
+    case Field::TYPE_STRING:
+    case Field::TYPE_BYTES:
+      return 2;
+    case Field::TYPE_DOUBLE:
+    case Field::TYPE_FIXED64:
+      return 1;
+    default:
+      return 0;
+  }
+}
+
+// Whether the bytes hold nothing but fields of `type`, each as its kind is written and within the
+// message around it. Asked before protobuf sees them: it reserves memory for lengths that are only
+// claimed, and keeps what it does not know in lists several times as large.
+bool is_plain(std::string_view bytes, const google::protobuf::Descriptor& type) {
   while (!bytes.empty()) {
-    uint64_t tag = 0, size = 0;
-    if (!take_varint(bytes, tag)) return false;
-    const uint64_t kind = tag & 7;
-    if (kind == 0) {
+    uint64_t tag = 0, size = 8;
+    if (!take_varint(bytes, tag) || tag >> 3 > INT32_MAX) return false;
+    const auto* field = type.FindFieldByNumber(int(tag >> 3));
+    if (!field || (tag & 7) != wire_kind(*field)) return false;
+    if ((tag & 7) == 0) {
       if (!take_varint(bytes, size)) return false;
       continue;
     }
-    if (kind == 2 && !take_varint(bytes, size)) return false;
-    if (kind == 1 || kind == 5) size = kind == 1 ? 8 : 4;
-    if ((kind != 1 && kind != 2 && kind != 5) || size > bytes.size()) return false;
-    const auto* field = tag >> 3 <= INT32_MAX ? type.FindFieldByNumber(int(tag >> 3)) : nullptr;
-    if (kind == 2 && field && field->message_type() &&
-        !lengths_hold(bytes.substr(0, size), *field->message_type()))
+    if ((tag & 7) == 2 && !take_varint(bytes, size)) return false;
+    if (size > bytes.size()) return false;
+    if (field->message_type() && !is_plain(bytes.substr(0, size), *field->message_type()))
       return false;
     bytes.remove_prefix(size);
   }
@@ -63,8 +77,17 @@ bool lengths_hold(std::string_view bytes, const google::protobuf::Descriptor& ty
 
 template <class Message>
 bool parse(std::string_view bytes, Message& message) {
-  return lengths_hold(bytes, *Message::descriptor()) &&
+  return is_plain(bytes, *Message::descriptor()) &&
          message.ParseFromArray(bytes.data(), int(bytes.size()));
+}
+
+// The format that a manifest says it is of; later formats may have fields that this program does
+// not know. 0: it does not begin with one, as all do that were ever written.
+uint64_t format_of(std::string_view manifest) {
+  constexpr uint64_t kFormatTag = CheckpointManifest::kFormatFieldNumber << 3;
+  uint64_t tag = 0, format = 0;
+  return take_varint(manifest, tag) && tag == kFormatTag && take_varint(manifest, format) ? format
+                                                                                          : 0;
 }
 
 // A name that stays in its folder: letters, digits, ".", "_", "-"; at most 128 of them.
@@ -106,12 +129,12 @@ void check_cover(const CheckpointManifest& manifest, const CheckpointManifest::T
         end, " of ", elements);
 }
 
-void check_format(const CheckpointManifest& manifest, const std::string& path) {
-  const int format = manifest.format(), oldest = std::max(1, kManifestFormat - 1);
+void check_format(uint64_t format, const std::string& path) {
+  const int oldest = std::max(1, kManifestFormat - 1);
   if (format > kManifestFormat)
     throw OtherFormat(concat(path, ": written in format ", format, ", this program reads up to ",
                              kManifestFormat, "; take a newer moemamba"));
-  if (format < oldest)
+  if (format < uint64_t(oldest))
     throw OtherFormat(concat(path, ": written in format ", format, ", this program reads ", oldest,
                              " to ", kManifestFormat,
                              "; let an older moemamba go on from it and save"));
@@ -159,9 +182,10 @@ CheckpointManifest unseal(std::string_view bytes, const std::string& path) {
         ": damaged: not a sealed manifest");
   check(digest_bytes(sealed.manifest()) == sealed.sha256(), path,
         ": damaged: its bytes do not have the digest that it says");
+  check_format(format_of(sealed.manifest()), path);
   CheckpointManifest manifest;
-  check(parse(sealed.manifest(), manifest), path, ": damaged: cannot be read");
-  check_format(manifest, path);
+  check(parse(sealed.manifest(), manifest), path,
+        ": damaged: it has fields that no manifest of its format has");
   check_files(manifest, path);
   check_tensors(manifest, path);
   return manifest;

@@ -181,7 +181,11 @@ void together(ProcessGroups& groups, Stream& stream, FunctionRef<void()> work,
   const auto first = std::ranges::find(of_ranks, uint8_t(1));
   if (first == of_ranks.end()) return;
   if (groups.rank == 0) clean_up();
-  barrier(*groups.control, stream);  // ranks that throw end the others
+  try {
+    barrier(*groups.control, stream);  // ranks that throw end the others
+  } catch (const PeerLost&) {
+    if (!error) throw;  // else what failed here says more than that the others have ended
+  }
   if (error) std::rethrow_exception(error);
   throw PeerLost(groups.control->name(), int(first - of_ranks.begin()),
                  "stopped: it could not write its part of the weights");

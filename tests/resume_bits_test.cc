@@ -151,7 +151,8 @@ TEST(Resume, ARunThatEndedBeforeItsWeightsGetsThem) {
     };
     SmallRun cut = run;
     cut.files = &disk;
-    EXPECT_NE(message_of([&] { launch(cut); }).find("as the test wants"), std::string::npos);
+    const std::string said = message_of([&] { launch(cut); });
+    EXPECT_NE(said.find("as the test wants"), std::string::npos) << said;
     EXPECT_EQ(newest_manifest(run.folder).step(), run.steps);
     EXPECT_FALSE(launch(run).stopped);
     expect_same_run("weights made up for", folder / "whole", run.folder, run.steps);
