@@ -82,5 +82,10 @@ void run_cpu(Stream&, const ActivationBackward&);
 void run_cpu(Stream&, const SwiGluForward&);
 void run_cpu(Stream&, const SwiGluBackward&);
 void run_cpu(Stream&, const Add&);
+void run_cuda(Stream&, const ActivationForward&);
+void run_cuda(Stream&, const ActivationBackward&);
+void run_cuda(Stream&, const SwiGluForward&);
+void run_cuda(Stream&, const SwiGluBackward&);
+void run_cuda(Stream&, const Add&);
 
 }  // namespace moemamba

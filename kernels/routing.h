@@ -145,5 +145,11 @@ void run_cpu(Stream&, const Permute&);
 void run_cpu(Stream&, const PermuteBackward&);
 void run_cpu(Stream&, const Unpermute&);
 void run_cpu(Stream&, const UnpermuteBackward&);
+void run_cuda(Stream&, const Route&);
+void run_cuda(Stream&, const RouteBackward&);
+void run_cuda(Stream&, const Permute&);
+void run_cuda(Stream&, const PermuteBackward&);
+void run_cuda(Stream&, const Unpermute&);
+void run_cuda(Stream&, const UnpermuteBackward&);
 
 }  // namespace moemamba
