@@ -3,12 +3,12 @@
 
 #include <compare>
 #include <map>
-#include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "core/arena.h"
-#include "kernels/matmul.h"
+#include "kernels/cuda/products.h"
 #include "kernels/matmul_tuning.h"
 
 namespace moemamba {
@@ -37,8 +37,8 @@ class Blas {
   ~Blas();
   static Blas& of(Stream& stream);  // made at the first call
 
-  // Enqueues op. False, and nothing done: cuBLASLt does not take these dtypes together, or has no
-  // algorithm for these strides. REQUIRES: no extent is 0.
+  bool takes(const Matmul& op);
+  // Enqueues op. False, and nothing done: !takes(op).
   bool multiply(Stream& stream, const Matmul& op);
 
   // For the tuner: up to 64 algorithms for op that are allowed here, best guess first; and op by
@@ -66,10 +66,5 @@ class Blas {
   std::string gpu_name_;
   std::map<Product, Plan> plans_;
 };
-
-// What cuBLASLt does not take as it is: operands are widened to dense f32 ones in `scratch`, of
-// widened_bytes(op), and a bf16 result is rounded (or added to) once, from f32.
-int64_t widened_bytes(const Matmul& op);
-void multiply_widened(Stream& stream, const Matmul& op, std::byte* scratch);
 
 }  // namespace moemamba

@@ -56,9 +56,9 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 template <int kHeight, int kWidth, bool kAligned>
 __device__ __forceinline__ void bring(std::byte* to, const Real* from, int64_t stride, int rows,
                                       int cols) {
-  constexpr int kPieces = kWidth / 8;
-#pragma unroll
-  for (int i = 0; i < kHeight * kPieces / kThreads; ++i) {
+  constexpr int kPieces = kWidth / 8, kTimes = kHeight * kPieces / kThreads;
+#pragma unroll (kAligned ? kTimes : 1)
+  for (int i = 0; i < kTimes; ++i) {
     const int index = i * kThreads + int(threadIdx.x);
     const int row = index / kPieces, piece = index % kPieces;
     const int count = row < rows ? min(max(cols - piece * 8, 0), 8) : 0;  // of elements

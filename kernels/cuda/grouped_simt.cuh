@@ -13,7 +13,7 @@ constexpr int kPitch = kTile + 4;  // floats of a row in shared memory: 16-byte 
 template <bool kAlongK>
 __device__ __forceinline__ void bring(float (&to)[kDepth][kPitch], const float* from,
                                       int64_t stride, int extent, int K) {
-#pragma unroll
+#pragma unroll 4  // more of them at once would not leave room for the sums
   for (int i = 0; i < kTile * kDepth / kThreads; ++i) {
     const int index = i * kThreads + int(threadIdx.x);
     const int k = kAlongK ? index % kDepth : index / kTile;
@@ -29,7 +29,7 @@ __device__ __forceinline__ int place(int part, int i) { return part * 4 + (i / 4
 __device__ __forceinline__ void multiply_stage(float (&acc)[8][8], const float (&a)[kDepth][kPitch],
                                                const float (&b)[kDepth][kPitch], int down,
                                                int across) {
-#pragma unroll
+#pragma unroll 4
   for (int k = 0; k < kDepth; ++k) {
     float x[8], y[8];
 #pragma unroll

@@ -1,9 +1,9 @@
 #include "kernels/matmul.h"
 
-#include "kernels/cuda/blas.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/grouped_mma.cuh"
 #include "kernels/cuda/grouped_simt.cuh"
+#include "kernels/cuda/products.h"
 
 namespace moemamba {
 
@@ -170,7 +170,7 @@ void multiply_widened(Stream& stream, const Matmul& op, std::byte* scratch) {
     wide.out = take_f32(op.out, scratch);
     wide.accumulate = false;
   }
-  check(Blas::of(stream).multiply(stream, wide), op.name, ": cuBLASLt has no f32 algorithm for out",
+  check(multiply_by_blas(stream, wide), op.name, ": cuBLASLt has no f32 algorithm for out",
         to_string(op.out.shape));
   if (!narrow_out) return;
   if (op.accumulate) convert_rows<float, __nv_bfloat16, true>(stream, wide.out, op.out);
@@ -183,7 +183,7 @@ void run_cuda(Stream& stream, const Matmul& op) {
     if (!op.accumulate) fill_zero(stream, op.out);
     return;
   }
-  if (Blas::of(stream).multiply(stream, op)) return;
+  if (multiply_by_blas(stream, op)) return;
   multiply_widened(stream, op, stream.workspace(size_t(widened_bytes(op))));
 }
 

@@ -1,9 +1,9 @@
 #include "kernels/cuda/blas.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/gpu.h"
-#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/matmul_table.h"
 
 namespace moemamba {
@@ -30,7 +30,7 @@ int64_t stride_of(const Tensor& tensor) {
 }
 
 // Both operands alike, and no result narrower than f32 operands.
-bool takes(const ProductShape& shape) {
+bool dtypes_fit(const ProductShape& shape) {
   return shape.a == shape.b && (shape.a == DType::bf16 || shape.out == DType::f32);
 }
 
@@ -152,9 +152,13 @@ Blas::Plan& Blas::plan_of(const Matmul& op) {
   const Product product = product_of(op);
   const auto known = plans_.find(product);
   if (known != plans_.end()) return known->second;
-  Plan plan = describe(product);
-  plan.found = take_from_table(plan, product);
-  if (!plan.found) {
+  Plan plan;
+  const bool fits = dtypes_fit(product.shape);
+  if (fits) {
+    plan = describe(product);
+    plan.found = take_from_table(plan, product);
+  }
+  if (fits && !plan.found) {
     cublasLtMatmulHeuristicResult_t first[1]{};
     plan.found = guess(plan, product, first) > 0 && first[0].state == CUBLAS_STATUS_SUCCESS;
     plan.algorithm = first[0].algo;
@@ -168,12 +172,13 @@ void Blas::enqueue(Stream& stream, const Matmul& op, Plan& plan,
   blas_check(cublasLtMatmul(handle_, &plan.description, &one, op.b.data, &plan.first, op.a.data,
                             &plan.second, &beta, op.out.data, &plan.out, op.out.data, &plan.out,
                             &algorithm, workspace_.data(), size_t(kWorkspaceBytes),
-                            native(stream)),
+                            static_cast<cudaStream_t>(stream.native())),
              "cublasLtMatmul");
 }
 
+bool Blas::takes(const Matmul& op) { return plan_of(op).found; }
+
 bool Blas::multiply(Stream& stream, const Matmul& op) {
-  if (!takes({.a = op.a.dtype, .b = op.b.dtype, .out = op.out.dtype})) return false;
   Plan& plan = plan_of(op);
   if (plan.found) enqueue(stream, op, plan, plan.algorithm);
   return plan.found;
@@ -181,7 +186,7 @@ bool Blas::multiply(Stream& stream, const Matmul& op) {
 
 std::vector<cublasLtMatmulAlgo_t> Blas::candidates(const Matmul& op) {
   const Product product = product_of(op);
-  if (!takes(product.shape)) return {};
+  if (!dtypes_fit(product.shape)) return {};
   Plan plan = describe(product);
   std::vector<cublasLtMatmulHeuristicResult_t> results(kMostCandidates);
   const int count = guess(plan, product, results);
@@ -201,6 +206,12 @@ bool Blas::multiply_by(Stream& stream, const Matmul& op, const cublasLtMatmulAlg
       result.workspaceSize <= size_t(kWorkspaceBytes);
   if (works) enqueue(stream, op, plan, algorithm);
   return works;
+}
+
+bool blas_takes(Stream& stream, const Matmul& op) { return Blas::of(stream).takes(op); }
+
+bool multiply_by_blas(Stream& stream, const Matmul& op) {
+  return Blas::of(stream).multiply(stream, op);
 }
 
 }  // namespace moemamba

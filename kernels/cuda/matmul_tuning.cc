@@ -1,15 +1,13 @@
 #include "kernels/matmul_tuning.h"
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <ostream>
 #include <vector>
 
 #include "core/file.h"
+#include "core/gpu.h"
 #include "core/random.h"
 #include "kernels/cuda/blas.h"
-#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/matmul_table.h"
 
 namespace moemamba {
@@ -46,39 +44,22 @@ class RandomTensor {
   Tensor tensor_;
 };
 
-class Stopwatch {
- public:
-  Stopwatch() {
-    cuda_check(cudaEventCreate(&begin_), "cudaEventCreate");
-    cuda_check(cudaEventCreate(&end_), "cudaEventCreate");
+// Microseconds of one call of work, the median of kRuns. Each stands behind another one, so that
+// the GPU never waits for the host.
+template <class Work>
+double median(Stream& stream, const Work& work) {
+  for (int i = 0; i < kWarmUps; ++i) work();
+  std::vector<double> times;
+  for (int i = 0; i < kRuns; ++i) {
+    work();
+    const std::shared_ptr<void> begin = gpu::mark(stream);
+    work();
+    const std::shared_ptr<void> end = gpu::mark(stream);
+    times.push_back(gpu::seconds_between(begin, end) * 1e6);
   }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-  ~Stopwatch() {
-    cudaEventDestroy(begin_);
-    cudaEventDestroy(end_);
-  }
-  // Microseconds of one call of work, the median of kRuns.
-  template <class Work>
-  float median(Stream& stream, const Work& work) {
-    for (int i = 0; i < kWarmUps; ++i) work();
-    std::vector<float> times;
-    for (int i = 0; i < kRuns; ++i) {
-      cuda_check(cudaEventRecord(begin_, native(stream)), "cudaEventRecord");
-      work();
-      cuda_check(cudaEventRecord(end_, native(stream)), "cudaEventRecord");
-      stream.synchronize();
-      float milliseconds = 0;
-      cuda_check(cudaEventElapsedTime(&milliseconds, begin_, end_), "cudaEventElapsedTime");
-      times.push_back(milliseconds * 1000);
-    }
-    std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
-    return times[kRuns / 2];
-  }
-
- private:
-  cudaEvent_t begin_ = nullptr, end_ = nullptr;
-};
+  std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
+  return times[kRuns / 2];
+}
 
 std::string text_of(const TunedProduct& line) {
   const ProductShape& s = line.shape;
@@ -114,14 +95,12 @@ void tune(Stream& stream, const ProductShape& shape, std::ostream& out) {
                   .accumulate = shape.accumulate};
   op.check();
   Blas& blas = Blas::of(stream);
-  Stopwatch watch;
-  float rule = 0, best = 0;
+  double rule = 0, best = 0;
   const cublasLtMatmulAlgo_t* fastest = nullptr;
   const std::vector<cublasLtMatmulAlgo_t> candidates = blas.candidates(op);
   for (const cublasLtMatmulAlgo_t& candidate : candidates) {
     if (!blas.multiply_by(stream, op, candidate)) continue;
-    const float time =
-        watch.median(stream, [&] { blas.multiply_by(stream, op, candidate); });
+    const double time = median(stream, [&] { blas.multiply_by(stream, op, candidate); });
     if (&candidate == candidates.data()) rule = time;
     if (fastest && time >= best) continue;
     fastest = &candidate;
