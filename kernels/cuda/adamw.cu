@@ -18,20 +18,14 @@ struct Update {
   float keep, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, root_bias, eps;
 };
 
-// Four elements a thread (one where the slices do not begin on 16-byte borders). Reads 16 and
-// writes 12 bytes an element: bound by memory. Every rounding is the CPU's, so that a run that
-// goes on elsewhere goes on with the same numbers.
-template <int kCount>
-__global__ void __launch_bounds__(kThreads) update(Update u) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kCount, count = u.P - at;
-  if (count <= 0) return;
-  const float clip = __ldg(u.verdict), finite = __ldg(u.verdict + 1);
-  if (finite == 0) return;
+// Every rounding is the CPU's, so that a run that goes on elsewhere goes on with the same numbers.
+template <int kCount, class Part>
+__device__ __forceinline__ void update_pack(const Update& u, float clip, int64_t at, Part part) {
   float gradient[kCount], value[kCount], m[kCount], v[kCount];
-  load<kCount>(u.gradient + at, count, gradient);
-  load<kCount>(u.value + at, count, value);
-  load<kCount>(u.m + at, count, m);
-  load<kCount>(u.v + at, count, v);
+  load<kCount>(u.gradient + at, part, gradient);
+  load<kCount>(u.value + at, part, value);
+  load<kCount>(u.m + at, part, m);
+  load<kCount>(u.v + at, part, v);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const float g = __fmul_rn(clip, gradient[i]);
@@ -41,9 +35,19 @@ __global__ void __launch_bounds__(kThreads) update(Update u) {
     const float kept = __fmul_rn(value[i], u.keep);
     value[i] = __fsub_rn(kept, __fmul_rn(u.step_size, __fdiv_rn(m[i], divisor)));
   }
-  store<kCount>(u.value + at, count, value);
-  store<kCount>(u.m + at, count, m);
-  store<kCount>(u.v + at, count, v);
+  store<kCount>(u.value + at, part, value);
+  store<kCount>(u.m + at, part, m);
+  store<kCount>(u.v + at, part, v);
+}
+
+// Four elements a thread (one where the slices do not begin on 16-byte borders). Reads 16 and
+// writes 12 bytes an element: bound by memory.
+template <int kCount>
+__global__ void __launch_bounds__(kThreads) update(Update u) {
+  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kCount;
+  const float clip = u.verdict[0], finite = u.verdict[1];
+  if (at >= u.P || finite == 0) return;
+  for_pack<kCount>(u.P - at, [&](auto part) { update_pack<kCount>(u, clip, at, part); });
 }
 
 }  // namespace

@@ -21,40 +21,53 @@ inline bool rows_aligned(const Tensor& tensor) {
          (tensor.rows() <= 1 || tensor.stride * size_of(tensor.dtype) % 16 == 0);
 }
 
-// kCount neighbours in f32. Of the last pack of a row `count` exist: the others are read as 0 and
-// not written. REQUIRES: kCount is 1, or `from` lies on a border of its pack.
+// A pack all of whose elements exist. Kernels take these apart from the others by for_pack(), for
+// loads that no branch divides are all under way before the first is needed.
+struct Whole {};
+
+// Calls body(Whole()) or, for the last pack of a row, body(count).
+template <int kCount, class Body>
+__device__ __forceinline__ void for_pack(int64_t count, Body body) {
+  if (kCount == 1 || count >= kCount) body(Whole());
+  else body(int(count));
+}
+
+// kCount neighbours in f32. Of a pack that is not whole `count` exist (or none): the others are
+// read as 0 and not written. REQUIRES: kCount is 1, or the pack lies on its border.
+template <int kCount, class Real>
+__device__ __forceinline__ void load(const Real* from, Whole, float (&to)[kCount]) {
+  constexpr int kPart = std::min(kCount, 16 / int(sizeof(Real)));
+#pragma unroll
+  for (int part = 0; part < kCount; part += kPart) {
+    const auto pack = *reinterpret_cast<const Pack<Real, kPart>*>(from + part);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) to[part + i] = to_float(pack.at[i]);
+  }
+}
 template <int kCount, class Real>
 __device__ __forceinline__ void load(const Real* from, int64_t count, float (&to)[kCount]) {
-  constexpr int kPart = std::min(kCount, 16 / int(sizeof(Real)));
-  if (count >= kCount) {
+  if (count >= kCount) return load<kCount>(from, Whole(), to);
 #pragma unroll
-    for (int part = 0; part < kCount; part += kPart) {
-      const auto pack = *reinterpret_cast<const Pack<Real, kPart>*>(from + part);
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) to[part + i] = to_float(pack.at[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = i < count ? to_float(from[i]) : 0.f;
-  }
+  for (int i = 0; i < kCount; ++i) to[i] = i < count ? to_float(from[i]) : 0.f;
 }
 
 template <int kCount, class Real>
-__device__ __forceinline__ void store(Real* to, int64_t count, const float (&from)[kCount]) {
+__device__ __forceinline__ void store(Real* to, Whole, const float (&from)[kCount]) {
   constexpr int kPart = std::min(kCount, 16 / int(sizeof(Real)));
-  if (count >= kCount) {
 #pragma unroll
-    for (int part = 0; part < kCount; part += kPart) {
-      Pack<Real, kPart> pack;
+  for (int part = 0; part < kCount; part += kPart) {
+    Pack<Real, kPart> pack;
 #pragma unroll
-      for (int i = 0; i < kPart; ++i) pack.at[i] = from_float<Real>(from[part + i]);
-      *reinterpret_cast<Pack<Real, kPart>*>(to + part) = pack;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (i < count) to[i] = from_float<Real>(from[i]);
+    for (int i = 0; i < kPart; ++i) pack.at[i] = from_float<Real>(from[part + i]);
+    *reinterpret_cast<Pack<Real, kPart>*>(to + part) = pack;
   }
+}
+template <int kCount, class Real>
+__device__ __forceinline__ void store(Real* to, int64_t count, const float (&from)[kCount]) {
+  if (count >= kCount) return store<kCount>(to, Whole(), from);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (i < count) to[i] = from_float<Real>(from[i]);
 }
 
 // Row and place in the row of the index-th of rows of `columns`; in 32 bits where they suffice,

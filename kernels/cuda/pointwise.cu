@@ -78,16 +78,12 @@ struct Operands {
   const int32_t* rows;  // or null: how many of the T rows count
 };
 
-// One pack of every tensor per thread, 16 bytes or one element. Reads every input and writes every
-// output once: bound by memory. An output may be an input.
-template <int kCount, class In, class Out, class Fn>
-__global__ void __launch_bounds__(kThreads) map_elements(Operands<In, Out, Fn> o) {
-  const Place place = place_of(int64_t(blockIdx.x) * kThreads + threadIdx.x, o.packs);
-  if (place.row >= (o.rows ? min(int64_t(*o.rows), o.T) : o.T)) return;
-  const int64_t column = place.column * kCount, count = o.F - column;
+template <int kCount, class In, class Out, class Fn, class Part>
+__device__ __forceinline__ void map_pack(const Operands<In, Out, Fn>& o, int64_t row,
+                                         int64_t column, Part part) {
   float in[Fn::kIn][kCount], out[Fn::kOut][kCount];
 #pragma unroll
-  for (int j = 0; j < Fn::kIn; ++j) load<kCount>(o.in[j].row(place.row) + column, count, in[j]);
+  for (int j = 0; j < Fn::kIn; ++j) load<kCount>(o.in[j].row(row) + column, part, in[j]);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     float x[Fn::kIn], y[Fn::kOut];
@@ -98,7 +94,18 @@ __global__ void __launch_bounds__(kThreads) map_elements(Operands<In, Out, Fn> o
     for (int j = 0; j < Fn::kOut; ++j) out[j][i] = y[j];
   }
 #pragma unroll
-  for (int j = 0; j < Fn::kOut; ++j) store<kCount>(o.out[j].row(place.row) + column, count, out[j]);
+  for (int j = 0; j < Fn::kOut; ++j) store<kCount>(o.out[j].row(row) + column, part, out[j]);
+}
+
+// One pack of every tensor per thread, 16 bytes or one element. Reads every input and writes every
+// output once: bound by memory. An output may be an input.
+template <int kCount, class In, class Out, class Fn>
+__global__ void __launch_bounds__(kThreads) map_elements(Operands<In, Out, Fn> o) {
+  const Place place = place_of(int64_t(blockIdx.x) * kThreads + threadIdx.x, o.packs);
+  if (place.row >= (o.rows ? min(int64_t(*o.rows), o.T) : o.T)) return;
+  const int64_t column = place.column * kCount;
+  for_pack<kCount>(o.F - column,
+                   [&](auto part) { map_pack<kCount>(o, place.row, column, part); });
 }
 
 template <class In, class Out, class Fn>

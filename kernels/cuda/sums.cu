@@ -32,16 +32,16 @@ __global__ void __launch_bounds__(32 * kGroups)
   *out = total;
 }
 
-// Block b adds the terms of its kBlock elements: every thread four chains, then the threads of the
-// block. Reads x once, 4 bytes an element: bound by memory.
-template <int kCount, Term kTerm>
-__global__ void __launch_bounds__(kThreads) sum_block(const float* x, int64_t P, double* parts) {
-  const int64_t begin = int64_t(blockIdx.x) * kBlock;
+// Every thread's terms of the block from `begin`, in kCount chains of additions. kWhole: all of the
+// block's elements exist.
+template <int kCount, Term kTerm, bool kWhole>
+__device__ __forceinline__ double thread_terms(const float* x, int64_t count) {
   double totals[kCount] = {};
 #pragma unroll 4
-  for (int64_t i = threadIdx.x * kCount; i < kBlock; i += kThreads * kCount) {
+  for (int i = int(threadIdx.x) * kCount; i < kBlock; i += kThreads * kCount) {
     float values[kCount];
-    load<kCount>(x + begin + i, P - begin - i, values);
+    if constexpr (kWhole) load<kCount>(x + i, Whole(), values);
+    else load<kCount>(x + i, count - i, values);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const double value = double(values[j]);
@@ -51,6 +51,15 @@ __global__ void __launch_bounds__(kThreads) sum_block(const float* x, int64_t P,
   double total = 0;
 #pragma unroll
   for (int j = 0; j < kCount; ++j) total += totals[j];
+  return total;
+}
+
+// Block b adds the terms of its kBlock elements. Reads x once, 4 bytes an element: bound by memory.
+template <int kCount, Term kTerm>
+__global__ void __launch_bounds__(kThreads) sum_block(const float* x, int64_t P, double* parts) {
+  const int64_t begin = int64_t(blockIdx.x) * kBlock, count = P - begin;
+  double total = count >= kBlock ? thread_terms<kCount, kTerm, true>(x + begin, count)
+                                 : thread_terms<kCount, kTerm, false>(x + begin, count);
   total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
