@@ -1,7 +1,8 @@
 #pragma once
 #include "kernels/run.h"
 
-namespace moemamba {  // letters: T rows, F columns
+namespace moemamba {  // letters: T rows (or tokens), F columns, P elements of a flat buffer
+                      // [T, F] tensors: f32 or bf16, all of one operator alike
 
 enum class Activation : uint8_t { relu, gelu, silu };  // gelu: the exact one, with erf
 
@@ -77,17 +78,18 @@ struct Add {
   void check() const;
 };
 
-// The compute copy of weights: rounded to the nearest bf16, ties to even.
+// to = from, rounded to the nearest, halves to even: the copy of f32 weights that products take.
 struct Cast {
   static constexpr auto name = "cast";
   Tensor from;  // [P] read, f32
-  Tensor to;    // [P] written, bf16
+  Tensor to;    // [P] written, bf16 (or f32: a copy)
   static constexpr auto reads() { return std::tuple(&Cast::from); }
   static constexpr auto writes() { return std::tuple(&Cast::to); }
   void check() const;
 };
 
-// sum[0] = x[0] + x[1] + ... in f64, in this order on the CPU and in fixed blocks on a GPU.
+// sum = sum of x[t] in f64 (+ sum). On the CPU strictly in the order of t, on a GPU over fixed
+// blocks in order.
 struct Sum {
   static constexpr auto name = "sum";
   Tensor x;    // [T] read, f32
