@@ -72,7 +72,7 @@ class Stream {
  public:
   static Stream immediate(int threads = 1);
   static Stream worker();
-  static Stream dry();
+  static Stream dry(DeviceKind device = DeviceKind::cpu);  // as if it worked there
   static Stream cuda();  // Error without a GPU, or in a build without CUDA
   Stream(Stream&&) noexcept;
   ~Stream();
