@@ -110,8 +110,9 @@ Tensor SelectiveSsm::forward(Step& step, Tensor x, Tensor z, Saved& saved) const
       Matmul{.a = saved.c, .b = x_proj->compute, .out = saved.proj, .b_transposed = true});
   norm_forward(step, saved);
   saved.dt = step.arena.take({T, I}, x.dtype, "mamba dt");
-  saved.states =
-      step.arena.take({scan_state_elements(B, B ? T / B : 0, I, N)}, DType::f32, "scan states");
+  saved.states = step.arena.take(
+      {scan_state_elements(B, B ? T / B : 0, I, N, step.stream.device())}, DType::f32,
+      "scan states");
   saved.y = step.arena.take({T, I}, x.dtype, "scan output");
   run(step.stream, Matmul{.a = part(saved.normed, 0),
                           .b = dt_proj->compute,
