@@ -74,4 +74,10 @@ void expect(const char* what, const Tensor& tensor, Shape shape, DType dtype) {
         name_of(tensor.dtype));
 }
 
+void expect_real(const char* what, const Tensor& tensor) {
+  check(tensor.data != nullptr, what, ": expected f32 or bf16, found no tensor");
+  check(tensor.dtype == DType::f32 || tensor.dtype == DType::bf16, what,
+        ": expected f32 or bf16, found ", name_of(tensor.dtype));
+}
+
 }  // namespace moemamba

@@ -78,5 +78,7 @@ std::array<int64_t, N> dims(const char* what, const Tensor& tensor) {
 
 // Throws unless `tensor` has this shape (and dtype), naming both.
 void expect(const char* what, const Tensor& tensor, Shape shape, DType dtype = DType::f32);
+// Throws unless `tensor` is there and holds f32 or bf16.
+void expect_real(const char* what, const Tensor& tensor);
 
 }  // namespace moemamba
