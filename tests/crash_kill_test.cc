@@ -295,7 +295,10 @@ TEST(Kill, OfOneRankLeavesTheOldOrTheNewCheckpoint) {
               StateHolder holder(g);
               holder.fill(2);
               CheckpointWriter writer(*disks[size_t(g.rank)], g, holder.store,
-                                      {.run = run, .generation = 0, .may_write = {}});
+                                      {.run = run,
+                                       .generation = 0,
+                                       .may_write = {},
+                                       .block_bytes = kDirectBlock});
               writer.stage();
               try {
                 EXPECT_EQ(writer.write(facts_of(2)), "");

@@ -100,7 +100,10 @@ std::vector<std::string> save(const SaveCase& c) {
         FileSystem& files = c.disks ? c.disks(groups.rank) : plain_disk();
         CheckpointWriter writer(
             files, groups, holder.store,
-            {.run = c.run, .generation = c.generation, .may_write = c.may_write});
+            {.run = c.run,
+             .generation = c.generation,
+             .may_write = c.may_write,
+             .block_bytes = kDirectBlock});
         writer.stage();
         std::string& verdict = verdicts[size_t(groups.rank)];
         try {
@@ -163,7 +166,10 @@ LaunchResult launch(const LaunchCase& c) {
       }
     }
     Checkpoints::Options options{
-        .writer = {.run = c.run, .generation = generation, .may_write = {}},
+        .writer = {.run = c.run,
+                   .generation = generation,
+                   .may_write = {},
+                   .block_bytes = kDirectBlock},
         .asynchronous = false,
         .retention = c.retention,
         .max_failed = 100,

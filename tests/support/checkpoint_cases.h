@@ -27,7 +27,8 @@ CheckpointFacts facts_of(int64_t step);
 using Disks = std::function<FileSystem&(int rank)>;
 FileSystem& plain_disk();  // no faults
 
-// One save of the state after `step`, on rank threads.
+// One save of the state after `step`, on rank threads, in the smallest blocks: of a file of this
+// small state there are several writes for something to happen in between.
 struct SaveCase {
   std::string run;
   int64_t step = 1;
