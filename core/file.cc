@@ -93,10 +93,11 @@ class PosixFile : public OutputFile {
   }
 
  private:
-  // Whether the system did it. Asked of the open file, for an open() that refuses leaves one behind.
+  // Whether the system did it. Asked of the open file: an open() that refuses leaves one behind.
   bool set_direct(bool on) {
     const int flags = ::fcntl(fd_.get(), F_GETFL);
-    return flags >= 0 && ::fcntl(fd_.get(), F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
+    if (flags < 0) return false;
+    return ::fcntl(fd_.get(), F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
   }
   void end_direct() {
     if (!set_direct(false)) refuse(path_, "write", errno);
@@ -328,8 +329,7 @@ void Sha256::start() {
 }
 
 void Sha256::add(const void* data, size_t bytes) {
-  check(SHA256_Update(&state_->context, data, bytes) == 1,
-        "SHA-256 failed; is OpenSSL complete?");
+  check(SHA256_Update(&state_->context, data, bytes) == 1, "SHA-256 failed; is OpenSSL complete?");
 }
 
 void Sha256::hex(char* text) {

@@ -61,7 +61,9 @@ class DigestedFile {
 class Block {
  public:
   explicit Block(size_t bytes)
-      : bytes_(bytes), data_(static_cast<char*>(std::aligned_alloc(kDirectBlock, bytes))) {
+      : bytes_(bytes),
+        data_(static_cast<char*>(std::aligned_alloc(
+            kDirectBlock, (bytes + kDirectBlock - 1) / kDirectBlock * kDirectBlock))) {
     check(data_ != nullptr, "out of memory: could not allocate ", bytes, " bytes");
   }
   size_t bytes() const { return bytes_; }

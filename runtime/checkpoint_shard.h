@@ -22,10 +22,10 @@ std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, in
                              const SafetensorsMetadata& metadata);
 
 // Writes shards from the memory of their pieces, which nobody changes meanwhile: one file after the
-// other, in blocks of `block_bytes` (a multiple of kDirectBlock, the only memory it takes), from
-// this thread. Others hash that memory meanwhile, a digest going through its file from end to end:
-// put the longest last. Files are new, and synced. Adds them, where their pieces lie and the hash
-// of the state to `report`.
+// other, in blocks of `block_bytes` (all the memory that it takes; multiples of kDirectBlock go
+// past the page cache), from this thread. Others hash that memory meanwhile, a digest going through
+// its file from end to end: put the longest last. Files are new, and synced. Adds them, where their
+// pieces lie and the hash of the state to `report`.
 constexpr size_t kShardBlock = 2 << 20;
 void write_shards(FileSystem& files, const std::string& folder, const std::vector<Shard>& shards,
                   size_t block_bytes, ShardReport& report);

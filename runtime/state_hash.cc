@@ -68,8 +68,7 @@ uint64_t sum_one_by_one(const float* data, int64_t count, uint64_t key) {
 }
 
 uint64_t hash_of(const StatePiece& piece) {
-  static const bool wide =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+  static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
   return (wide ? sum_wide : sum_one_by_one)(piece.data, piece.end - piece.begin,
                                             name_hash(piece) + uint64_t(piece.begin) * kStride);
 }

@@ -82,10 +82,14 @@ void expect_direct_files_are_the_same(const std::string& folder) {
   const Aligned memory;
   PosixFileSystem files;
   // Lengths of the writes: whole blocks, a rest, then bytes that no longer lie on a border.
-  const std::vector<std::vector<size_t>> kinds = {
-      {4 * kDirectBlock},          {kDirectBlock, 2 * kDirectBlock},      {1},
-      {kDirectBlock + 1},          {2 * kDirectBlock, 64},                {64, 2 * kDirectBlock},
-      {2 * kDirectBlock + 512, 7}, {kDirectBlock - 1, 1, 2 * kDirectBlock}};
+  const std::vector<std::vector<size_t>> kinds = {{4 * kDirectBlock},
+                                                  {kDirectBlock, 2 * kDirectBlock},
+                                                  {1},
+                                                  {kDirectBlock + 1},
+                                                  {2 * kDirectBlock, 64},
+                                                  {64, 2 * kDirectBlock},
+                                                  {2 * kDirectBlock + 512, 7},
+                                                  {kDirectBlock - 1, 1, 2 * kDirectBlock}};
   for (const std::vector<size_t>& kind : kinds) {
     const std::string path = concat(folder, "/", &kind - kinds.data());
     const auto file = files.open(path, OpenMode::create_direct);

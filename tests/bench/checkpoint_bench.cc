@@ -170,7 +170,7 @@ Figures measure(int ranks, const ModelSizes& sizes) {
 }
 
 // One figure of all repetitions: the median, for anything may have disturbed one of them.
-double median(const std::vector<Figures>& all, double Figures::* figure) {
+double median(const std::vector<Figures>& all, double Figures::*figure) {
   std::vector<double> sorted;
   for (const Figures& one : all) sorted.push_back(one.*figure);
   std::sort(sorted.begin(), sorted.end());
@@ -186,7 +186,7 @@ void run(benchmark::State& state, const ModelSizes& sizes) {
     f.load_ratio = f.load / std::max(f.hash, f.read);
     state.SetIterationTime(f.save);
   }
-  const auto ms = [&](double Figures::* figure) { return median(all, figure) * 1e3; };
+  const auto ms = [&](double Figures::*figure) { return median(all, figure) * 1e3; };
   state.counters["MiB"] = median(all, &Figures::bytes) / (1 << 20);
   state.counters["hash_ms"] = ms(&Figures::hash);
   state.counters["write_ms"] = ms(&Figures::write);

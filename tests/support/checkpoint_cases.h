@@ -27,8 +27,7 @@ CheckpointFacts facts_of(int64_t step);
 using Disks = std::function<FileSystem&(int rank)>;
 FileSystem& plain_disk();  // no faults
 
-// One save of the state after `step`, on rank threads, in the smallest blocks: of a file of this
-// small state there are several writes for something to happen in between.
+// One save of the state after `step`, on rank threads.
 struct SaveCase {
   std::string run;
   int64_t step = 1;
@@ -37,6 +36,7 @@ struct SaveCase {
   int64_t generation = 1;
   std::function<bool()> may_write;
   std::chrono::milliseconds deadline = std::chrono::seconds(60);
+  size_t block_bytes = kDirectBlock;  // small, as the state is: several writes a file
 };
 // What write() said on every rank; "lost: ..." where it threw PeerLost.
 std::vector<std::string> save(const SaveCase& c);
