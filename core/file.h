@@ -21,7 +21,10 @@ class OutputFile {
 };
 
 // create: an existing file becomes empty. create_new: it must not exist, nor does a symlink count.
-enum class OpenMode { create, append, create_new };
+// create_direct: the same, and whole blocks from memory that begins on a block's border go past the
+// page cache (O_DIRECT) where the file system can do that; everything else is written as ever.
+enum class OpenMode { create, append, create_new, create_direct };
+constexpr size_t kDirectBlock = 4096;  // no disk asks for more
 
 // All that changes a disk goes through this seam, so that tests can make it fail. Reading does not.
 class FileSystem {

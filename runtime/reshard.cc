@@ -83,7 +83,6 @@ int64_t bytes_of(const Checkpoint& checkpoint) {
 std::string write_rank(FileSystem& files, const Checkpoint& from, const ReshardRequest& request,
                        const SafetensorsMetadata& metadata, const std::string& folder, int rank) {
   const PlannedState planned(request, rank);
-  const int ranks = request.layout.ranks();
   if (rank == 0) {
     const std::string other = from.differences(planned.store());
     check(other.empty(), from.path(), ": does not fit its own settings:", other);
@@ -94,13 +93,9 @@ std::string write_rank(FileSystem& files, const Checkpoint& from, const ReshardR
     from.read(part);
     hash += state_hash_of({part});
   };
-  std::vector<StatePiece> values, moments;
-  for (const StatePiece& piece : written_pieces(planned.store()))
-    (piece.kind == StateKind::value ? values : moments).push_back(piece);
-  if (!values.empty())
-    write_shard(files, folder, shard_name("model", rank, ranks), values, metadata, read, report);
-  if (!moments.empty())
-    write_shard(files, folder, shard_name("optimizer", rank, ranks), moments, {}, read, report);
+  for (const Shard& shard :
+       shards_of(written_pieces(planned.store()), rank, request.layout.ranks(), metadata))
+    write_shard(files, folder, shard, read, report);
   report.set_state_hash(hash);
   return report.SerializeAsString();
 }
@@ -172,7 +167,8 @@ void export_weights(FileSystem& files, const Checkpoint& from, const ReshardRequ
   NewFolder folder(files, request.output, bytes_of(from) / 3);
   ShardReport unused;
   write_shard(
-      files, folder.path(), "model.safetensors", held_values(planned.store()), metadata,
+      files, folder.path(),
+      {.name = "model.safetensors", .pieces = held_values(planned.store()), .metadata = metadata},
       [&](const StatePiece& part) { from.read(part); }, unused);
   folder.commit();
 }
