@@ -86,7 +86,7 @@ class HeaderWalk {
   }
   void read_shape(StoredTensor& tensor) {
     json_.list([&] {
-      check(tensor.shape.dims < 4, path_, ": ", tensor.name, ": expected a shape of at most 4 dims");
+      check(tensor.shape.dims < 4, path_, ": ", tensor.name, ": expected at most 4 dims");
       tensor.shape.extents[size_t(tensor.shape.dims++)] = json_.integer();
     });
   }

@@ -44,8 +44,8 @@ class FuzzFolder {
 };
 
 // While one lives: what the program allocates for an input of `bytes`, by the sanitizer's count. At
-// its end: never was more alive than `times` the input and `more` bytes, which are for what no input
-// makes larger: texts of errors, a path, lists of fixed length. One at a time, on one thread.
+// its end: never was more alive than `times` the input and `more` bytes, which are for what no
+// input makes larger: texts of errors, a path, lists of fixed length. One at a time, on one thread.
 class AllocationLimit {
  public:
   explicit AllocationLimit(size_t bytes, int64_t times = 2, int64_t more = 16 << 10)
