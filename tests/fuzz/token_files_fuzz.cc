@@ -44,7 +44,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   folder.put("tokens.bin", rest);
   try {
-    const AllocationLimit limit(size, 2);
+    const AllocationLimit limit(size);
     read_all(folder / "tokens");
   } catch (const Error&) {
   }
