@@ -1,6 +1,7 @@
 # MOEMAMBA_CUDA = AUTO takes nvcc where there is one, ON insists on it, OFF never looks for it.
-# Afterwards: moemamba_cuda_state, one line for the summary. What is compiled for the device is
-# collected in the target moemamba_cuda (nothing yet: the CPU is the only backend).
+# Afterwards: MOEMAMBA_HAS_CUDA, and moemamba_cuda_state, one line for the summary. What the device
+# runs is in the rooms' libraries (kernels/cuda, parallel/cuda, core/device_cuda.cc).
+set(MOEMAMBA_HAS_CUDA OFF)
 set(moemamba_cuda_state "off (MOEMAMBA_CUDA=OFF)")
 if(NOT MOEMAMBA_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "MOEMAMBA_CUDA must be AUTO, ON or OFF, found '${MOEMAMBA_CUDA}'")
@@ -9,7 +10,7 @@ endif()
 if(NOT MOEMAMBA_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)  # must be known before enable_language
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real)  # must be known before enable_language
   endif()
   if(NOT DEFINED ENV{CUDACXX} AND NOT DEFINED CMAKE_CUDA_COMPILER)
     find_program(moemamba_nvcc nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
@@ -26,7 +27,25 @@ if(NOT MOEMAMBA_CUDA STREQUAL "OFF")
     add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
     list(JOIN CMAKE_CUDA_ARCHITECTURES ", sm_" architectures)
     string(REPLACE "-real" "" architectures "${architectures}")
-    set(moemamba_cuda_state "${CMAKE_CUDA_COMPILER_VERSION} (sm_${architectures}), no kernels yet")
+    set(moemamba_cuda_state "${CMAKE_CUDA_COMPILER_VERSION} (sm_${architectures})")
+    set(MOEMAMBA_HAS_CUDA ON)
+    # -fmad stays on: the device's results are held to tolerances, and are the same on every run.
+    add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall>"
+                        "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;-diag-suppress=20012>")
+    # The field's libraries without their .so links (wheel-like toolkits) are found by version.
+    find_path(NCCL_INCLUDE_DIR nccl.h HINTS ENV NCCL_ROOT ${CUDAToolkit_INCLUDE_DIRS}
+              PATH_SUFFIXES include)
+    find_library(NCCL_LIBRARY NAMES nccl libnccl.so.2 HINTS ENV NCCL_ROOT ${CUDAToolkit_LIBRARY_DIR}
+                 PATH_SUFFIXES lib lib64)
+    mark_as_advanced(NCCL_INCLUDE_DIR NCCL_LIBRARY)
+    if(NCCL_INCLUDE_DIR AND NCCL_LIBRARY)
+      add_library(NCCL::NCCL UNKNOWN IMPORTED)
+      set_target_properties(NCCL::NCCL PROPERTIES IMPORTED_LOCATION ${NCCL_LIBRARY}
+                            INTERFACE_INCLUDE_DIRECTORIES ${NCCL_INCLUDE_DIR})
+      string(APPEND moemamba_cuda_state ", NCCL")
+    else()
+      string(APPEND moemamba_cuda_state ", no NCCL: one rank only")
+    endif()
   elseif(MOEMAMBA_CUDA STREQUAL "ON")
     message(FATAL_ERROR "MOEMAMBA_CUDA=ON, but no nvcc was found in PATH, CUDA_HOME or "
             "/usr/local/cuda. Set CUDACXX=/path/to/nvcc, or use the preset cpu-release.")
@@ -34,4 +53,3 @@ if(NOT MOEMAMBA_CUDA STREQUAL "OFF")
     set(moemamba_cuda_state "off (no nvcc found)")
   endif()
 endif()
-add_custom_target(moemamba_cuda)

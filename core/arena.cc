@@ -5,6 +5,8 @@
 #include <cstring>
 #include <utility>
 
+#include "core/gpu.h"
+
 namespace moemamba {
 
 namespace {
@@ -16,12 +18,27 @@ int64_t round_up(int64_t value, int64_t to) {
 }  // namespace
 
 Buffer::Buffer(DeviceKind device, int64_t bytes) : bytes_(bytes) {
-  check(device == DeviceKind::cpu, "this build holds memory on the CPU only");
+  if (device == DeviceKind::cuda) kind_ = Kind::cuda;
   if (bytes == 0) return;
+  if (kind_ == Kind::cuda) {
+    data_ = static_cast<std::byte*>(gpu::allocate(bytes));
+    gpu::zero_now(data_, bytes);
+    return;
+  }
   data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, round_up(bytes, kAlignment)));
   check(data_ != nullptr, "out of memory: could not allocate ", bytes,
         " bytes; use fewer sequences per micro-batch or more ranks");
   std::memset(data_, 0, size_t(bytes));
+}
+
+Buffer Buffer::staging(DeviceKind device, int64_t bytes) {
+  if (device == DeviceKind::cpu || bytes == 0) return Buffer(DeviceKind::cpu, bytes);
+  Buffer buffer;
+  buffer.kind_ = Kind::pinned;
+  buffer.data_ = static_cast<std::byte*>(gpu::allocate_pinned(bytes));
+  buffer.bytes_ = bytes;
+  std::memset(buffer.data_, 0, size_t(bytes));
+  return buffer;
 }
 
 Buffer Buffer::planned(int64_t bytes) {
@@ -29,24 +46,34 @@ Buffer Buffer::planned(int64_t bytes) {
   // An address that is never read; not null, for that means "not there".
   buffer.data_ = reinterpret_cast<std::byte*>(kAlignment);
   buffer.bytes_ = bytes;
-  buffer.planned_ = true;
+  buffer.kind_ = Kind::planned;
   return buffer;
 }
 
 Buffer::Buffer(Buffer&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)),
       bytes_(std::exchange(other.bytes_, 0)),
-      planned_(std::exchange(other.planned_, false)) {}
+      kind_(std::exchange(other.kind_, Kind::host)) {}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
-  std::swap(planned_, other.planned_);
+  std::swap(kind_, other.kind_);
   return *this;
 }
 
 Buffer::~Buffer() {
-  if (!planned_) std::free(data_);
+  if (!data_ || kind_ == Kind::planned) return;
+  if (kind_ == Kind::host)
+    std::free(data_);
+  else if (kind_ == Kind::cuda)
+    gpu::release(data_);
+  else
+    gpu::release_pinned(data_);
+}
+
+Tensor view(const Buffer& buffer, int64_t offset, Shape shape, DType dtype) {
+  return view(buffer.data() + offset, shape, dtype, buffer.device());
 }
 
 Arena::Arena(std::string name, DeviceKind device, int64_t bytes)
@@ -71,7 +98,11 @@ Tensor Arena::take(Shape shape, DType dtype, const char* who) {
         " are left");
   // A measuring arena starts at a fake address that is never read.
   std::byte* base = measures() ? reinterpret_cast<std::byte*>(kAlignment) : buffer_.data();
-  Tensor tensor{.data = base + used_, .shape = shape, .stride = row / size, .dtype = dtype};
+  Tensor tensor{.data = base + used_,
+                .shape = shape,
+                .stride = row / size,
+                .dtype = dtype,
+                .device = buffer_.device()};
   used_ += bytes;
   peak_ = std::max(peak_, used_);
   if (measures() && bytes > 0) out_.push_back({who, bytes});

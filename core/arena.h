@@ -11,6 +11,8 @@ class Buffer {
  public:
   Buffer() = default;
   Buffer(DeviceKind device, int64_t bytes);
+  // Of the host, for copies from and to `device`: pinned where that is a GPU.
+  static Buffer staging(DeviceKind device, int64_t bytes);
   // An address without memory, for plans: nothing may read or write there.
   static Buffer planned(int64_t bytes);
   Buffer(Buffer&& other) noexcept;
@@ -18,12 +20,17 @@ class Buffer {
   ~Buffer();
   std::byte* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  DeviceKind device() const { return kind_ == Kind::cuda ? DeviceKind::cuda : DeviceKind::cpu; }
 
  private:
+  enum class Kind : uint8_t { host, planned, cuda, pinned };
   std::byte* data_ = nullptr;
   int64_t bytes_ = 0;
-  bool planned_ = false;
+  Kind kind_ = Kind::host;
 };
+
+// A dense view into a buffer, `offset` bytes behind its begin.
+Tensor view(const Buffer& buffer, int64_t offset, Shape shape, DType dtype);
 
 // Hands out views of one allocation, made before step one. Rows of a tensor with more than one row
 // are padded to 16 bytes, tensors start on 64-byte borders. Full: an Error that names who asked

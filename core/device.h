@@ -1,5 +1,6 @@
 #pragma once
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <new>
 #include <span>
@@ -65,17 +66,26 @@ struct Event {
 // and shares an operator's rows among `threads` cores; `worker` is a thread of its own, so that
 // communication overlaps compute; `dry` runs nothing (a plan walks the same code with it).
 // A task that throws poisons a worker: the exception comes out of its next wait or submit.
+// `cuda` is a stream of the GPU that the calling thread uses: operators are enqueued there. A task
+// of submit() runs on the host at once, and enqueues what it has for the device.
 class Stream {
  public:
   static Stream immediate(int threads = 1);
   static Stream worker();
-  static Stream dry();
+  static Stream dry(DeviceKind device = DeviceKind::cpu);  // device: what it plans for
+  static Stream cuda();  // Error without a GPU, or in a build without CUDA
   Stream(Stream&&) noexcept;
   ~Stream();
 
   bool is_dry() const;
   int threads() const;
-  DeviceKind device() const { return DeviceKind::cpu; }
+  DeviceKind device() const;
+  void* native() const;  // the cudaStream_t of a CUDA stream; null of others
+  // What a backend keeps with its stream, say a library's handle; empty at first.
+  std::shared_ptr<void>& attachment();
+  // Called again and again while the host waits for this stream; what it throws ends the wait.
+  // Null: nobody. Only for CUDA streams, whose work cannot throw by itself.
+  void watch(std::function<void()> watcher);
 
   // F: trivially copyable, at most Task::kBytes; what it points at must outlive it.
   template <class F>
@@ -86,21 +96,24 @@ class Stream {
   Event record();            // done when all that was submitted before is done
   void wait(Event event);    // later work of this stream starts after `event`
   void synchronize();        // the host waits; throws what a task threw
+  static void wait_on_host(Event event);  // until it is past
 
   // Calls body(i) for 0 <= i < count, split over threads(); which thread runs which i must not
   // matter. Only from work of this stream.
   void parallel_for(int64_t count, FunctionRef<void(int64_t)> body);
 
-  // At least `bytes` of scratch, 64-byte aligned, valid until the next call. Grows; what an
-  // operator asks for depends on capacities alone, so nothing grows after step one.
+  // At least `bytes` of scratch on the stream's device, 64-byte aligned, valid until the next call
+  // (of work that was enqueued before, too). Grows; what an operator asks for depends on capacities
+  // alone, so nothing grows after step one.
   std::byte* workspace(size_t bytes);
 
   void observe(StreamObserver* observer) { observer_ = observer; }  // null: nobody (as at first)
   StreamObserver* observer() const { return observer_; }
 
- private:
-  struct Impl;
+  struct Impl;  // core/stream_impl.h: what a kind of stream has to know
   explicit Stream(std::unique_ptr<Impl> impl);
+
+ private:
   bool runs_at_once() const;
   void enqueue(Task task);
   std::unique_ptr<Impl> impl_;

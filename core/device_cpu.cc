@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "core/arena.h"
-#include "core/device.h"
+#include "core/gpu.h"
+#include "core/stream_impl.h"
 
 namespace moemamba {
 
@@ -155,14 +155,37 @@ class Worker {
   std::thread thread_;  // last: starts when all else is there
 };
 
-}  // namespace
-
-struct Stream::Impl {
-  std::unique_ptr<Pool> pool;
-  std::unique_ptr<Worker> worker;
-  bool dry = false;
-  Buffer scratch;
+struct ImmediateStream : Stream::Impl {
+  explicit ImmediateStream(int threads) : pool(threads) {}
+  int threads() const override { return pool.threads(); }
+  void parallel_for(int64_t count, FunctionRef<void(int64_t)> body) override {
+    pool.run(count, body);
+  }
+  Pool pool;
 };
+
+struct WorkerStream : Stream::Impl {
+  bool runs_at_once() const override { return false; }
+  void enqueue(const Task& task) override { worker.enqueue(task); }
+  uint64_t record() override { return worker.submitted(); }
+  void host_wait(uint64_t ticket) override { worker.wait(ticket); }
+  void wait(Impl& other, uint64_t ticket) override {
+    worker.enqueue(Task([&other, ticket] { other.host_wait(ticket); }));
+  }
+  void synchronize() override { worker.wait(worker.submitted()); }
+  Worker worker;
+};
+
+struct DryStream : Stream::Impl {
+  explicit DryStream(DeviceKind planned) : planned(planned) {}
+  DeviceKind device() const override { return planned; }
+  bool is_dry() const override { return true; }
+  bool runs_at_once() const override { return false; }
+  void wait(Impl&, uint64_t) override {}
+  DeviceKind planned;
+};
+
+}  // namespace
 
 Stream::Stream(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Stream::Stream(Stream&&) noexcept = default;
@@ -170,51 +193,47 @@ Stream::~Stream() = default;
 
 Stream Stream::immediate(int threads) {
   check(threads >= 1 && threads <= 1024, "threads per rank: 1 .. 1024, found ", threads);
-  auto impl = std::make_unique<Impl>();
-  impl->pool = std::make_unique<Pool>(threads);
-  return Stream(std::move(impl));
+  return Stream(std::make_unique<ImmediateStream>(threads));
 }
 
-Stream Stream::worker() {
-  auto impl = std::make_unique<Impl>();
-  impl->worker = std::make_unique<Worker>();
-  return Stream(std::move(impl));
-}
+Stream Stream::worker() { return Stream(std::make_unique<WorkerStream>()); }
+Stream Stream::dry(DeviceKind device) { return Stream(std::make_unique<DryStream>(device)); }
+Stream Stream::cuda() { return Stream(gpu::make_stream()); }
 
-Stream Stream::dry() {
-  auto impl = std::make_unique<Impl>();
-  impl->dry = true;
-  return Stream(std::move(impl));
-}
-
-bool Stream::is_dry() const { return impl_->dry; }
-bool Stream::runs_at_once() const { return impl_->pool != nullptr; }
-int Stream::threads() const { return impl_->pool ? impl_->pool->threads() : 1; }
-void Stream::enqueue(Task task) { impl_->worker->enqueue(task); }
+bool Stream::is_dry() const { return impl_->is_dry(); }
+bool Stream::runs_at_once() const { return impl_->runs_at_once(); }
+int Stream::threads() const { return impl_->threads(); }
+DeviceKind Stream::device() const { return impl_->device(); }
+void* Stream::native() const { return impl_->native(); }
+std::shared_ptr<void>& Stream::attachment() { return impl_->attachment; }
+void Stream::watch(std::function<void()> watcher) { impl_->watcher = std::move(watcher); }
+void Stream::enqueue(Task task) { impl_->enqueue(task); }
 
 Event Stream::record() {
-  if (!impl_->worker) return {};
-  return {this, impl_->worker->submitted()};
+  const uint64_t ticket = impl_->record();
+  return ticket ? Event{this, ticket} : Event{};
 }
 
 void Stream::wait(Event event) {
-  if (!event.stream || event.stream == this || impl_->dry) return;
-  Worker* other = event.stream->impl_->worker.get();
-  submit([other, ticket = event.ticket] { other->wait(ticket); });
+  if (!event.stream || event.stream == this) return;
+  impl_->wait(*event.stream->impl_, event.ticket);
 }
 
-void Stream::synchronize() {
-  if (impl_->worker) impl_->worker->wait(impl_->worker->submitted());
+void Stream::synchronize() { impl_->synchronize(); }
+
+void Stream::wait_on_host(Event event) {
+  if (event.stream) event.stream->impl_->host_wait(event.ticket);
 }
 
 void Stream::parallel_for(int64_t count, FunctionRef<void(int64_t)> body) {
-  if (impl_->pool) return impl_->pool->run(count, body);
-  for (int64_t i = 0; i < count; ++i) body(i);
+  impl_->parallel_for(count, body);
 }
 
 std::byte* Stream::workspace(size_t bytes) {
-  if (int64_t(bytes) > impl_->scratch.bytes())
-    impl_->scratch = Buffer(DeviceKind::cpu, int64_t(bytes));
+  if (int64_t(bytes) > impl_->scratch.bytes()) {
+    synchronize();  // work that was enqueued may still use the old one
+    impl_->scratch = Buffer(device(), int64_t(bytes));
+  }
   return impl_->scratch.data();
 }
 
@@ -222,6 +241,8 @@ void copy(Stream& stream, const Tensor& from, const Tensor& to) {
   check(from.elements() == to.elements() && from.cols() == to.cols() && from.dtype == to.dtype,
         "copy: ", to_string(from.shape), " ", name_of(from.dtype), " to ", to_string(to.shape), " ",
         name_of(to.dtype));
+  if (stream.is_dry()) return;
+  if (stream.device() == DeviceKind::cuda) return gpu::copy_rows(stream, from, to);
   stream.submit([from, to] {
     const int64_t size = size_of(from.dtype);
     if (from.dense() && to.dense()) {
@@ -236,6 +257,8 @@ void copy(Stream& stream, const Tensor& from, const Tensor& to) {
 }
 
 void fill_zero(Stream& stream, const Tensor& to) {
+  if (stream.is_dry()) return;
+  if (stream.device() == DeviceKind::cuda) return gpu::zero_rows(stream, to);
   stream.submit([to] {
     const int64_t size = size_of(to.dtype);
     for (int64_t r = 0; r < to.rows(); ++r)

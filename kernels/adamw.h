@@ -34,5 +34,7 @@ struct SumOfSquares {
 
 void run_cpu(Stream&, const AdamW&);
 void run_cpu(Stream&, const SumOfSquares&);
+void run_cuda(Stream&, const AdamW&);
+void run_cuda(Stream&, const SumOfSquares&);
 
 }  // namespace moemamba

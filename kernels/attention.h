@@ -57,5 +57,7 @@ struct AttentionBackward {
 
 void run_cpu(Stream&, const AttentionForward&);
 void run_cpu(Stream&, const AttentionBackward&);
+void run_cuda(Stream&, const AttentionForward&);
+void run_cuda(Stream&, const AttentionBackward&);
 
 }  // namespace moemamba

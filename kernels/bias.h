@@ -55,5 +55,9 @@ void run_cpu(Stream&, const AddBias&);
 void run_cpu(Stream&, const BiasBackward&);
 void run_cpu(Stream&, const AddPositions&);
 void run_cpu(Stream&, const PositionsBackward&);
+void run_cuda(Stream&, const AddBias&);
+void run_cuda(Stream&, const BiasBackward&);
+void run_cuda(Stream&, const AddPositions&);
+void run_cuda(Stream&, const PositionsBackward&);
 
 }  // namespace moemamba

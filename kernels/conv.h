@@ -54,5 +54,7 @@ struct ConvBackward {
 
 void run_cpu(Stream&, const ConvForward&);
 void run_cpu(Stream&, const ConvBackward&);
+void run_cuda(Stream&, const ConvForward&);
+void run_cuda(Stream&, const ConvBackward&);
 
 }  // namespace moemamba

@@ -27,5 +27,6 @@ struct HeadCrossEntropy {
 };
 
 void run_cpu(Stream&, const HeadCrossEntropy&);
+void run_cuda(Stream&, const HeadCrossEntropy&);
 
 }  // namespace moemamba

@@ -32,5 +32,7 @@ struct EmbeddingBackward {
 
 void run_cpu(Stream&, const EmbeddingForward&);
 void run_cpu(Stream&, const EmbeddingBackward&);
+void run_cuda(Stream&, const EmbeddingForward&);
+void run_cuda(Stream&, const EmbeddingBackward&);
 
 }  // namespace moemamba

@@ -54,5 +54,8 @@ struct GroupedOuter {
 void run_cpu(Stream&, const Matmul&);
 void run_cpu(Stream&, const GroupedMatmul&);
 void run_cpu(Stream&, const GroupedOuter&);
+void run_cuda(Stream&, const Matmul&);
+void run_cuda(Stream&, const GroupedMatmul&);
+void run_cuda(Stream&, const GroupedOuter&);
 
 }  // namespace moemamba

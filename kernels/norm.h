@@ -57,5 +57,7 @@ struct NormBackward {
 
 void run_cpu(Stream&, const NormForward&);
 void run_cpu(Stream&, const NormBackward&);
+void run_cuda(Stream&, const NormForward&);
+void run_cuda(Stream&, const NormBackward&);
 
 }  // namespace moemamba

@@ -77,10 +77,40 @@ struct Add {
   void check() const;
 };
 
+// The compute copy of weights: rounded to the nearest bf16, ties to even.
+struct Cast {
+  static constexpr auto name = "cast";
+  Tensor from;  // [P] read, f32
+  Tensor to;    // [P] written, bf16
+  static constexpr auto reads() { return std::tuple(&Cast::from); }
+  static constexpr auto writes() { return std::tuple(&Cast::to); }
+  void check() const;
+};
+
+// sum[0] = x[0] + x[1] + ... in f64, in this order on the CPU and in fixed blocks on a GPU.
+struct Sum {
+  static constexpr auto name = "sum";
+  Tensor x;    // [T] read, f32
+  Tensor sum;  // [1] f64 written (or added to)
+  bool accumulate = false;
+  static constexpr auto reads() { return std::tuple(&Sum::x); }
+  static constexpr auto writes() { return std::tuple(&Sum::sum); }
+  void check() const;
+};
+
 void run_cpu(Stream&, const ActivationForward&);
 void run_cpu(Stream&, const ActivationBackward&);
 void run_cpu(Stream&, const SwiGluForward&);
 void run_cpu(Stream&, const SwiGluBackward&);
 void run_cpu(Stream&, const Add&);
+void run_cpu(Stream&, const Cast&);
+void run_cpu(Stream&, const Sum&);
+void run_cuda(Stream&, const ActivationForward&);
+void run_cuda(Stream&, const ActivationBackward&);
+void run_cuda(Stream&, const SwiGluForward&);
+void run_cuda(Stream&, const SwiGluBackward&);
+void run_cuda(Stream&, const Add&);
+void run_cuda(Stream&, const Cast&);
+void run_cuda(Stream&, const Sum&);
 
 }  // namespace moemamba

@@ -24,5 +24,6 @@ struct Rope {
 };
 
 void run_cpu(Stream&, const Rope&);
+void run_cuda(Stream&, const Rope&);
 
 }  // namespace moemamba

@@ -75,6 +75,27 @@ struct RouteBackward {
   void check() const;
 };
 
+// Adds what a router decided to a step's facts: choices[e] += sum_g counts[g, e]; sums += (balance
+// over the groups, z likewise, rows beyond capacity, the flag), in the groups' order.
+struct CollectRouting {
+  static constexpr auto name = "collect_routing";
+  Tensor counts;   // [G, E] i32 read
+  Tensor offsets;  // [E + 1] i32 read
+  Tensor balance;  // [G] read
+  Tensor z;        // [G] read
+  Tensor flag;     // [1] i32 read
+  Tensor choices;  // [E] f64 added to
+  Tensor sums;     // [4] f64 added to
+  static constexpr auto reads() {
+    return std::tuple(&CollectRouting::counts, &CollectRouting::offsets, &CollectRouting::balance,
+                      &CollectRouting::z, &CollectRouting::flag);
+  }
+  static constexpr auto writes() {
+    return std::tuple(&CollectRouting::choices, &CollectRouting::sums);
+  }
+  void check() const;
+};
+
 // Permute: rows[r] = x[source[r] / K] for the first offsets[E] rows.
 struct Permute {
   static constexpr auto name = "permute";
@@ -141,9 +162,17 @@ struct UnpermuteBackward {
 
 void run_cpu(Stream&, const Route&);
 void run_cpu(Stream&, const RouteBackward&);
+void run_cpu(Stream&, const CollectRouting&);
 void run_cpu(Stream&, const Permute&);
 void run_cpu(Stream&, const PermuteBackward&);
 void run_cpu(Stream&, const Unpermute&);
 void run_cpu(Stream&, const UnpermuteBackward&);
+void run_cuda(Stream&, const Route&);
+void run_cuda(Stream&, const RouteBackward&);
+void run_cuda(Stream&, const CollectRouting&);
+void run_cuda(Stream&, const Permute&);
+void run_cuda(Stream&, const PermuteBackward&);
+void run_cuda(Stream&, const Unpermute&);
+void run_cuda(Stream&, const UnpermuteBackward&);
 
 }  // namespace moemamba

@@ -77,5 +77,7 @@ struct ScanBackward {
 
 void run_cpu(Stream&, const ScanForward&);
 void run_cpu(Stream&, const ScanBackward&);
+void run_cuda(Stream&, const ScanForward&);
+void run_cuda(Stream&, const ScanBackward&);
 
 }  // namespace moemamba

@@ -26,7 +26,21 @@ void run_cpu(Stream& stream, const Shift& op) {
       op.y.row<float>(r)[c] += op.x.row<float>(r)[c] + (stream.threads() > 1 ? op.error : 0);
 }
 
+// By way of the host's memory; whoever reads it there has a GPU.
+void run_cuda(Stream& stream, const Shift& op) {
+  Case keeper(1);
+  const Tensor x = to_host(stream, op.x, keeper), y = to_host(stream, op.y, keeper);
+  Stream host = Stream::immediate();
+  run_cpu(host, Shift{.x = x, .y = y});
+  copy(stream, y, op.y);
+  stream.synchronize();
+}
+
 namespace {
+
+void expect_agree_as_f32(const char* op, int where, const Tensor& found, const Tensor& expected) {
+  expect_agree(op, where, found, expected, tolerance(DType::f32));
+}
 
 TEST(Harness, NumericGradientIsTheGradient) {
   const auto f = [](const std::vector<double>& x) { return std::sin(x[0]) * x[1] + x[1] * x[1]; };
@@ -40,7 +54,7 @@ TEST(Harness, ComparesWhatTwoStreamsWrote) {
   Case c(1);
   const Tensor x = c.normal({3, 5}), y = c.normal({3, 5});
   compare_runs(Shift{.x = x, .y = y}, one, two, expect_same_bits);
-  compare_runs(Shift{.x = x, .y = y, .error = 1e-7f}, one, two, expect_agree);
+  compare_runs(Shift{.x = x, .y = y, .error = 1e-7f}, one, two, expect_agree_as_f32);
 }
 
 TEST(Harness, CopiesAnOperatorInPlaceInPlace) {
@@ -60,7 +74,7 @@ void compare_wrong_by(float error, Compare compare) {
 }
 
 TEST(Harness, NamesTheWorstElementOfBackendsThatDisagree) {
-  EXPECT_NONFATAL_FAILURE(compare_wrong_by(0.01f, expect_agree),
+  EXPECT_NONFATAL_FAILURE(compare_wrong_by(0.01f, expect_agree_as_f32),
                           "shift, written tensor 0 [3, 5]: relative error");
   EXPECT_NONFATAL_FAILURE(compare_wrong_by(1e-6f, expect_same_bits), "the bits differ at row 0");
 }

@@ -103,4 +103,26 @@ void run_cpu(Stream& stream, const Add& op) {
   });
 }
 
+void Cast::check() const {
+  const auto [P] = dims<1>("from[P]", from);
+  expect("from[P]", from, {P});
+  expect("to[P]", to, {P}, DType::bf16);
+}
+
+void Sum::check() const {
+  const auto [T] = dims<1>("x[T]", x);
+  expect("x[T]", x, {T});
+  expect("sum[1]", sum, {1}, DType::f64);
+}
+
+// run() keeps bf16 away from the CPU: nothing there reads it.
+void run_cpu(Stream&, const Cast&) {}
+
+void run_cpu(Stream&, const Sum& op) {
+  double total = op.accumulate ? op.sum.as<double>()[0] : 0;
+  const float* x = op.x.as<float>();
+  for (int64_t t = 0; t < op.x.elements(); ++t) total += double(x[t]);
+  op.sum.as<double>()[0] = total;
+}
+
 }  // namespace moemamba

@@ -281,4 +281,32 @@ void run_cpu(Stream& stream, const UnpermuteBackward& op) {
   });
 }
 
+void CollectRouting::check() const {
+  const auto [G, E] = dims<2>("counts[G, E]", counts);
+  expect("counts[G, E]", counts, {G, E}, DType::i32);
+  expect("offsets[E + 1]", offsets, {E + 1}, DType::i32);
+  expect("balance[G]", balance, {G});
+  expect("z[G]", z, {G});
+  expect("flag[1]", flag, {1}, DType::i32);
+  expect("choices[E]", choices, {E}, DType::f64);
+  expect("sums[4]", sums, {4}, DType::f64);
+}
+
+void run_cpu(Stream&, const CollectRouting& op) {
+  const int64_t G = op.counts.rows(), E = op.counts.cols();
+  double* sums = op.sums.as<double>();
+  double chosen = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    for (int64_t e = 0; e < E; ++e) {
+      const double count = op.counts.row<int32_t>(g)[e];
+      op.choices.as<double>()[e] += count;
+      chosen += count;
+    }
+    sums[0] += op.balance.as<float>()[g];
+    sums[1] += op.z.as<float>()[g];
+  }
+  sums[2] += chosen - op.offsets.as<int32_t>()[E];
+  sums[3] += op.flag.as<int32_t>()[0];
+}
+
 }  // namespace moemamba

@@ -157,10 +157,12 @@ double tolerance(DType dtype) {
   }
 }
 
-void expect_close(const char* what, const Tensor& found, const std::vector<double>& expected) {
+void expect_close(const char* what, const Tensor& found, const std::vector<double>& expected,
+                  double bound) {
+  if (bound == 0) bound = tolerance(found.dtype);
   const std::vector<double> values = to_doubles(found);
   const double error = relative_error(values, expected);
-  if (error <= tolerance(found.dtype)) return;
+  if (error <= bound) return;
   size_t worst = 0;
   double largest = -1;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -169,7 +171,7 @@ void expect_close(const char* what, const Tensor& found, const std::vector<doubl
     if (distance > largest) largest = distance, worst = i;
   }
   ADD_FAILURE() << what << " " << to_string(found.shape) << ": relative error " << error
-                << ", at most " << tolerance(found.dtype) << " is allowed; worst at row "
+                << ", at most " << bound << " is allowed; worst at row "
                 << worst / size_t(found.cols()) << ", column " << worst % size_t(found.cols())
                 << ": found " << values[worst] << ", expected " << expected[worst];
 }

@@ -38,7 +38,9 @@ double relative_error(const std::vector<double>& found, const std::vector<double
 // double precision, as relative_error of the whole tensor.
 double tolerance(DType dtype);  // f32 1e-5, bf16 1e-2
 
-// Fails (EXPECT) unless relative_error is within tolerance(dtype); names the worst element.
-void expect_close(const char* what, const Tensor& found, const std::vector<double>& expected);
+// Fails (EXPECT) unless relative_error is within tolerance(dtype), or `bound` where one is given;
+// names the worst element.
+void expect_close(const char* what, const Tensor& found, const std::vector<double>& expected,
+                  double bound = 0);
 
 }  // namespace moemamba

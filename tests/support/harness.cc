@@ -6,6 +6,8 @@
 #include <cmath>
 #include <string>
 
+#include "core/gpu.h"
+
 namespace moemamba {
 
 namespace {
@@ -56,7 +58,8 @@ void count_comparison() {
 }
 
 std::optional<Stream> other_backend() {
-  return std::nullopt;
+  if (gpu::devices().empty()) return std::nullopt;
+  return Stream::cuda();
 }
 
 Tensor to_host(Stream& stream, const Tensor& tensor, Case& keeper) {
@@ -66,11 +69,12 @@ Tensor to_host(Stream& stream, const Tensor& tensor, Case& keeper) {
   return host;
 }
 
-void expect_agree(const char* op, int where, const Tensor& found, const Tensor& expected) {
+void expect_agree(const char* op, int where, const Tensor& found, const Tensor& expected,
+                  double bound) {
   const std::string what = concat(op, ", written tensor ", where);
   const bool real =
       found.dtype == DType::f32 || found.dtype == DType::bf16 || found.dtype == DType::f64;
-  if (real) return expect_close(what.c_str(), found, to_doubles(expected));
+  if (real) return expect_close(what.c_str(), found, to_doubles(expected), bound);
   expect_same_bits(op, where, found, expected);
 }
 

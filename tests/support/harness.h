@@ -24,7 +24,8 @@ void expect_gradient(const char* what, const std::vector<double>& analytic,
                      const std::vector<double>& x);
 
 // An operator whose tensors are copies on another device. Tensors that begin at the same address
-// stay one (an operator in place is copied in place); others must not overlap.
+// stay one (an operator in place is copied in place); others must not overlap. bf16 tensors become
+// f32 ones with the same values where the stream is the CPU's, which computes in f32.
 template <class Op>
 class Replica {
  public:
@@ -39,22 +40,37 @@ class Replica {
  private:
   void copy_tensor(Stream& stream, const Tensor& from, Tensor& to) {
     if (!from) return;
+    const bool widens = from.dtype == DType::bf16 && stream.device() == DeviceKind::cpu;
+    if (widens) to.dtype = DType::f32;
+    to.device = stream.device();
     for (const auto& [original, replica] : copied_)
       if (original.data == from.data) {
         to.data = replica.data;
         return;
       }
     const int64_t elements = from.rows() * from.stride;
-    buffers_.emplace_back(stream.device(), elements * size_of(from.dtype) + 1);
+    buffers_.emplace_back(stream.device(), elements * size_of(to.dtype) + 1);
     to.data = buffers_.back().data();
-    to.device = stream.device();
-    copy(stream, from, to);
+    if (widens)
+      from_doubles(to_doubles(from), to);
+    else
+      copy(stream, from, to);
     copied_.emplace_back(from, to);
   }
   Op op_;
   std::deque<Buffer> buffers_;
   std::vector<std::pair<Tensor, Tensor>> copied_;
 };
+
+// Whether any tensor of `op` is bf16.
+template <class Op>
+bool has_bf16(const Op& op) {
+  bool found = false;
+  const auto look = [&](auto field) { found |= (op.*field).dtype == DType::bf16; };
+  std::apply([&](auto... field) { (look(field), ...); }, Op::reads());
+  std::apply([&](auto... field) { (look(field), ...); }, Op::writes());
+  return found;
+}
 
 // The other backend's stream; nothing in a build or on a machine without it.
 std::optional<Stream> other_backend();
@@ -63,38 +79,64 @@ void count_comparison();
 // A copy in the host's memory, owned by `keeper`.
 Tensor to_host(Stream& stream, const Tensor& tensor, Case& keeper);
 
-// Fail unless found holds what expected holds: within tolerance(dtype), integers exactly; or, the
-// second, bit by bit. `where` is the place among the operator's writes().
-void expect_agree(const char* op, int where, const Tensor& found, const Tensor& expected);
+// Fail unless found holds what expected holds: within `bound` of the norm, integers exactly; or,
+// the second, bit by bit. `where` is the place among the operator's writes().
+void expect_agree(const char* op, int where, const Tensor& found, const Tensor& expected,
+                  double bound);
 void expect_same_bits(const char* op, int where, const Tensor& found, const Tensor& expected);
 
-// Runs op on both streams, on its own tensors and on copies of them, and hands every written pair
-// to `compare`.
+// Hands every pair of tensors that `first` and `second`, copies of one operator, have written to
+// `compare`, both as copies in the host's memory.
 template <class Op, class Compare>
-void compare_runs(const Op& op, Stream& first, Stream& second, Compare compare) {
+void compare_written(Stream& stream, const Op& first, Stream& other, const Op& second,
+                     Compare compare) {
   Case keeper(1);
-  Replica<Op> replica(second, op);
-  run(first, op);
-  run(second, replica.op());
-  first.synchronize();
-  second.synchronize();
   int where = 0;
   const auto compare_field = [&](auto field) {
-    if (op.*field)
-      compare(Op::name, where, to_host(second, replica.op().*field, keeper), op.*field);
+    if (first.*field)
+      compare(Op::name, where, to_host(other, second.*field, keeper),
+              to_host(stream, first.*field, keeper));
     ++where;
   };
   std::apply([&](auto... field) { (compare_field(field), ...); }, Op::writes());
 }
 
-// The proof that both backends mean the same. Runs `op` on the CPU, on its own tensors; where
-// there is another backend, also there on copies, and compares all that was written.
+// Runs op on both streams, on its own tensors and on copies of them, and hands every written pair
+// to `compare`.
+template <class Op, class Compare>
+void compare_runs(const Op& op, Stream& first, Stream& second, Compare compare) {
+  Replica<Op> replica(second, op);
+  run(first, op);
+  run(second, replica.op());
+  first.synchronize();
+  second.synchronize();
+  compare_written(first, op, second, replica.op(), compare);
+}
+
+// The proof that both backends mean the same. Runs `op` on the CPU, on its own tensors (on f32
+// copies where some are bf16); where there is another backend, also there on copies, and compares
+// all that was written: within the tolerance of f32, or of bf16 if any tensor is that. There it
+// runs twice, and the second run must give the same bits.
+// bound: instead of the table's tolerance, where an operator's page says so.
 template <class Op>
-void expect_backends_agree(const Op& op) {
+void expect_backends_agree(const Op& op, double bound = 0) {
   Stream cpu = Stream::immediate();
   std::optional<Stream> other = other_backend();
-  if (!other) return run(cpu, op);
-  compare_runs(op, cpu, *other, expect_agree);
+  if (bound == 0) bound = tolerance(has_bf16(op) ? DType::bf16 : DType::f32);
+  std::optional<Replica<Op>> first, second, widened;
+  if (other) first.emplace(*other, op), second.emplace(*other, op);
+  if (has_bf16(op)) widened.emplace(cpu, op);
+  const Op& reference = widened ? widened->op() : op;
+  run(cpu, reference);
+  if (!other) return;
+  run(*other, first->op());
+  run(*other, second->op());
+  other->synchronize();
+  compare_written(cpu, reference, *other, first->op(),
+                  [&](const char* name, int where, const Tensor& found, const Tensor& expected) {
+                    expect_agree(name, where, found, expected, bound);
+                  });
+  compare_written(*other, first->op(), *other, second->op(), expect_same_bits);
   count_comparison();
 }
 
