@@ -256,8 +256,11 @@ std::string join_path(const std::string& folder, const std::string& name) {
   return (std::filesystem::path(folder) / name).string();
 }
 
-MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
-  const Descriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+MappedFile::MappedFile(std::string path, Links links) : path_(std::move(path)) {
+  const int no_link = links == Links::refused ? O_NOFOLLOW : 0;
+  const Descriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | no_link));
+  check(file.get() >= 0 || errno != ELOOP || !no_link, path_,
+        ": is a symlink; expected the file itself: copy what it points to (cp -L)");
   if (file.get() < 0) refuse(path_, "open", errno);
   struct stat about {};
   if (::fstat(file.get(), &about) != 0) refuse(path_, "read", errno);

@@ -88,10 +88,13 @@ bool file_exists(const std::string& path);
 std::string folder_of(const std::string& path);  // "." where there is none
 std::string join_path(const std::string& folder, const std::string& name);
 
+// What a name may be. Files that the user names may be symlinks; names that a file holds must not.
+enum class Links { followed, refused };
+
 // A regular file in memory, read-only. It must not shrink while mapped (we only ever rename).
 class MappedFile {
  public:
-  explicit MappedFile(std::string path);
+  explicit MappedFile(std::string path, Links links = Links::followed);
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&& other) noexcept;
   ~MappedFile();

@@ -132,7 +132,7 @@ void CheckpointWriter::publish(const CheckpointFacts& facts, const std::string& 
 // halfway the attempt stays as well: fence_attempts() knows by it what the folder is. It is not
 // deleted here: a name may be another launch's by now.
 void CheckpointWriter::publish_by_links(const std::string& attempt, const std::string& place) {
-  const CheckpointManifest manifest =
+  const Manifest manifest =
       unseal(read_file(join_path(attempt, kManifestName)), join_path(attempt, kManifestName));
   files_.sync_folder(checkpoints_folder(options_.run));  // no half without its attempt
   files_.make_folder(place);
