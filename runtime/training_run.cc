@@ -55,6 +55,14 @@ void TrainingRun::say(const std::string& line) {
     std::fprintf(stderr, "%s\n", line.c_str());
 }
 
+// What nobody should miss who has turned the progress line off.
+void TrainingRun::warn(const std::string& line) {
+  if (speaks() && !progress_)
+    std::fprintf(stderr, "moemamba: %s\n", line.c_str());
+  else
+    say(line);
+}
+
 void TrainingRun::open_evaluation() {
   const DataConfig& data = request_.data;
   const bool holds_out = data.validation_size() > 0;
@@ -150,11 +158,13 @@ void TrainingRun::open_checkpoints() {
   Checkpoints::Options options{
       .writer = {.run = request_.run, .generation = generation_, .may_write = {}},
       .asynchronous = config.asynchronous(),
+      .verify = config.verify(),
       .retention = {.keep_last = config.keep_last(),
                     .keep_every = config.keep_every(),
                     .always = loaded_step_},
       .max_failed = config.max_failed_saves(),
-      .say = [this](const std::string& text) { say(text); }};
+      .say = [this](const std::string& text) { say(text); },
+      .warn = [this](const std::string& text) { warn(text); }};
   if (lease_) options.writer.may_write = [this] { return lease_->ours(); };
   checkpoints_.emplace(files_, groups_, trainer_.session().store, std::move(options));
 }

@@ -28,6 +28,7 @@ constexpr Moment kMoments[] = {Moment::before, Moment::halfway, Moment::after};
 // Counts a rank's calls and dies at one of them; `die` does not return.
 class KillingFiles : public SeamFiles {
  public:
+  bool corrupts = false;  // a bit of every checkpoint flips as it comes to be
   KillingFiles(int64_t at, Moment moment, std::function<void()> die) {
     before = [this, at, moment, die](FileCall& call) {
       const bool now = calls++ == at;
@@ -39,6 +40,8 @@ class KillingFiles : public SeamFiles {
     after = [this, at, moment, die](const FileCall& call) {
       if (call.what == Call::rename_new && call.to.find("/step-") != std::string::npos)
         published_ = true;
+      if (corrupts && call.what == Call::rename_new && call.to.find("/step-") != std::string::npos)
+        flip_bit(call.to + "/model-00001-of-00002.safetensors", 4321);
       if (call.what == Call::link && call.to.ends_with(kManifestName)) published_ = true;
       if (call.what == Call::sync_folder && call.path.ends_with("/checkpoints") && published_)
         durable = true;
@@ -73,6 +76,7 @@ struct Scenario {
   bool overwrite = false, renames_new = true;
   Retention retention = {};
   int ranks = 2, expert = 2;
+  bool corrupts = false;  // the disk damages the new checkpoint
 };
 
 void saves(const std::string& run, std::initializer_list<int64_t> steps) {
@@ -123,6 +127,7 @@ std::vector<Scenario> scenarios() {
       {"damaged ones set aside, by links", damaged, 1, 2, false, false},
       {"after half a publication", halves, 1, 2, false, false},
       {"overwriting", whole, 3, 1, true, true},
+      {"a new one that does not hold", three, 3, 4, false, true, {.keep_last = 1}, 2, 2, true},
   };
 }
 
@@ -144,6 +149,7 @@ bool dying_launch(const Scenario& s, const std::string& run, int rank, int64_t a
         pause();
       }));
       disks.back()->renames_new = s.renames_new;
+      disks.back()->corrupts = s.corrupts;
     }
     launch({.run = run,
             .disks = [&](int r) -> FileSystem& { return *disks[size_t(r)]; },
@@ -205,6 +211,7 @@ void expect_old_or_new(const Scenario& s, const std::string& run, bool durable) 
   MemoryFolder copy("crash-kill-copy");
   fs::copy(run, copy / "run", fs::copy_options::recursive);
   const int64_t found = loaded_step(copy / "run", 99, &why);
+  if (s.corrupts) durable = false;  // and the new one may be found before the disk damages it
   EXPECT_TRUE(found == s.new_step || (found == s.old_step && !durable))
       << "found " << found << " " << why << (durable ? ", though committed" : "");
 }

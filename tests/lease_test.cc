@@ -359,9 +359,9 @@ TEST(Lease, ThatWasLostLetsNothingBeCommittedAtWhateverStepItsOwnerStood) {
               static_cast<long long>(cases), static_cast<long long>(after_commit));
 }
 
-// The owner makes the run's first save, published by links, and is stopped at call `at` of rank 0; a
-// second launch takes over and dies before it saves; the first goes on, a third launch looks.
-// Returns whether the first was stopped.
+// The owner makes the run's first save, published by links, and is stopped at call `at`; a second
+// launch takes over and dies before it saves; the first goes on, a third launch looks. Returns
+// whether the first was stopped.
 bool dying_successor(int64_t at, int64_t& published) {
   MemoryFolder folder("lease-half");
   const std::string run = folder / "run";
