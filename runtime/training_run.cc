@@ -38,8 +38,11 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
       trainer_(groups, options_of(request, tokenizer_)) {
   open_evaluation();
   if (!request.init_from.empty()) {
-    load_weights(request.init_from, trainer_.session().store, groups);
+    Session& session = trainer_.session();
+    const FoundWeights found = find_weights(request.init_from, groups, session.compute);
+    load_weights(found.path, session.store, groups);
     check_same_kind(request.init_from, request.model, tokenizer_);
+    say("weights    " + describe(found));
   }
   barrier(*groups.control, trainer_.session().compute);
   take_folder();

@@ -1,6 +1,7 @@
 #include "runtime/weights.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
@@ -8,7 +9,8 @@
 #include <nlohmann/json.hpp>
 
 #include "core/host_mirror.h"
-#include "runtime/checkpoint_folder.h"
+#include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_reader.h"
 #include "runtime/safetensors.h"
 
 namespace moemamba {
@@ -73,19 +75,22 @@ std::string whole_folder(const std::string& folder) {
   return !fs::exists(folder) && fs::is_directory(old) ? old : folder;
 }
 
-// The folder's files: a folder of weights, a run's folder, or one file.
-std::vector<SafetensorsReader> open_all(const std::string& path) {
+int64_t step_in(const WeightsMetadata& metadata) {
+  const auto stored = metadata.find("step");
+  int64_t step = -1;
+  if (stored != metadata.end())
+    std::from_chars(stored->second.data(), stored->second.data() + stored->second.size(), step);
+  return step;
+}
+
+// The files of a folder of weights, or one file.
+std::vector<SafetensorsReader> open_files(const std::string& path) {
   std::vector<SafetensorsReader> readers;
   if (fs::is_regular_file(path)) {
     readers.emplace_back(path);
     return readers;
   }
-  const std::string inner = whole_folder(join_path(path, "weights"));
-  const std::vector<CheckpointPlace> checkpoints = list_checkpoints(path);
-  // A run that has not ended has its weights in checkpoints alone.
-  const std::string folder = fs::is_directory(inner) ? inner
-                             : !checkpoints.empty()  ? checkpoints.front().path
-                                                     : whole_folder(path);
+  const std::string folder = whole_folder(path);
   const std::string index = join_path(folder, "model.safetensors.index.json");
   if (!file_exists(index)) {
     const std::string single = join_path(folder, "model.safetensors");
@@ -224,13 +229,55 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
   together(groups, stream, finish, clean);
 }
 
+FoundWeights find_weights(const std::string& path) {
+  const std::string inner = whole_folder(join_path(path, "weights"));
+  const bool exported = fs::is_directory(inner);
+  FoundWeights found{.path = exported ? inner : path};
+  if (exported)
+    found.step = step_in(open_files(inner).front().metadata());
+  if (exported && found.step < 0) return found;  // not ours: whoever put them there wants them
+  std::string problem;
+  for (const CheckpointPlace& place : list_checkpoints(path)) {
+    if (place.step <= found.step) break;
+    try {
+      return {.path = Checkpoint(place.path).path(), .step = place.step};
+    } catch (const OtherFormat&) {
+      throw;
+    } catch (const Error& error) {
+      if (problem.empty()) problem = error.what();
+    }
+  }
+  check(exported || problem.empty(), path, ": none of its checkpoints can be used: ", problem);
+  return found;
+}
+
+std::string describe(const FoundWeights& found) {
+  return found.step < 0 ? found.path : concat(found.path, ", of step ", found.step);
+}
+
+FoundWeights find_weights(const std::string& path, ProcessGroups& groups, Stream& stream) {
+  std::string answer;  // "+STEP PATH", or why there is none
+  if (groups.rank == 0) {
+    try {
+      const FoundWeights found = find_weights(path);
+      answer = concat("+", found.step, " ", found.path);
+    } catch (const std::exception& error) {
+      answer = error.what();
+    }
+  }
+  answer = broadcast_blob(*groups.control, stream, answer);
+  check(answer.rfind('+', 0) == 0, answer);
+  const size_t space = answer.find(' ');
+  return {.path = answer.substr(space + 1), .step = std::stoll(answer.substr(1, space - 1))};
+}
+
 WeightsMetadata read_weights_metadata(const std::string& path) {
-  return open_all(path).front().metadata();
+  return open_files(find_weights(path).path).front().metadata();
 }
 
 void load_weights(const std::string& path, const ParameterStore& store,
                   const ProcessGroups& groups) {
-  const std::vector<SafetensorsReader> readers = open_all(path);
+  const std::vector<SafetensorsReader> readers = open_files(find_weights(path).path);
   Found found;
   for (const SafetensorsReader& reader : readers)
     for (const StoredTensor& tensor : reader.tensors()) found[tensor.name] = {&reader, &tensor};
