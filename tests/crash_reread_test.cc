@@ -237,6 +237,35 @@ TEST(Announcement, OfASaveComesAsSoonAsItHasEnded) {
   }
 }
 
+// The step loop asks: the line of a save stands before the step after which it had long ended.
+TEST(Announcement, OfASaveStandsBeforeTheNextStep) {
+  TemporaryFolder folder;
+  TrainRequest request = request_of(
+      SmallRun{.folder = folder / "run", .ranks = 2, .expert = 2, .steps = 6, .save_interval = 2});
+  request.train.set_progress(TrainConfig::AUTO);
+  request.train.set_log_interval(1);
+  const std::string latest = checkpoints_folder(request.run) + "/LATEST";
+  testing::internal::CaptureStderr();
+  in_world(RankLayout(2, 2, int(request.model.experts())), [&](ProcessGroups& groups) {
+    TrainRequest own = request;
+    own.stop_wanted = [&, step = 0]() mutable {
+      // The third step begins when the save after the second has come to its very end.
+      for (int i = 0; ++i < 6000 && step == 2 && !file_exists(latest);)
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      if (step++ == 2) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      return false;
+    };
+    PosixFileSystem files;
+    run_training(files, groups, own);
+  });
+  const std::string said = testing::internal::GetCapturedStderr();
+  const size_t saved = said.find("saved      step-00000002"), step = said.find("step 3/6 ");
+  ASSERT_NE(saved, std::string::npos) << said;
+  ASSERT_NE(step, std::string::npos) << said;
+  EXPECT_LT(saved, step) << said;
+  EXPECT_EQ(said.find("saved      step-00000002", saved + 1), std::string::npos) << said;
+}
+
 // Failed saves are counted in metrics.jsonl from the step on whose end they were known.
 TEST(Announcement, OfFailedSavesIsInTheMetrics) {
   for (const bool asynchronous : {false, true}) {

@@ -220,18 +220,35 @@ TEST_F(Launch, ASignalEndsARunThatOthersStartedToo) {
 }
 
 // A step of minutes must not make an impatient user reach for SIGKILL.
+constexpr const char* kLongSteps =
+    "--train.sequence_length=1000 --train.global_batch_size=16 --model.width=192 --model.blocks=4 "
+    "--train.progress=off ";
+
 TEST_F(Launch, TheSecondSignalEndsTheRunAtOnce) {
-  const Result result = while_training(
-      "--train.sequence_length=1000 --train.global_batch_size=16 "
-      "--model.width=192 --model.blocks=4 --train.progress=off",
-      [](const Processes& processes) {
-        kill(processes.launchers[0], SIGTERM);
-        std::this_thread::sleep_for(std::chrono::milliseconds(200));
-        kill(processes.launchers[0], SIGINT);
-      });
-  EXPECT_EQ(result.code, 130) << result.err;
-  EXPECT_EQ(count(result.err, "moemamba: SIGINT: the ranks were ended"), 1) << result.err;
+  for (const auto& [second, name, code] :
+       {std::tuple(SIGINT, "SIGINT", 130), {SIGTERM, "SIGTERM", 143}}) {
+    const Result result = while_training(kLongSteps, [second = second](const Processes& processes) {
+      kill(processes.launchers[0], SIGTERM);
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      kill(processes.launchers[0], second);
+    });
+    EXPECT_EQ(result.code, code) << result.err;
+    EXPECT_EQ(count(result.err, std::string("moemamba: ") + name + ": the ranks were ended"), 1)
+        << result.err;
+    EXPECT_FALSE(file_exists(run() + "/weights"));
+    std::filesystem::remove_all(run());
+  }
+}
+
+// The same of a process alone, which nobody stands before.
+TEST_F(Launch, TheSecondSIGTERMEndsAProcessAtOnce) {
+  const Result result = shell("$moemamba train" + small_training(1'000'000'000) + kLongSteps +
+                              "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; "
+                              "kill -TERM $id; sleep 0.3; kill -TERM $id; wait $id");
+  EXPECT_EQ(result.code, 128 + SIGTERM) << result.err;
+  EXPECT_EQ(count(result.err, "moemamba: ending after this step"), 1) << result.err;
   EXPECT_FALSE(file_exists(run() + "/weights"));
+  EXPECT_TRUE(list_checkpoints(run()).empty());
 }
 
 // Whatever happens to the launcher, no rank is left behind.
