@@ -29,7 +29,7 @@ Session open_session(ProcessGroups& groups, const UseRequest& request, const Mod
 }
 
 void load_newest_weights(const std::string& path, Session& session, ProcessGroups& groups) {
-  const FoundWeights found = find_weights(path, groups, session.compute);
+  const FoundWeights found = find_weights(path, groups, session.host);
   load_weights(found.path, session.store, groups);
   if (groups.rank == 0) std::fprintf(stderr, "weights    %s\n", describe(found).c_str());
 }

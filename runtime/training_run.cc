@@ -39,7 +39,7 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
   open_evaluation();
   if (!request.init_from.empty()) {
     Session& session = trainer_.session();
-    const FoundWeights found = find_weights(request.init_from, groups, session.compute);
+    const FoundWeights found = find_weights(request.init_from, groups, session.host);
     load_weights(found.path, session.store, groups);
     check_same_kind(request.init_from, request.model, tokenizer_);
     say("weights    " + describe(found));
