@@ -17,7 +17,13 @@
 namespace moemamba {
 namespace {
 
-class Launch : public ProgramTest {};
+class Launch : public ProgramTest {
+ protected:
+  // The program that is running says that it has got a signal.
+  bool asked() const {
+    return count(read_file(*this / "shell.err"), "moemamba: ending after this step") > 0;
+  }
+};
 
 TEST_F(Launch, TrainsUnderMpirunAndHandsOnTheExitCode) {
   const std::string words = small_training(2);
@@ -227,11 +233,14 @@ constexpr const char* kLongSteps =
 TEST_F(Launch, TheSecondSignalEndsTheRunAtOnce) {
   for (const auto& [second, name, code] :
        {std::tuple(SIGINT, "SIGINT", 130), {SIGTERM, "SIGTERM", 143}}) {
-    const Result result = while_training(kLongSteps, [second = second](const Processes& processes) {
-      kill(processes.launchers[0], SIGTERM);
-      std::this_thread::sleep_for(std::chrono::milliseconds(200));
-      kill(processes.launchers[0], second);
-    });
+    const Result result =
+        while_training(kLongSteps, [&, second = second](const Processes& processes) {
+          kill(processes.launchers[0], SIGTERM);
+          // Two of a kind are one where the first has not been taken yet.
+          for (int i = 0; i < 600 && !asked(); ++i)
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+          kill(processes.launchers[0], second);
+        });
     EXPECT_EQ(result.code, code) << result.err;
     EXPECT_EQ(count(result.err, std::string("moemamba: ") + name + ": the ranks were ended"), 1)
         << result.err;
@@ -244,7 +253,8 @@ TEST_F(Launch, TheSecondSignalEndsTheRunAtOnce) {
 TEST_F(Launch, TheSecondSIGTERMEndsAProcessAtOnce) {
   const Result result = shell("$moemamba train" + small_training(1'000'000'000) + kLongSteps +
                               "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; "
-                              "kill -TERM $id; sleep 0.3; kill -TERM $id; wait $id");
+                              "kill -TERM $id; until grep -q 'ending after' shell.err; do "
+                              "sleep 0.1; done; kill -TERM $id; wait $id");
   EXPECT_EQ(result.code, 128 + SIGTERM) << result.err;
   EXPECT_EQ(count(result.err, "moemamba: ending after this step"), 1) << result.err;
   EXPECT_FALSE(file_exists(run() + "/weights"));
