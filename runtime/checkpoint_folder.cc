@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
+#include <set>
 
 #include "core/error.h"
 
@@ -51,12 +52,23 @@ std::optional<Attempt> attempt_of(const std::string& name) {
   return generation ? std::optional(Attempt{*step, *generation}) : std::nullopt;
 }
 
-// Renames, then deletes. Errors go to the caller; what is left is trash for the next time.
-void bury(FileSystem& files, const std::string& folder, const std::string& name) {
+// Renames what is to be deleted, and returns its new path. Errors go to the caller; what is left is
+// trash for the next time.
+std::string discard(FileSystem& files, const std::string& folder, const std::string& name) {
   const std::string trash = join_path(folder, concat(kTrash, name, "-", fresh_nonce()));
   files.rename(join_path(folder, name), trash);
+  return trash;
+}
+
+void bury(FileSystem& files, const std::string& folder, const std::string& name) {
+  const std::string trash = discard(files, folder, name);
   files.sync_folder(folder);
   remove_tree(files, trash);
+}
+
+// Of an attempt that a launch was about to delete when it died.
+std::optional<Attempt> attempt_of_trash(const std::string& name) {
+  return name.rfind(kTrash, 0) == 0 ? attempt_of(name.substr(kTrash.size())) : std::nullopt;
 }
 
 }  // namespace
@@ -77,6 +89,13 @@ std::string attempt_name(int64_t step, int64_t generation, uint64_t nonce) {
 
 std::string damaged_name(int64_t step, int64_t generation) {
   return concat(checkpoint_name(step), kDamaged, generation);
+}
+
+std::string damaged_place(const std::string& run, int64_t step, int64_t generation) {
+  const std::string place = join_path(checkpoints_folder(run), damaged_name(step, generation));
+  std::string free = place;
+  for (int i = 2; file_exists(free); ++i) free = concat(place, "-", i);
+  return free;
 }
 
 std::optional<int64_t> step_of_name(const std::string& name) {
@@ -141,12 +160,25 @@ bool is_half_published(const std::string& run, int64_t step) {
 
 void fence_attempts(FileSystem& files, const std::string& run, int64_t generation) {
   const std::string folder = checkpoints_folder(run);
+  std::set<int64_t> steps;
+  std::vector<std::string> trash;
   for (const std::string& name : names_in(folder)) {
-    const std::optional<Attempt> attempt = attempt_of(name);
-    if (!attempt || attempt->generation >= generation) continue;
-    if (is_half_published(run, attempt->step)) bury(files, folder, checkpoint_name(attempt->step));
-    bury(files, folder, name);
+    const std::optional<Attempt> attempt = attempt_of(name), dead = attempt_of_trash(name);
+    if (dead) {
+      steps.insert(dead->step);
+      trash.push_back(join_path(folder, name));
+    } else if (attempt && attempt->generation < generation) {
+      steps.insert(attempt->step);
+      trash.push_back(discard(files, folder, name));
+    }
   }
+  if (trash.empty()) return;
+  files.sync_folder(folder);
+  // Only now, for their owners may have been about to make them; and before the attempts are
+  // deleted, for by these it is known what they are.
+  for (int64_t step : steps)
+    if (is_half_published(run, step)) bury(files, folder, checkpoint_name(step));
+  for (const std::string& attempt : trash) remove_tree(files, attempt);
 }
 
 uint64_t fresh_nonce() {

@@ -17,6 +17,9 @@ std::string checkpoints_folder(const std::string& run);
 std::string checkpoint_name(int64_t step);
 std::string attempt_name(int64_t step, int64_t generation, uint64_t nonce);
 std::string damaged_name(int64_t step, int64_t generation);
+// Where such a one can go: that name in the run's folder, with a number behind it where it is
+// taken.
+std::string damaged_place(const std::string& run, int64_t step, int64_t generation);
 constexpr const char* kManifestName = "MANIFEST.pb";
 
 struct CheckpointPlace {
@@ -44,10 +47,12 @@ std::vector<CheckpointPlace> superseded(const std::string& run, const Retention&
 // REQUIRES: no save of `generation` is on its way.
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
                      const Retention& retention);
-// A folder of that step's name without a manifest: one that was being published by links.
+// A folder of that step's name without a manifest. Where its attempt is there too, it was being
+// published by links.
 bool is_half_published(const std::string& run, int64_t step);
-// Attempts of generations before `generation`, which nobody may finish any more: a stale owner's
-// rename then fails. With what they had published by halves.
+// Moves away attempts of generations before `generation`, and then what they had published by
+// halves. Without its attempt a stale owner can publish nothing more, not even a half: all that it
+// renames and links comes out of that folder.
 void fence_attempts(FileSystem& files, const std::string& run, int64_t generation);
 // Something about the time and the process that no other attempt has.
 uint64_t fresh_nonce();

@@ -112,12 +112,14 @@ std::optional<Manifest::Tensor> Checkpoint::find(const std::string& tensor) cons
 }
 
 void Checkpoint::verify_files(int first, int stride) const {
-  for (int i = first; i < manifest_.files_size(); i += stride) {
-    const Manifest::File file = manifest_.files(i);
-    const InputFile there(join_path(path_, file.name()));
-    check(there.bytes() == file.bytes() && digest_of(there) == hex_of_bytes(file.sha256()),
-          there.path(), ": damaged: its bytes do not have the digest in the manifest");
-  }
+  for (int i = first; i < manifest_.files_size(); i += stride) verify_file(i);
+}
+
+void Checkpoint::verify_file(int index) const {
+  const Manifest::File file = manifest_.files(index);
+  const InputFile there(join_path(path_, file.name()));
+  check(there.bytes() == file.bytes() && digest_of(there) == hex_of_bytes(file.sha256()),
+        there.path(), ": damaged: its bytes do not have the digest in the manifest");
 }
 
 std::string Checkpoint::differences(const ParameterStore& store) const {
@@ -177,7 +179,7 @@ void set_aside(FileSystem& files, const std::string& run, int64_t generation,
                const std::vector<CheckpointPlace>& damaged) {
   const std::string folder = checkpoints_folder(run);
   for (const CheckpointPlace& place : damaged)
-    files.rename(place.path, join_path(folder, damaged_name(place.step, generation)));
+    files.rename(place.path, damaged_place(run, place.step, generation));
   if (!damaged.empty()) files.sync_folder(folder);
 }
 

@@ -18,6 +18,7 @@ class Checkpoint {
 
   // Re-reads files first, first + stride, ..: sizes and digests. An Error names the file.
   void verify_files(int first = 0, int stride = 1) const;
+  void verify_file(int index) const;  // in the manifest's list
   // Every difference between its tensors and what the model of `store` has; "" where there is none.
   std::string differences(const ParameterStore& store) const;
   // Reads elements [begin, end) of one tensor's values or moments.

@@ -10,6 +10,14 @@
 
 namespace moemamba {
 
+namespace {
+
+// Within an attempt: what becomes the checkpoint where it is published by links. No file of a
+// manifest begins with a dot.
+constexpr const char* kHalfName = ".half";
+
+}  // namespace
+
 CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
                                    const ParameterStore& store, Options options)
     : files_(files),
@@ -49,7 +57,7 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
       files_.sync_folder(options_.run);  // or a power cut takes the folder with all that is in it
       const std::string place = join_path(folder, checkpoint_name(facts.step));
       if (is_half_published(options_.run, facts.step))  // by a stale owner, since we have loaded
-        files_.rename(place, join_path(folder, damaged_name(facts.step, options_.generation)));
+        files_.rename(place, damaged_place(options_.run, facts.step, options_.generation));
       check(!file_exists(place), folder, ": a checkpoint of step ", facts.step,
             " is there already");
       const int64_t room = files_.free_bytes(folder), needed = sum + sum / 20 + (1 << 16);
@@ -127,18 +135,22 @@ void CheckpointWriter::publish(const CheckpointFacts& facts, const std::string& 
   files_.sync_folder(folder);
 }
 
-// Where the file system has no rename that fails on an existing name (NFS): a new folder, links to
-// all files, and the manifest's last, without which a folder is no checkpoint. Where that fails
-// halfway the attempt stays as well: fence_attempts() knows by it what the folder is. It is not
-// deleted here: a name may be another launch's by now.
+// Where the file system has no rename that fails on an existing name (NFS): a folder with links to
+// all files is made within the attempt and renamed, which fails where a folder with anything in it
+// has that name; then the manifest is linked, without which a folder is no checkpoint. Once the
+// attempt has been moved away, neither is possible. Where that fails halfway the attempt stays as
+// well: fence_attempts() knows by it what the folder is. It is not deleted here: a name may be
+// another launch's by now.
 void CheckpointWriter::publish_by_links(const std::string& attempt, const std::string& place) {
   const Manifest manifest =
       unseal(read_file(join_path(attempt, kManifestName)), join_path(attempt, kManifestName));
-  files_.sync_folder(checkpoints_folder(options_.run));  // no half without its attempt
-  files_.make_folder(place);
+  const std::string half = join_path(attempt, kHalfName);
+  files_.make_folder(half);
   for (const auto& file : manifest.files())
-    files_.link(join_path(attempt, file.name()), join_path(place, file.name()));
-  files_.sync_folder(place);
+    files_.link(join_path(attempt, file.name()), join_path(half, file.name()));
+  files_.sync_folder(half);
+  files_.sync_folder(checkpoints_folder(options_.run));  // no half without its attempt
+  files_.rename(half, place);
   files_.link(join_path(attempt, kManifestName), join_path(place, kManifestName));
   files_.sync_folder(place);
 }

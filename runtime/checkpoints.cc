@@ -4,6 +4,8 @@
 #include <cstdio>
 
 #include "core/error.h"
+#include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_reread.h"
 
 namespace moemamba {
 
@@ -29,11 +31,51 @@ Checkpoints::~Checkpoints() {
   thread_.join();
 }
 
+// Out of the way, as the loader does it, but kept.
+std::string Checkpoints::set_aside(const std::string& problem) {
+  const std::string& run = options_.writer.run;
+  try {
+    check(!options_.writer.may_write || options_.writer.may_write(),
+          "another launch has taken over this run");
+    const std::string folder = checkpoints_folder(run),
+                      kept = damaged_place(run, facts_.step, options_.writer.generation);
+    files_.rename(join_path(folder, checkpoint_name(facts_.step)), kept);
+    files_.sync_folder(folder);
+    return concat("read again, it does not hold: ", problem, "; kept as ", kept);
+  } catch (const std::exception& error) {
+    return concat("read again, it does not hold: ", problem, "; and stays, for ", error.what());
+  }
+}
+
+// "" where every rank found on the disk what it wrote; the same on all of them.
+std::string Checkpoints::reread() {
+  const auto start = Clock::now();
+  const std::string path =
+      join_path(checkpoints_folder(options_.writer.run), checkpoint_name(facts_.step));
+  std::string own;
+  try {
+    reread_own_files(path, groups_.rank, groups_.layout.ranks());
+  } catch (const std::exception& error) {
+    own = concat("rank ", groups_.rank, ": ", error.what());
+  }
+  Stream stream = Stream::immediate();
+  std::string problem;
+  for (const std::string& of_rank : gather_blobs(*groups_.checkpoint, stream, own))
+    if (problem.empty()) problem = of_rank;
+  if (groups_.rank == 0 && !problem.empty()) problem = set_aside(problem);
+  problem = broadcast_blob(*groups_.checkpoint, stream, problem);
+  reread_seconds_ = since(start);
+  return problem;
+}
+
 // LATEST and the deletion of older checkpoints: on rank 0, and never a reason to fail.
 void Checkpoints::tidy() {
   if (groups_.rank != 0) return;
   const std::string& run = options_.writer.run;
   try {
+    // A stale owner does not know which ones its successor needs.
+    if (options_.writer.may_write && !options_.writer.may_write()) return;
+    if (options_.verify) options_.retention.always = facts_.step;
     write_file(files_, join_path(checkpoints_folder(run), "LATEST"),
                checkpoint_name(facts_.step) + "\n");
     collect_garbage(files_, run, options_.writer.generation, options_.retention);
@@ -46,36 +88,53 @@ void Checkpoints::work() {
   const auto start = Clock::now();
   try {
     problem_ = writer_.write(facts_);
+    seconds_ = since(start);
+    if (problem_.empty() && options_.verify) problem_ = reread();
     if (problem_.empty()) tidy();
   } catch (...) {
     error_ = std::current_exception();
   }
-  seconds_ = since(start);
+  ended_ = true;
 }
 
-// What became of the save, on all ranks alike.
+void Checkpoints::announce() {
+  if (running_ && ended_ && !told_ && !error_) tell();
+}
+
+// Counted and said, once.
+void Checkpoints::tell() {
+  told_ = true;
+  using Speech = std::function<void(const std::string&)>;
+  const auto say = [&](const Speech& how, const std::string& text) {
+    if (groups_.rank == 0 && how) how(text);
+  };
+  const Speech& warn = options_.warn ? options_.warn : options_.say;
+  if (!problem_.empty()) {
+    ++failed_;
+    ++failed_in_a_row_;
+    return say(warn, concat("NOT saved  after step ", facts_.step, ": ", problem_, "; ", failed_,
+                            " failed so far, older checkpoints are untouched"));
+  }
+  failed_in_a_row_ = 0;
+  char text[200];
+  int length =
+      std::snprintf(text, sizeof text,
+                    "saved      %s, committed %.2f s after its step, which it held up for %.0f ms",
+                    checkpoint_name(facts_.step).c_str(), seconds_, blocked_ * 1e3);
+  if (options_.verify)
+    std::snprintf(text + length, sizeof text - size_t(length), "; read again in %.2f s",
+                  reread_seconds_);
+  say(options_.say, text);
+  if (!untidy_.empty()) say(warn, "not tidied " + std::exchange(untidy_, ""));
+}
+
+// Ends a save, on all ranks alike.
 void Checkpoints::conclude() {
   if (!running_) return;
-  running_ = false;
   if (thread_.joinable()) thread_.join();
+  running_ = false;
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  const auto say = [&](const std::string& text) {
-    if (groups_.rank == 0 && options_.say) options_.say(text);
-  };
-  if (problem_.empty()) {
-    failed_in_a_row_ = 0;
-    char text[160];
-    std::snprintf(text, sizeof text,
-                  "saved      %s, committed %.2f s after its step, which it held up for %.0f ms",
-                  checkpoint_name(facts_.step).c_str(), seconds_, blocked_ * 1e3);
-    say(text);
-    if (!untidy_.empty()) say("not tidied " + std::exchange(untidy_, ""));
-    return;
-  }
-  ++failed_;
-  ++failed_in_a_row_;
-  say(concat("NOT saved  after step ", facts_.step, ": ", problem_, "; ", failed_,
-             " failed so far, older checkpoints are untouched"));
+  if (!told_) tell();
   check(failed_in_a_row_ < options_.max_failed, failed_in_a_row_,
         " saves in a row failed (checkpoint.max_failed_saves), the last one: ", problem_);
 }
@@ -86,6 +145,7 @@ void Checkpoints::save(CheckpointFacts facts) {
   facts_ = std::move(facts);
   if (options_.asynchronous) writer_.stage();  // else the state itself stands still
   running_ = true;
+  told_ = ended_ = false;
   if (options_.asynchronous) {
     thread_ = std::thread([this] { work(); });
     blocked_ = since(start);

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <exception>
 #include <thread>
 
@@ -8,14 +9,19 @@ namespace moemamba {
 
 // Saving during a run: at most one save is on its way behind the steps; failures are counted, and
 // a run ends only after too many in a row. Every rank calls save() and finish() at the same steps.
+// A checkpoint that is there is read again before older ones are deleted; one that does not hold
+// counts as a failed save and is set aside.
 class Checkpoints {
  public:
   struct Options {
     CheckpointWriter::Options writer;
     bool asynchronous = true;
-    Retention retention;
-    int64_t max_failed = 3;                       // saves in a row
-    std::function<void(const std::string&)> say;  // rank 0, from the caller's thread
+    bool verify = true;      // read each one again
+    Retention retention;     // always: the newest that was read whole, at first the one loaded
+    int64_t max_failed = 3;  // saves in a row
+    // Rank 0, from the caller's thread: what became of a save. `warn`: of one that failed; empty:
+    // as the others.
+    std::function<void(const std::string&)> say, warn = {};
   };
   Checkpoints(FileSystem& files, ProcessGroups& groups, const ParameterStore& store,
               Options options);
@@ -23,13 +29,19 @@ class Checkpoints {
 
   // Values must be complete (Trainer::wait_weights). Returns when training may go on.
   void save(CheckpointFacts facts);
-  void finish();                                       // no save is on its way any more
-  int64_t failed() const { return failed_; }           // in all
+  void finish();  // no save is on its way any more
+  // Says what became of the latest save, if it has ended. Between any steps, on this rank alone: it
+  // waits for nobody.
+  void announce();
+  int64_t failed() const { return failed_; }           // in all, as far as announced
   double blocked_seconds() const { return blocked_; }  // of the latest save()
 
  private:
   void work();
+  std::string reread();
+  std::string set_aside(const std::string& problem);
   void tidy();
+  void tell();
   void conclude();
 
   FileSystem& files_;
@@ -38,11 +50,12 @@ class Checkpoints {
   CheckpointWriter writer_;
   CheckpointFacts facts_;
   std::thread thread_;
-  bool running_ = false;
+  bool running_ = false, told_ = false;
+  std::atomic<bool> ended_ = false;  // what follows is the caller's to read
   std::string problem_, untidy_;
   std::exception_ptr error_;
   int64_t failed_ = 0, failed_in_a_row_ = 0;
-  double blocked_ = 0, seconds_ = 0;
+  double blocked_ = 0, seconds_ = 0, reread_seconds_ = 0;
 };
 
 }  // namespace moemamba

@@ -28,6 +28,12 @@ Session open_session(ProcessGroups& groups, const UseRequest& request, const Mod
                  request.parallel.exchange_rows(), Session::Memory::values);
 }
 
+void load_newest_weights(const std::string& path, Session& session, ProcessGroups& groups) {
+  const FoundWeights found = find_weights(path, groups, session.host);
+  load_weights(found.path, session.store, groups);
+  if (groups.rank == 0) std::fprintf(stderr, "weights    %s\n", describe(found).c_str());
+}
+
 }  // namespace
 
 int64_t vocabulary_of(const std::optional<Tokenizer>& tokenizer) {
@@ -75,7 +81,7 @@ Evaluation run_evaluation(ProcessGroups& groups, const UseRequest& request) {
   const int64_t length = request.train.sequence_length();
   const ModelSizes sizes = model_sizes(request.model, vocabulary_of(tokenizer), length);
   Session session = open_session(groups, request, sizes, share.micro_batch, length);
-  load_weights(request.weights, session.store, groups);
+  load_newest_weights(request.weights, session, groups);
   Evaluator evaluator(session, open_held_out(list(request.data.validation())),
                       evaluator_options(request.train, tokenizer));
   return evaluator.run();
@@ -92,7 +98,7 @@ std::string run_generation(ProcessGroups& groups, const UseRequest& request,
       model_sizes(request.model, tokenizer->vocabulary(), request.train.sequence_length());
   sizes.capacity_factor = 0;  // a capacity shares out a batch; here every token is alone
   Session session = open_session(groups, request, sizes, 1, kPiece);
-  load_weights(request.weights, session.store, groups);
+  load_newest_weights(request.weights, session, groups);
   if (groups.rank == 0) std::fputs(prompt.c_str(), out);
   const auto piece = [out](std::string_view text) {
     std::fwrite(text.data(), 1, text.size(), out);

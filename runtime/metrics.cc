@@ -77,6 +77,8 @@ size_t format_metrics(const StepRecord& record, char* buffer, size_t size) {
   if (record.chain[0]) line.put(",\"chain\":\"%s\"", record.chain.data());
   if (record.state_hash)
     line.put(",\"state_hash\":\"%016llx\"", static_cast<unsigned long long>(*record.state_hash));
+  if (record.failed_saves != 0)
+    line.put(",\"failed_saves\":%lld", static_cast<long long>(record.failed_saves));
   line.put("}");
   return line.used();
 }

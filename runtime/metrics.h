@@ -36,6 +36,7 @@ struct StepRecord {
   std::optional<double> val_bpb;
   std::array<char, 65> chain{};        // 64 hex digits; empty: none
   std::optional<uint64_t> state_hash;  // where the state was hashed after the step
+  int64_t failed_saves = 0;            // checkpoints of this launch that failed so far
 };
 
 // metrics.jsonl: one JSON object a step, whole lines only; what is not finite becomes null.

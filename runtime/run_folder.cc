@@ -13,17 +13,37 @@ namespace fs = std::filesystem;
 constexpr const char* kConfigName = "config.textproto";
 constexpr const char* kConfigDraft = "config.textproto.tmp";  // of a launch that died
 constexpr const char* kLeaseName = "lease";
+// What the settings of a run are called that is being overwritten. Where they are, all else in the
+// folder is to be deleted, whatever it looks like.
+constexpr const char* kGivenUpName = "config.textproto.overwritten";
 
+bool is_given_up(const std::string& folder) {
+  return file_exists(join_path(folder, kGivenUpName));
+}
+
+// The mark goes last, when nothing that it speaks of can come back: a folder that was emptied
+// halfway is emptied by the next launch.
 void empty_folder(FileSystem& files, const std::string& folder) {
-  // The mark of a run goes last: a folder that was emptied halfway can be emptied again.
   std::vector<std::string> found;
-  for (const auto& entry : fs::recursive_directory_iterator(folder)) {
-    const fs::path within = entry.path().lexically_relative(folder);
-    if (within != kConfigName && *within.begin() != kLeaseName)
-      found.push_back(entry.path().string());
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (name != kGivenUpName && name != kLeaseName) found.push_back(entry.path().string());
   }
-  for (size_t i = found.size(); i-- > 0;) files.remove(found[i]);  // children before their folders
-  files.remove(join_path(folder, kConfigName));
+  for (const std::string& path : found) {
+    if (fs::is_directory(fs::symlink_status(path)))
+      remove_tree(files, path);
+    else
+      files.remove(path);
+  }
+  files.sync_folder(folder);
+  files.remove(join_path(folder, kGivenUpName));
+  files.sync_folder(folder);
+}
+
+// The instant at which the run is there no more.
+void give_up(FileSystem& files, const std::string& folder) {
+  files.rename(join_path(folder, kConfigName), join_path(folder, kGivenUpName));
+  files.sync_folder(folder);
 }
 
 }  // namespace
@@ -37,6 +57,7 @@ bool holds_run(const std::string& folder) {
   check(!folder.empty(), "expected the name of a run's folder, found none");
   if (!file_exists(folder)) return false;
   check(fs::is_directory(folder), folder, ": cannot make folder: a file is in its place");
+  if (is_given_up(folder)) return false;
   if (file_exists(join_path(folder, kConfigName))) return true;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const fs::path name = entry.path().filename();
@@ -51,8 +72,9 @@ std::string claim_run_folder(FileSystem& files, const std::string& folder,
                              std::string_view config_text, bool overwrite) {
   if (holds_run(folder)) {
     check(overwrite, taken_text(folder));
-    empty_folder(files, folder);
+    give_up(files, folder);
   }
+  if (is_given_up(folder)) empty_folder(files, folder);
   files.make_folders(folder);
   write_file(files, join_path(folder, kConfigName), config_text);
   try {

@@ -38,8 +38,11 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
       trainer_(groups, options_of(request, tokenizer_)) {
   open_evaluation();
   if (!request.init_from.empty()) {
-    load_weights(request.init_from, trainer_.session().store, groups);
+    Session& session = trainer_.session();
+    const FoundWeights found = find_weights(request.init_from, groups, session.host);
+    load_weights(found.path, session.store, groups);
     check_same_kind(request.init_from, request.model, tokenizer_);
+    say("weights    " + describe(found));
   }
   barrier(*groups.control, trainer_.session().compute);
   take_folder();
@@ -53,6 +56,14 @@ void TrainingRun::say(const std::string& line) {
     progress_->say(line);
   else if (request_.train.progress() != TrainConfig::OFF)
     std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+// What nobody should miss who has turned the progress line off.
+void TrainingRun::warn(const std::string& line) {
+  if (speaks() && !progress_)
+    std::fprintf(stderr, "moemamba: %s\n", line.c_str());
+  else
+    say(line);
 }
 
 void TrainingRun::open_evaluation() {
@@ -150,11 +161,13 @@ void TrainingRun::open_checkpoints() {
   Checkpoints::Options options{
       .writer = {.run = request_.run, .generation = generation_, .may_write = {}},
       .asynchronous = config.asynchronous(),
+      .verify = config.verify(),
       .retention = {.keep_last = config.keep_last(),
                     .keep_every = config.keep_every(),
                     .always = loaded_step_},
       .max_failed = config.max_failed_saves(),
-      .say = [this](const std::string& text) { say(text); }};
+      .say = [this](const std::string& text) { say(text); },
+      .warn = [this](const std::string& text) { warn(text); }};
   if (lease_) options.writer.may_write = [this] { return lease_->ours(); };
   checkpoints_.emplace(files_, groups_, trainer_.session().store, std::move(options));
 }

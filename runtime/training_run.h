@@ -17,6 +17,7 @@ class TrainingRun {
  private:
   bool speaks() const { return groups_.rank == 0; }
   void say(const std::string& line);
+  void warn(const std::string& line);
 
   // Before the first step.
   void open_evaluation();

@@ -128,6 +128,8 @@ void TrainingRun::after_step(StepRecord& record) {
   const int64_t done = record.step + 1;
   const auto due = [&](int64_t interval) { return interval > 0 && done % interval == 0; };
   const bool last = done == train.steps(), stops = trainer_.stopping() && !last;
+  checkpoints_->announce();
+  record.failed_saves = checkpoints_->failed();
   report(record, last || stops);
   if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
   link(record);

@@ -1,6 +1,7 @@
 #include "runtime/weights.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
@@ -8,7 +9,9 @@
 #include <nlohmann/json.hpp>
 
 #include "core/host_mirror.h"
+#include "parallel/gather_blobs.h"
 #include "runtime/checkpoint_parts.h"
+#include "runtime/checkpoint_reader.h"
 #include "runtime/safetensors.h"
 #include "runtime/weights_files.h"
 
@@ -21,9 +24,6 @@ namespace fs = std::filesystem;
 // Where a folder of weights is made, and where the one before waits until it is replaced.
 std::string fresh_name(const std::string& folder) {
   return folder + ".tmp";
-}
-std::string old_name(const std::string& folder) {
-  return old_weights(folder);
 }
 
 std::string shard_name(int shard, int shards) {
@@ -68,6 +68,14 @@ void write_index(FileSystem& files, const std::string& folder, int shards) {
   write_file(files, join_path(folder, kIndexName), index.dump(1) + "\n");
 }
 
+int64_t step_in(const WeightsMetadata& metadata) {
+  const auto stored = metadata.find("step");
+  int64_t step = -1;
+  if (stored != metadata.end())
+    std::from_chars(stored->second.data(), stored->second.data() + stored->second.size(), step);
+  return step;
+}
+
 using Found = std::map<std::string, std::pair<const SafetensorsReader*, const StoredTensor*>>;
 
 // Every difference between what the model needs (dense tensors and all experts) and the files.
@@ -100,7 +108,7 @@ std::string differences(const ParameterStore& store, const RankLayout& layout, c
 }
 
 void replace_folder(FileSystem& files, const std::string& folder) {
-  const std::string fresh = fresh_name(folder), old = old_name(folder);
+  const std::string fresh = fresh_name(folder), old = old_weights(folder);
   files.sync_folder(fresh);
   if (fs::exists(folder)) {  // else `old` may be all there is
     remove_tree(files, old);
@@ -117,9 +125,9 @@ void clean_up(FileSystem& files, const std::string& folder) noexcept {
   try {
     remove_tree(files, fresh_name(folder));
     if (fs::exists(folder))
-      remove_tree(files, old_name(folder));
-    else if (fs::exists(old_name(folder)))
-      files.rename(old_name(folder), folder);
+      remove_tree(files, old_weights(folder));
+    else if (fs::exists(old_weights(folder)))
+      files.rename(old_weights(folder), folder);
   } catch (const std::exception&) {  // the first error is the one to report
   }
 }
@@ -182,13 +190,55 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
   together(groups, stream, finish, clean);
 }
 
+FoundWeights find_weights(const std::string& path) {
+  const std::string inner = whole_weights(join_path(path, "weights"));
+  const bool exported = fs::is_directory(inner);
+  FoundWeights found{.path = exported ? inner : path};
+  if (exported)
+    found.step = step_in(open_weights(inner).front().metadata());
+  if (exported && found.step < 0) return found;  // not ours: whoever put them there wants them
+  std::string problem;
+  for (const CheckpointPlace& place : list_checkpoints(path)) {
+    if (place.step <= found.step) break;
+    try {
+      return {.path = Checkpoint(place.path).path(), .step = place.step};
+    } catch (const OtherFormat&) {
+      throw;
+    } catch (const Error& error) {
+      if (problem.empty()) problem = error.what();
+    }
+  }
+  check(exported || problem.empty(), path, ": none of its checkpoints can be used: ", problem);
+  return found;
+}
+
+std::string describe(const FoundWeights& found) {
+  return found.step < 0 ? found.path : concat(found.path, ", of step ", found.step);
+}
+
+FoundWeights find_weights(const std::string& path, ProcessGroups& groups, Stream& stream) {
+  std::string answer;  // "+STEP PATH", or why there is none
+  if (groups.rank == 0) {
+    try {
+      const FoundWeights found = find_weights(path);
+      answer = concat("+", found.step, " ", found.path);
+    } catch (const std::exception& error) {
+      answer = error.what();
+    }
+  }
+  answer = broadcast_blob(*groups.control, stream, answer);
+  check(answer.rfind('+', 0) == 0, answer);
+  const size_t space = answer.find(' ');
+  return {.path = answer.substr(space + 1), .step = std::stoll(answer.substr(1, space - 1))};
+}
+
 WeightsMetadata read_weights_metadata(const std::string& path) {
-  return open_weights(path).front().metadata();
+  return open_weights(find_weights(path).path).front().metadata();
 }
 
 void load_weights(const std::string& path, const ParameterStore& store,
                   const ProcessGroups& groups) {
-  const std::vector<SafetensorsReader> readers = open_weights(path);
+  const std::vector<SafetensorsReader> readers = open_weights(find_weights(path).path);
   Found found;
   for (const SafetensorsReader& reader : readers)
     for (const StoredTensor& tensor : reader.tensors()) found[tensor.name] = {&reader, &tensor};

@@ -18,6 +18,18 @@ using WeightsMetadata = std::map<std::string, std::string>;
 void save_weights(FileSystem& files, const std::string& folder, const ParameterStore& store,
                   ProcessGroups& groups, Stream& stream, WeightsMetadata metadata, int64_t step);
 
+// What `path` stands for. Of a run's folder that is the newest of its weights/ and its checkpoints
+// (whose manifests and sizes hold: others are passed over), by their step: a run that was stopped,
+// went on and was killed has checkpoints newer than the weights of its stop.
+struct FoundWeights {
+  std::string path;  // a folder of weights, a checkpoint, or a file
+  int64_t step = -1;  // -1: not known
+};
+FoundWeights find_weights(const std::string& path);
+std::string describe(const FoundWeights& found);  // for people
+// The same on all ranks, though the run may be saving meanwhile: rank 0 looks.
+FoundWeights find_weights(const std::string& path, ProcessGroups& groups, Stream& stream);
+
 // path: such a folder, a run's folder, or one .safetensors file. Names that are missing, left over
 // or of another shape are all listed in one Error before anything is read.
 void load_weights(const std::string& path, const ParameterStore& store,

@@ -4,7 +4,6 @@
 #include <map>
 
 #include "core/error.h"
-#include "runtime/checkpoint_folder.h"
 #include "runtime/checkpoint_parts.h"
 #include "runtime/json_reader.h"
 #include "runtime/manifest.h"
@@ -14,20 +13,6 @@ namespace moemamba {
 namespace {
 
 namespace fs = std::filesystem;
-
-// A crash between the two renames of save_weights leaves the weights before under their old name.
-std::string whole_folder(const std::string& folder) {
-  const std::string old = old_weights(folder);
-  return !fs::exists(folder) && fs::is_directory(old) ? old : folder;
-}
-
-std::string folder_of_weights(const std::string& path) {
-  const std::string inner = whole_folder(join_path(path, "weights"));
-  if (fs::is_directory(inner)) return inner;
-  // A run that has not ended has its weights in checkpoints alone.
-  const std::vector<CheckpointPlace> checkpoints = list_checkpoints(path);
-  return checkpoints.empty() ? whole_folder(path) : checkpoints.front().path;
-}
 
 using Opened = std::map<std::string, SafetensorsReader, std::less<>>;
 
@@ -47,6 +32,11 @@ void open_named(const std::string& folder, const std::string& index, std::string
 }  // namespace
 
 std::string old_weights(const std::string& folder) { return folder + ".old"; }
+
+std::string whole_weights(const std::string& folder) {
+  const std::string old = old_weights(folder);
+  return !fs::exists(folder) && fs::is_directory(old) ? old : folder;
+}
 
 std::vector<SafetensorsReader> open_index(const std::string& folder) {
   const MappedFile index(join_path(folder, kIndexName));
@@ -77,7 +67,7 @@ std::vector<SafetensorsReader> open_weights(const std::string& path) {
     readers.emplace_back(path);
     return readers;
   }
-  const std::string folder = folder_of_weights(path);
+  const std::string folder = whole_weights(path);
   if (file_exists(join_path(folder, kIndexName))) return open_index(folder);
   const std::string single = join_path(folder, "model.safetensors");
   check(file_exists(single), path,

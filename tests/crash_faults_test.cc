@@ -234,6 +234,105 @@ TEST(DiskError, OfASyncIsFinalForTheAttempt) {
   std::printf("P5: %lld failed syncs\n", static_cast<long long>(cases));
 }
 
+// A disk whose sync number `nth` of files fails once and drops what it had not written yet, as
+// Linux does: the pages count as clean from then on, and the next sync says "fine".
+class ForgetfulFiles : public SeamFiles {
+ public:
+  explicit ForgetfulFiles(int64_t nth) {
+    before = [this, nth](FileCall& call) {
+      if (call.what != Call::sync || syncs++ != nth) return true;
+      fs::resize_file(call.path, 0);
+      failed = call.path;
+      throw Error(call.path + ": cannot sync: Input/output error (injected)");
+    };
+  }
+  int64_t syncs = 0;
+  std::string failed;
+};
+
+// What a writer must not be: one that tries a failed sync again and believes the second answer, or
+// does not look how many bytes a write took.
+class CarelessFiles : public FileSystem {
+ public:
+  explicit CarelessFiles(FileSystem& disk) : disk_(disk) {}
+  std::unique_ptr<OutputFile> open(const std::string& path, OpenMode mode) override {
+    return std::make_unique<File>(disk_.open(path, mode));
+  }
+  void rename(const std::string& from, const std::string& to) override { disk_.rename(from, to); }
+  void remove(const std::string& path) override { disk_.remove(path); }
+  void make_folders(const std::string& path) override { disk_.make_folders(path); }
+  void sync_folder(const std::string& path) override { disk_.sync_folder(path); }
+  void make_folder(const std::string& path) override { disk_.make_folder(path); }
+  bool rename_new(const std::string& from, const std::string& to) override {
+    return disk_.rename_new(from, to);
+  }
+  void link(const std::string& from, const std::string& to) override { disk_.link(from, to); }
+  int64_t free_bytes(const std::string& path) override { return disk_.free_bytes(path); }
+
+ private:
+  class File : public OutputFile {
+   public:
+    explicit File(std::unique_ptr<OutputFile> file) : file_(std::move(file)) {}
+    void write(const void* data, size_t bytes) override {
+      try {
+        file_->write(data, bytes);
+      } catch (const Error&) {  // a part of it
+      }
+    }
+    void write_at(int64_t offset, const void* data, size_t bytes) override {
+      file_->write_at(offset, data, bytes);
+    }
+    void truncate(int64_t bytes) override { file_->truncate(bytes); }
+    void sync() override {
+      try {
+        file_->sync();
+      } catch (const Error&) {
+        file_->sync();
+      }
+    }
+    void close() override { file_->close(); }
+
+   private:
+    std::unique_ptr<OutputFile> file_;
+  };
+  FileSystem& disk_;
+};
+
+// The test of the test above: a writer that syncs again says "saved" of what is lost.
+TEST(DiskError, OfASyncIsFatalWhereItIsTriedAgain) {
+  MemoryFolder folder("crash-faults");
+  const std::string run = folder / "run";
+  int64_t syncs = 0, lost = 0, contained = 0;
+  for (bool careless : {false, true})
+    for (int victim : {0, 1})
+      for (int64_t nth = 0; nth < 50; ++nth) {
+        SCOPED_TRACE(concat("sync ", nth, " of rank ", victim, careless ? ", tried again" : ""));
+        new_run(run);
+        ForgetfulFiles bad(nth);
+        CarelessFiles tries_again(bad);
+        const auto verdicts = save({.run = run, .step = 2, .disks = [&](int rank) -> FileSystem& {
+                                      if (rank != victim) return plain_disk();
+                                      return careless ? static_cast<FileSystem&>(tries_again) : bad;
+                                    }});
+        if (bad.failed.empty()) break;
+        const int64_t found = loaded_step(run, 1);
+        if (careless) {
+          ++syncs;
+          lost += verdicts[0].empty() && found != 2;
+          EXPECT_EQ(verdicts[0], "");
+          EXPECT_NE(found, 2) << "not noticed: a second sync of " << bad.failed;
+        } else {
+          ++contained;
+          EXPECT_NE(verdicts[0].find("Input/output error"), std::string::npos) << verdicts[0];
+          EXPECT_EQ(found, 1);
+        }
+      }
+  EXPECT_GE(syncs, 6);
+  EXPECT_EQ(contained, syncs);
+  std::printf("P5: %lld failed syncs that drop data; a writer that tries again loses %lld\n",
+              static_cast<long long>(contained), static_cast<long long>(lost));
+}
+
 // Saves fail for a while, then the disk is repaired. Returns the lines said.
 std::vector<std::string> troubled_saves(const std::string& run, bool asynchronous, int64_t bad_from,
                                         int64_t bad_to, int64_t last, int64_t max_failed,
@@ -354,6 +453,34 @@ TEST(DiskError, OfAFullDiskLetsTrainingGoOnWhateverItsSize) {
   EXPECT_GT(failed_first, 20);
   std::printf("P6: %lld sizes of a disk in steps of 4 KiB, %lld too small for the save\n",
               static_cast<long long>(cases), static_cast<long long>(failed_first));
+}
+
+// The test of the test above: a writer that does not look how much of a write was taken says
+// "saved" of what a full disk has cut off.
+TEST(DiskError, OfAFullDiskIsFatalWhereShortWritesAreTaken) {
+  MemoryFolder folder("crash-faults");
+  SmallDisk disk(folder / "disk");
+  if (!disk.mounted())
+    GTEST_SKIP() << "no right to mount a tmpfs: " << std::generic_category().message(errno);
+  struct Liar : PosixFileSystem {
+    int64_t free_bytes(const std::string&) override { return int64_t{1} << 40; }
+  } liar;
+  CarelessFiles careless(liar);
+  const std::string run = folder / "disk/run";
+  int64_t sizes = 0, lost = 0;
+  for (int64_t pages = 0; pages < 24; ++pages, ++sizes) {
+    disk.resize(8 << 20);
+    new_run(run);
+    struct statvfs about {};
+    ASSERT_EQ(statvfs(run.c_str(), &about), 0);
+    disk.resize((int64_t(about.f_blocks - about.f_bfree) + pages) * int64_t(about.f_frsize));
+    const auto verdicts =
+        save({.run = run, .step = 2, .disks = [&](int) -> FileSystem& { return careless; }});
+    lost += verdicts[0].empty() && loaded_step(run, 1) != 2;
+  }
+  EXPECT_GT(lost, 0) << "not noticed: short writes";
+  std::printf("P6: %lld sizes of a disk; a writer that takes short writes loses %lld saves\n",
+              static_cast<long long>(sizes), static_cast<long long>(lost));
 }
 
 // The same with steps of a real training around the saves: they are those of an undisturbed one.

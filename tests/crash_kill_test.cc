@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -27,6 +28,7 @@ constexpr Moment kMoments[] = {Moment::before, Moment::halfway, Moment::after};
 // Counts a rank's calls and dies at one of them; `die` does not return.
 class KillingFiles : public SeamFiles {
  public:
+  bool corrupts = false;  // a bit of every checkpoint flips as it comes to be
   KillingFiles(int64_t at, Moment moment, std::function<void()> die) {
     before = [this, at, moment, die](FileCall& call) {
       const bool now = calls++ == at;
@@ -38,6 +40,8 @@ class KillingFiles : public SeamFiles {
     after = [this, at, moment, die](const FileCall& call) {
       if (call.what == Call::rename_new && call.to.find("/step-") != std::string::npos)
         published_ = true;
+      if (corrupts && call.what == Call::rename_new && call.to.find("/step-") != std::string::npos)
+        flip_bit(call.to + "/model-00001-of-00002.safetensors", 4321);
       if (call.what == Call::link && call.to.ends_with(kManifestName)) published_ = true;
       if (call.what == Call::sync_folder && call.path.ends_with("/checkpoints") && published_)
         durable = true;
@@ -72,6 +76,7 @@ struct Scenario {
   bool overwrite = false, renames_new = true;
   Retention retention = {};
   int ranks = 2, expert = 2;
+  bool corrupts = false;  // the disk damages the new checkpoint
 };
 
 void saves(const std::string& run, std::initializer_list<int64_t> steps) {
@@ -81,6 +86,9 @@ void saves(const std::string& run, std::initializer_list<int64_t> steps) {
     for (const std::string& verdict : save({.run = run, .step = step, .generation = 0}))
       ASSERT_EQ(verdict, "");
 }
+
+// What else a run leaves in its folder.
+constexpr const char* kTraces[] = {"metrics.jsonl", "loss.svg", "weights/model.safetensors"};
 
 std::string place(const std::string& run, int64_t step) {
   return join_path(checkpoints_folder(run), checkpoint_name(step));
@@ -94,6 +102,13 @@ std::vector<Scenario> scenarios() {
     saves(run, {1, 2, 3});
     flip_bit(place(run, 2) + "/model-00002-of-00002.safetensors", 12345);
     fs::remove(place(run, 3) + "/MANIFEST.pb");
+  };
+  const auto whole = [](const std::string& run) {
+    saves(run, {2, 3});
+    for (const char* name : kTraces) {
+      fs::create_directories(fs::path(join_path(run, name)).parent_path());
+      write_file(plain_disk(), join_path(run, name), "of the old run");
+    }
   };
   const auto halves = [](const std::string& run) {  // what a death amid links leaves
     saves(run, {1, 2});
@@ -111,7 +126,8 @@ std::vector<Scenario> scenarios() {
       {"second save, by links", one, 1, 2, false, false},
       {"damaged ones set aside, by links", damaged, 1, 2, false, false},
       {"after half a publication", halves, 1, 2, false, false},
-      {"overwriting", three, -2, 1, true, true},
+      {"overwriting", whole, 3, 1, true, true},
+      {"a new one that does not hold", three, 3, 4, false, true, {.keep_last = 1}, 2, 2, true},
   };
 }
 
@@ -133,6 +149,7 @@ bool dying_launch(const Scenario& s, const std::string& run, int rank, int64_t a
         pause();
       }));
       disks.back()->renames_new = s.renames_new;
+      disks.back()->corrupts = s.corrupts;
     }
     launch({.run = run,
             .disks = [&](int r) -> FileSystem& { return *disks[size_t(r)]; },
@@ -164,13 +181,37 @@ std::vector<std::string> leftovers(const std::string& run) {
   return names;
 }
 
+// The next launch, which does not overwrite, finds the old run as it was or a new one without any
+// trace of the old.
+void expect_old_run_or_new(const Scenario& s, const std::string& run, bool durable) {
+  const auto traces = [&] {
+    return std::count_if(std::begin(kTraces), std::end(kTraces),
+                         [&](const char* name) { return file_exists(join_path(run, name)); });
+  };
+  const auto before = traces();
+  try {
+    const LaunchResult next = launch({.run = run, .disks = {}, .ranks = s.ranks});
+    EXPECT_EQ(next.problem, "");
+    const bool old = next.loaded == s.old_step && !durable;
+    EXPECT_TRUE(old || next.loaded == s.new_step || (next.loaded == 0 && !durable))
+        << "loaded step " << next.loaded << (durable ? ", though another was committed" : "");
+    EXPECT_EQ(traces(), old ? std::ssize(kTraces) : 0) << before << " before";
+    for (const CheckpointPlace& left : list_checkpoints(run))
+      EXPECT_LE(left.step, next.loaded + 1) << "of the old run";
+    EXPECT_EQ(loaded_step(run), next.loaded + 1);
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << "the next launch fails: " << error.what();
+  }
+  EXPECT_EQ(leftovers(run), std::vector<std::string>());
+}
+
 void expect_old_or_new(const Scenario& s, const std::string& run, bool durable) {
   std::string why;
   // As a reader would: what is damaged stays in its place for the launch that follows.
   MemoryFolder copy("crash-kill-copy");
   fs::copy(run, copy / "run", fs::copy_options::recursive);
   const int64_t found = loaded_step(copy / "run", 99, &why);
-  if (s.old_step == -2) return;  // overwriting destroys the old, step by step
+  if (s.corrupts) durable = false;  // and the new one may be found before the disk damages it
   EXPECT_TRUE(found == s.new_step || (found == s.old_step && !durable))
       << "found " << found << " " << why << (durable ? ", though committed" : "");
 }
@@ -180,12 +221,11 @@ void expect_goes_on(const Scenario& s, const std::string& run) {
   try {
     const LaunchResult next = launch({.run = run,
                                       .disks = {},
-                                      .overwrite = s.overwrite,
                                       .ranks = s.ranks,
                                       .expert = s.expert,
                                       .retention = s.retention});
     EXPECT_EQ(next.problem, "");
-    EXPECT_TRUE(next.loaded == s.new_step || next.loaded == s.old_step || s.overwrite);
+    EXPECT_TRUE(next.loaded == s.new_step || next.loaded == s.old_step);
     EXPECT_EQ(loaded_step(run), next.loaded + 1);
   } catch (const std::exception& error) {
     ADD_FAILURE() << "the next launch fails: " << error.what();
@@ -217,8 +257,12 @@ int64_t kill_everywhere(const Scenario& s) {
         if (at_write) writes.insert(at);
         calls = std::max(calls, at);
         ++cases;
-        if (fs::exists(run)) expect_old_or_new(s, run, durable);
-        expect_goes_on(s, run);
+        if (s.overwrite) {
+          expect_old_run_or_new(s, run, durable);
+        } else {
+          if (fs::exists(run)) expect_old_or_new(s, run, durable);
+          expect_goes_on(s, run);
+        }
         if (testing::Test::HasFailure()) return cases;
       }
     }

@@ -121,9 +121,8 @@ class Disk {
         data.replace(size_t(change.offset), bytes, change.data, 0, bytes);
         continue;
       }
-      auto& folder = entries[change.node];
-      if (!change.gone.empty()) folder.erase(change.gone);
-      if (!change.name.empty()) folder[change.name] = change.target;
+      if (!change.gone.empty()) entries[change.gone_from].erase(change.gone);
+      if (!change.name.empty()) entries[change.node][change.name] = change.target;
     }
     Tree tree;
     collect(nodes, entries, 0, "", tree);
@@ -138,11 +137,12 @@ class Disk {
   using Entries = std::map<int, std::map<std::string, int>>;
   struct Change {
     int64_t time;
-    int node;  // the file, or the folder whose entries change
+    int node;  // the file, or the folder whose entries change and which lasts when it is synced
     std::string data = {};
     int64_t offset = 0;
     std::string gone = {}, name = {};  // entries that go and come
     int target = -1;
+    int gone_from = -1;  // the folder that `gone` goes from
     int64_t lasts = kNever;
     bool is_write() const { return gone.empty() && name.empty(); }
   };
@@ -167,14 +167,16 @@ class Disk {
     entries[folder_node(path)][fs::path(path).filename()] = node;
   }
   void enter(int64_t time, const std::string& gone, const std::string& come, int target) {
-    const int folder = folder_node(gone.empty() ? come : gone);
+    const int folder = folder_node(come.empty() ? gone : come);
+    const int from = gone.empty() ? -1 : folder_node(gone);
     ASSERT_GE(folder, 0) << gone << come;
     changes_.push_back({.time = time,
                         .node = folder,
                         .gone = gone.empty() ? "" : fs::path(gone).filename().string(),
                         .name = come.empty() ? "" : fs::path(come).filename().string(),
-                        .target = target});
-    if (!gone.empty()) now_[folder].erase(fs::path(gone).filename());
+                        .target = target,
+                        .gone_from = from});
+    if (!gone.empty()) now_[from].erase(fs::path(gone).filename());
     if (!come.empty()) now_[folder][fs::path(come).filename()] = target;
   }
   static void collect(const std::vector<Node>& nodes, const Entries& entries, int node,

@@ -1,6 +1,7 @@
 // P7 all ranks of a save get the same verdict, P8 within the deadline, whatever one of them does.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -108,6 +109,51 @@ TEST(Votes, AreGivenUpByAllAtTheDeadline) {
       {"a silence", [] { std::this_thread::sleep_for(milliseconds(500)); }, milliseconds(100)},
       true, stride);
   std::printf("P8: %lld ranks silent past the deadline, given up by all\n",
+              static_cast<long long>(cases));
+}
+
+// When the ranks that did not fall silent have given up a save; rank 1 is silent for a second at
+// its call `at`. Less than nothing: it has no such call.
+double given_up_after(int64_t at, milliseconds deadline) {
+  MemoryFolder folder("crash-votes");
+  const std::string run = folder / "run";
+  fs::create_directories(run);
+  SeamFiles silent;
+  int64_t calls = 0;
+  silent.before = [&](FileCall&) {
+    if (calls++ == at) std::this_thread::sleep_for(milliseconds(1000));
+    return true;
+  };
+  std::vector<double> seconds(3);
+  save({.run = run,
+        .step = 1,
+        .disks = [&](int rank) -> FileSystem& { return rank == 1 ? silent : plain_disk(); },
+        .ranks = 3,
+        .expert = 1,
+        .deadline = deadline,
+        .seconds = &seconds});
+  return calls > at ? std::max(seconds[0], seconds[2]) : -1;
+}
+
+// The test of the test: what bounds a save in time is the deadline and nothing else. Without one
+// the others wait for a silent rank as long as it likes to be silent.
+TEST(Votes, AreUnboundedWithoutTheDeadline) {
+  const int64_t stride = soak_seconds() > 0 ? 2 : 12;
+  int64_t cases = 0;
+  for (int64_t at = 0; at < 300; at += stride, ++cases) {
+    SCOPED_TRACE(concat("call ", at));
+    const double bounded = given_up_after(at, milliseconds(100));
+    if (bounded < 0) break;
+    EXPECT_LT(bounded, 0.9);
+    const double unbounded = given_up_after(at, std::chrono::hours(1));
+    EXPECT_GT(unbounded, 0.95) << "not noticed: no deadline";
+    if (cases == 0)
+      std::printf("  a rank is silent for 1 s: the others give up after %.2f s, without a deadline "
+                  "after %.2f s\n",
+                  bounded, unbounded);
+  }
+  EXPECT_GE(cases, 2);
+  std::printf("P8: %lld silent ranks, with the deadline and without\n",
               static_cast<long long>(cases));
 }
 

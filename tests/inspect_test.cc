@@ -258,6 +258,20 @@ TEST_F(Inspect, PrunesAsTrainingDoes) {
   EXPECT_EQ(inspected("prune nowhere --keep-last 1").code, 2);
 }
 
+// However few are to be kept, and however many newer ones are damaged.
+TEST_F(Inspect, NeverPrunesTheNewestThatHolds) {
+  train();
+  for (int step : {4, 6}) {
+    const std::string shard = join_path(checkpoint(step), "optimizer-00002-of-00002.safetensors");
+    damage(shard, read_file(shard).size() - 1);
+  }
+  const Result result = inspected("prune run --keep-last 1");  // 6 is the newest, 2 holds
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_TRUE(file_exists(checkpoint(6)));
+  EXPECT_FALSE(file_exists(checkpoint(4)));
+  EXPECT_EQ(inspected("verify run --step 2").code, 0);
+}
+
 TEST_F(Inspect, LeavesARunAloneThatSomebodyWorksOn) {
   Result pruned{};
   while_training("--train.save_interval=1", [&](const Processes& processes) {

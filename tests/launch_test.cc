@@ -17,7 +17,13 @@
 namespace moemamba {
 namespace {
 
-class Launch : public ProgramTest {};
+class Launch : public ProgramTest {
+ protected:
+  // The program that is running says that it has got a signal.
+  bool asked() const {
+    return count(read_file(*this / "shell.err"), "moemamba: ending after this step") > 0;
+  }
+};
 
 TEST_F(Launch, TrainsUnderMpirunAndHandsOnTheExitCode) {
   const std::string words = small_training(2);
@@ -220,18 +226,39 @@ TEST_F(Launch, ASignalEndsARunThatOthersStartedToo) {
 }
 
 // A step of minutes must not make an impatient user reach for SIGKILL.
+constexpr const char* kLongSteps =
+    "--train.sequence_length=1000 --train.global_batch_size=16 --model.width=192 --model.blocks=4 "
+    "--train.progress=off ";
+
 TEST_F(Launch, TheSecondSignalEndsTheRunAtOnce) {
-  const Result result = while_training(
-      "--train.sequence_length=1000 --train.global_batch_size=16 "
-      "--model.width=192 --model.blocks=4 --train.progress=off",
-      [](const Processes& processes) {
-        kill(processes.launchers[0], SIGTERM);
-        std::this_thread::sleep_for(std::chrono::milliseconds(200));
-        kill(processes.launchers[0], SIGINT);
-      });
-  EXPECT_EQ(result.code, 130) << result.err;
-  EXPECT_EQ(count(result.err, "moemamba: SIGINT: the ranks were ended"), 1) << result.err;
+  for (const auto& [second, name, code] :
+       {std::tuple(SIGINT, "SIGINT", 130), {SIGTERM, "SIGTERM", 143}}) {
+    const Result result =
+        while_training(kLongSteps, [&, second = second](const Processes& processes) {
+          kill(processes.launchers[0], SIGTERM);
+          // Two of a kind are one where the first has not been taken yet.
+          for (int i = 0; i < 600 && !asked(); ++i)
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+          kill(processes.launchers[0], second);
+        });
+    EXPECT_EQ(result.code, code) << result.err;
+    EXPECT_EQ(count(result.err, std::string("moemamba: ") + name + ": the ranks were ended"), 1)
+        << result.err;
+    EXPECT_FALSE(file_exists(run() + "/weights"));
+    std::filesystem::remove_all(run());
+  }
+}
+
+// The same of a process alone, which nobody stands before.
+TEST_F(Launch, TheSecondSIGTERMEndsAProcessAtOnce) {
+  const Result result = shell("$moemamba train" + small_training(1'000'000'000) + kLongSteps +
+                              "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; "
+                              "kill -TERM $id; until grep -q 'ending after' shell.err; do "
+                              "sleep 0.1; done; kill -TERM $id; wait $id");
+  EXPECT_EQ(result.code, 128 + SIGTERM) << result.err;
+  EXPECT_EQ(count(result.err, "moemamba: ending after this step"), 1) << result.err;
   EXPECT_FALSE(file_exists(run() + "/weights"));
+  EXPECT_TRUE(list_checkpoints(run()).empty());
 }
 
 // Whatever happens to the launcher, no rank is left behind.

@@ -359,5 +359,64 @@ TEST(Lease, ThatWasLostLetsNothingBeCommittedAtWhateverStepItsOwnerStood) {
               static_cast<long long>(cases), static_cast<long long>(after_commit));
 }
 
+// The owner makes the run's first save, published by links, and is stopped at call `at`; a second
+// launch takes over and dies before it saves; the first goes on, a third launch looks. Returns
+// whether the first was stopped.
+bool dying_successor(int64_t at, int64_t& published) {
+  MemoryFolder folder("lease-half");
+  const std::string run = folder / "run";
+  const Lease::Options options{.lifetime = milliseconds(80), .patience = milliseconds(80)};
+  SharedBoard shared;
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    Lease lease(plain_disk(), run, options);
+    SeamFiles first;
+    int64_t calls = 0;
+    first.renames_new = false;
+    first.before = [&](FileCall&) {
+      if (calls++ == at) raise(SIGSTOP);
+      return true;
+    };
+    const auto verdicts = save({.run = run,
+                                .step = 1,
+                                .disks = [&](int) -> FileSystem& { return first; },
+                                .ranks = 1,
+                                .expert = 1,
+                                .generation = lease.generation(),
+                                .may_write = {}});  // it has looked just before it was stopped
+    shared.board->winners = verdicts[0].empty();
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, WUNTRACED);
+  if (!WIFSTOPPED(status)) return false;
+  { const Lease second(plain_disk(), run, options); }
+  kill(child, SIGCONT);
+  waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  Lease third(plain_disk(), run, options);
+  std::string why;
+  const int64_t found = loaded_step(run, third.generation(), &why);
+  EXPECT_EQ(found, shared.board->winners ? 1 : 0) << why;
+  EXPECT_EQ(int64_t(list_checkpoints(run).size()), found) << "a half is left";
+  published += found;
+  EXPECT_EQ(save({.run = run, .step = found + 1, .generation = third.generation()})[0], "");
+  EXPECT_EQ(loaded_step(run), found + 1);
+  return true;
+}
+
+TEST(Lease, ThatWasLostLeavesNoHalfThoughItsSuccessorDiesBeforeItSaves) {
+  int64_t cases = 0, published = 0;
+  for (int64_t at = 0; at < 300 && !HasFailure(); ++at, ++cases) {
+    SCOPED_TRACE(concat("call ", at));
+    if (!dying_successor(at, published)) break;
+  }
+  EXPECT_GT(cases, 20);
+  EXPECT_GT(published, 0);
+  std::printf("P17: %lld owners stopped amid links whose successor died, %lld had committed\n",
+              static_cast<long long>(cases), static_cast<long long>(published));
+}
+
 }  // namespace
 }  // namespace moemamba

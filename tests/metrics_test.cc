@@ -46,6 +46,9 @@ TEST(Metrics, HoldsEveryFieldOfAStep) {
     EXPECT_TRUE(row.at("seconds").at(name).is_number()) << name;
   EXPECT_EQ(row["step"], 7);
   EXPECT_EQ(row["dropped_rows"], 4);
+  EXPECT_FALSE(row.contains("failed_saves"));
+  full.failed_saves = 2;
+  EXPECT_EQ(nlohmann::json::parse(metrics_line(full))["failed_saves"], 2);
 }
 
 TEST(Metrics, GivesFloatsBackExactly) {
@@ -67,7 +70,7 @@ TEST(Metrics, StaysJsonWhateverTheNumbers) {
           &worst.seconds.reduction, &worst.seconds.optimizer})
       *field = value;
     worst.val_loss = worst.val_bpb = value;
-    worst.step = worst.dead_experts = worst.dropped_rows = INT64_MIN;
+    worst.step = worst.dead_experts = worst.dropped_rows = worst.failed_saves = INT64_MIN;
     const auto row = nlohmann::json::parse(metrics_line(worst));
     EXPECT_EQ(row["loss"].is_null(), !std::isfinite(value));
   }
@@ -115,6 +118,10 @@ TEST(Progress, SaysAllInOneLine) {
             "load max 1.31x dead 0/32  drop 0.4%  12.3k tok/s  eta 04:12");
   EXPECT_EQ(line({.steps = 3}, record(0), -1),
             "step 1/3  loss 3.4121  lr 2.9e-3  gnorm 0.81  12.3k tok/s  eta --:--");
+  auto unsaved = record(0);
+  unsaved.failed_saves = 2;
+  EXPECT_EQ(line({.steps = 3}, unsaved, -1),
+            "step 1/3  loss 3.4121  lr 2.9e-3  gnorm 0.81  12.3k tok/s  eta --:--  NOT SAVED 2x");
   ProgressOptions narrow = options;
   narrow.brief = true;
   EXPECT_EQ(
@@ -122,6 +129,7 @@ TEST(Progress, SaysAllInOneLine) {
       "step 120/2000  loss 3.4121 (bpb 1.33)  load max 1.31x dead 0/32  12.3k tok/s  eta 04:12");
   auto worst = record(INT64_MIN);
   worst.loss = worst.grad_norm = worst.tokens_per_second = worst.lr = -1.7e308;
+  worst.failed_saves = INT64_MAX;
   EXPECT_LT(line(options, worst, 1e300).size(), kProgressLine);
 }
 

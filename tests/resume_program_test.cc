@@ -1,7 +1,10 @@
 // Going on with a run as users do it: folders that hold another run, other formats, and a
 // checkpoint of every format that there ever was.
+#include <signal.h>
+
 #include <filesystem>
 
+#include "runtime/checkpoint_parts.h"
 #include "runtime/state_hash.h"
 #include "tests/support/program.h"
 #include "tests/support/small_run.h"
@@ -13,6 +16,7 @@ namespace fs = std::filesystem;
 
 class Resume : public ProgramTest {
  protected:
+  PosixFileSystem plain_disk_;
   std::string copy_golden(const std::string& format) const {
     const std::string golden = MOEMAMBA_SOURCE_DIR "/tests/golden_checkpoints/format-" + format;
     fs::create_directories(checkpoints_folder(run()));
@@ -103,6 +107,50 @@ TEST_F(Resume, TheCheckpointOfEveryFormatIsRead) {
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(count(result.err, "resumed    run/checkpoints/step-00000003"), 1) << result.err;
   EXPECT_EQ(newest_manifest(run()).step(), 5);
+}
+
+// Stopped, gone on with, killed: the weights of the stop are there, and older than the checkpoints.
+TEST_F(Resume, WhatUsesARunTakesItsNewestWeightsAndSaysWhich) {
+  const std::string train = "$moemamba train --train.save_interval=2";
+  ASSERT_EQ(shell(train + small_training(4)).code, 0);
+  const auto expect_taken = [&](const std::string& taken) {
+    for (const char* ranks : {"", " --ranks 2"})
+      for (const char* use : {"evaluate --data.validation=tokens/validation",
+                              "generate --prompt The --tokens 20"}) {
+        const std::string words = std::string("$moemamba ") + use + ranks + " --run run";
+        const Result result = shell(words);
+        EXPECT_EQ(result.code, 0) << result.err;
+        EXPECT_EQ(count(result.err, "weights    " + taken + "\n"), 1) << words << result.err;
+        const std::string path = taken.substr(0, taken.find(','));
+        EXPECT_EQ(shell(words + " --weights " + path).out, result.out) << words;
+      }
+  };
+  expect_taken("run/weights, of step 4");
+  const Result killed =
+      shell(train + small_training(1'000'000'000) +
+            "& id=$!; until [ \"$(wc -l <run/metrics.jsonl)\" -ge 12 ]; do sleep 0.02; done; "
+            "kill -9 $id; wait $id");
+  EXPECT_EQ(killed.code, 128 + SIGKILL);
+  fence_attempts(plain_disk_, run(), 99);  // as the next launch would
+  const auto places = list_checkpoints(run());
+  ASSERT_GE(places.size(), 2u);
+  const auto text = [](const CheckpointPlace& place) {
+    return "run/checkpoints/" + checkpoint_name(place.step) + ", of step " +
+           std::to_string(place.step);
+  };
+  expect_taken(text(places[0]));
+  const Result begun = shell("$moemamba train --init-from=run" + small_training(1) + "--run=other");
+  EXPECT_EQ(begun.code, 0) << begun.err;
+  EXPECT_EQ(count(begun.err, "weights    " + text(places[0]) + "\n"), 1) << begun.err;
+  // One that is visibly damaged is passed over; where all are, the weights are what is left.
+  fs::remove(places[0].path + "/" + kManifestName);
+  expect_taken(text(places[1]));
+  for (const CheckpointPlace& place : places) fs::resize_file(place.path + "/" + kIndexName, 1);
+  expect_taken("run/weights, of step 4");
+  fs::remove_all(run() + "/weights");
+  const Result none = shell("$moemamba generate --ranks 2 --run run");
+  EXPECT_EQ(none.code, 1) << none.err;
+  EXPECT_GE(count(none.err, "run: none of its checkpoints can be used: "), 1) << none.err;
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -105,9 +106,17 @@ std::vector<std::string> save(const SaveCase& c) {
                                  .block_bytes = c.block_bytes});
         writer.stage();
         std::string& verdict = verdicts[size_t(groups.rank)];
+        const auto start = std::chrono::steady_clock::now();
+        const auto note = [&] {
+          if (c.seconds)
+            (*c.seconds)[size_t(groups.rank)] =
+                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        };
         try {
           verdict = writer.write(facts_of(c.step));
+          note();
         } catch (const PeerLost& lost) {
+          note();
           verdict = std::string("lost: ") + lost.what();
           groups.abort(lost.what());
         }

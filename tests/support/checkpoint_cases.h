@@ -37,6 +37,7 @@ struct SaveCase {
   std::function<bool()> may_write;
   std::chrono::milliseconds deadline = std::chrono::seconds(60);
   size_t block_bytes = kDirectBlock;  // small, as the state is: several writes a file
+  std::vector<double>* seconds = nullptr;  // until each rank had its verdict
 };
 // What write() said on every rank; "lost: ..." where it threw PeerLost.
 std::vector<std::string> save(const SaveCase& c);
