@@ -67,8 +67,8 @@ TEST(HeadCrossEntropy, GivesTheSameLossWithoutGradients) {
   }
 }
 
-// Vocabularies on both sides of where the GPU takes larger blocks, whole packs of four and not; rows
-// on 16-byte borders (29 and 5, with gaps of 3 elements) and not.
+// Vocabularies on both sides of where the GPU takes larger blocks, whole packs of four and not;
+// rows on 16-byte borders (29 and 5, with gaps of 3 elements) and not.
 TEST(HeadCrossEntropy, BackendsAgree) {
   for (Size s : {Size{3, 7, 5}, Size{7, 64, 16}, Size{40, 257, 31}, Size{372, 50, 7},
                  Size{1134, 129, 29}, Size{5, 5003, 29}, Size{130, 4096, 64}, Size{9, 4100, 5}})

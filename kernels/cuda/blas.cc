@@ -109,7 +109,7 @@ Blas::Plan Blas::describe(const Product& product) const {
   return plan;
 }
 
-// What is allowed: a split of K only where its parts are added in f32, by a second kernel, in order.
+// What is allowed: a split of K only where a second kernel adds its parts, in f32 and in order.
 int Blas::guess(Plan& plan, const Product& product,
                 std::span<cublasLtMatmulHeuristicResult_t> to) {
   cublasLtMatmulPreferenceOpaque_t preference;

@@ -244,7 +244,7 @@ inline size_t shared_bytes(int groups) {
 // One block per multiprocessor; block i computes tiles i, i + blocks ..., each alone and over K in
 // order. Three stages of 64 along K lie in shared memory, filled by cp.async two ahead. Reads a
 // tile's operands once (from L2, mostly) and stores out once. Bound by the tensor cores' mma.sync
-// rate (about 0.62 of wgmma's) beside shared memory's: per 16 of K, 48 KiB/4 come in, 32 KiB go out.
+// rate (about 0.62 of wgmma's) beside shared memory's: per 16 of K, 12 KiB come in, 32 KiB go out.
 template <GroupedKind kKind, class Out, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1) multiply(GroupedWork<Real, Out> work) {
   using Tiles = GroupedTiles<kKind, Real, Out, kRows, kCols>;

@@ -13,7 +13,7 @@ constexpr int kPitch = kTile + 4;  // floats of a row in shared memory: 16-byte 
 template <bool kAlongK>
 __device__ __forceinline__ void bring(float (&to)[kDepth][kPitch], const float* from,
                                       int64_t stride, int extent, int K) {
-#pragma unroll 4  // more of them at once would not leave room for the sums
+#pragma unroll 2  // more of them at once would not leave room for the sums
   for (int i = 0; i < kTile * kDepth / kThreads; ++i) {
     const int index = i * kThreads + int(threadIdx.x);
     const int k = kAlongK ? index % kDepth : index / kTile;

@@ -134,7 +134,8 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate) {
   if (narrow) {
     auto work = work_of<__nv_bfloat16, Narrow>(op);
     work.accumulate = accumulate;
-    if (in_sixteens(op.a) && in_sixteens(op.b)) launch_mma<kKind, Narrow, true>(stream, work, tiles);
+    const bool fast = in_sixteens(op.a) && in_sixteens(op.b);
+    if (fast) launch_mma<kKind, Narrow, true>(stream, work, tiles);
     else launch_mma<kKind, Narrow, false>(stream, work, tiles);
   } else {
     auto work = work_of<float, float>(op);

@@ -1,6 +1,6 @@
-// Products at the sizes of a training step (d 512, inner width 1024, vocabulary 50304, 65536 tokens,
-// 32 experts of 1536), in bf16 on one GPU: median of 20, TFLOP/s, and the share of what an H100's
-// largest bf16 product reaches.
+// Products at the sizes of a training step (d 512, inner width 1024, vocabulary 50304, 65536
+// tokens, 32 experts of 1536), in bf16 on one GPU: median of 20, TFLOP/s, and the share of what an
+// H100's largest bf16 product reaches.
 #include <algorithm>
 #include <cstdio>
 #include <deque>
@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/arena.h"
 #include "core/gpu.h"
 #include "core/random.h"
 #include "kernels/cross_entropy.h"
