@@ -23,8 +23,9 @@ if(NOT MOEMAMBA_CUDA STREQUAL "OFF")
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
     find_package(CUDAToolkit 12.0 REQUIRED)
-    # Not through CMAKE_CUDA_STANDARD: CMake 3.25 does not know CUDA20 and drops it silently.
-    add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
+    # CUDA sources follow CMAKE_CXX_STANDARD, whose flag for nvcc CMake 3.25 does not know.
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
     list(JOIN CMAKE_CUDA_ARCHITECTURES ", sm_" architectures)
     string(REPLACE "-real" "" architectures "${architectures}")
     set(moemamba_cuda_state "${CMAKE_CUDA_COMPILER_VERSION} (sm_${architectures})")

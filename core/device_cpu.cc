@@ -177,12 +177,12 @@ struct WorkerStream : Stream::Impl {
 };
 
 struct DryStream : Stream::Impl {
-  explicit DryStream(DeviceKind device) : kind(device) {}
-  DeviceKind device() const override { return kind; }
+  explicit DryStream(DeviceKind planned) : planned(planned) {}
+  DeviceKind device() const override { return planned; }
   bool is_dry() const override { return true; }
   bool runs_at_once() const override { return false; }
   void wait(Impl&, uint64_t) override {}
-  DeviceKind kind;
+  DeviceKind planned;
 };
 
 }  // namespace
@@ -220,6 +220,10 @@ void Stream::wait(Event event) {
 }
 
 void Stream::synchronize() { impl_->synchronize(); }
+
+void Stream::wait_on_host(Event event) {
+  if (event.stream) event.stream->impl_->host_wait(event.ticket);
+}
 
 void Stream::parallel_for(int64_t count, FunctionRef<void(int64_t)> body) {
   impl_->parallel_for(count, body);

@@ -3,6 +3,7 @@
 
 namespace moemamba {  // letters: B sequences, L length, T = B L tokens, H heads, Hkv key/value
                       // heads (Hkv divides H), dh width of a head
+                      // qkv, y, cache and their gradients: f32 or bf16, all alike
 
 // Causal softmax attention. Head h reads key/value head h / (H / Hkv); for the token at place t of
 // its sequence, over the visible keys j = first(t) .. t:

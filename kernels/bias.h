@@ -2,12 +2,13 @@
 #include "kernels/run.h"
 
 namespace moemamba {  // letters: T = B L tokens, F columns, D width, P positions
+                      // x, y, dy: f32 or bf16, all of one operator alike
 
 // y[t] = x[t] + bias.
 struct AddBias {
   static constexpr auto name = "add_bias";
   Tensor x;     // [T, F] read
-  Tensor bias;  // [F] read
+  Tensor bias;  // [F] read, f32
   Tensor y;     // [T, F] written; may be x
   static constexpr auto reads() { return std::tuple(&AddBias::x, &AddBias::bias); }
   static constexpr auto writes() { return std::tuple(&AddBias::y); }
@@ -29,7 +30,7 @@ struct BiasBackward {
 struct AddPositions {
   static constexpr auto name = "add_positions";
   Tensor x;                    // [T, D] read
-  Tensor table;                // [P, D] read, first_position + L <= P
+  Tensor table;                // [P, D] read, f32 or bf16, first_position + L <= P
   Tensor y;                    // [T, D] written; may be x
   int64_t sequences = 1;       // B
   int64_t first_position = 0;  // decoding goes on from there

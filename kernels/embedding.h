@@ -7,8 +7,8 @@ namespace moemamba {  // letters: T tokens, V vocabulary, D width
 struct EmbeddingForward {
   static constexpr auto name = "embedding_forward";
   Tensor ids;    // [T] i32 read
-  Tensor table;  // [V, D] read
-  Tensor y;      // [T, D] written
+  Tensor table;  // [V, D] read, f32 or bf16
+  Tensor y;      // [T, D] written, f32 or bf16, whatever the table is
   static constexpr auto reads() {
     return std::tuple(&EmbeddingForward::ids, &EmbeddingForward::table);
   }
@@ -16,11 +16,12 @@ struct EmbeddingForward {
   void check() const;
 };
 
-// dtable[v] = sum of dy[t] over ids[t] == v in token order (+ dtable[v]).
+// dtable[v] = sum of dy[t] over ids[t] == v in token order (+ dtable[v]); on a GPU over fixed pieces
+// of the tokens sorted by id, in order.
 struct EmbeddingBackward {
   static constexpr auto name = "embedding_backward";
   Tensor ids;     // [T] i32 read
-  Tensor dy;      // [T, D] read
+  Tensor dy;      // [T, D] read, f32 or bf16
   Tensor dtable;  // [V, D] written (or added to), f32
   bool accumulate = false;
   static constexpr auto reads() {

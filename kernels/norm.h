@@ -2,6 +2,7 @@
 #include "kernels/run.h"
 
 namespace moemamba {  // letters: T tokens, D model width
+                      // [T, D] tensors: f32 or bf16, all of one operator alike
 
 enum class NormKind : uint8_t { layer, rms };
 
@@ -14,7 +15,8 @@ struct NormForward {
   Tensor residual;  // [T, D] read, optional
   Tensor weight;    // [D] read, f32
   Tensor bias;      // [D] read, f32; layer only
-  Tensor sum;       // [T, D] written, with residual: x + residual; may be x or residual
+  Tensor sum;       // [T, D] written, with residual: x + residual; may be x or residual;
+                    //        normalised as it was written, so that backward sees the same
   Tensor y;         // [T, D] written
   Tensor mean;      // [T] written, f32; layer only; backward needs it
   Tensor rstd;      // [T] written, f32; backward needs it

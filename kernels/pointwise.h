@@ -1,7 +1,8 @@
 #pragma once
 #include "kernels/run.h"
 
-namespace moemamba {  // letters: T rows, F columns
+namespace moemamba {  // letters: T rows (or tokens), F columns, P elements of a flat buffer
+                      // [T, F] tensors: f32 or bf16, all of one operator alike
 
 enum class Activation : uint8_t { relu, gelu, silu };  // gelu: the exact one, with erf
 
@@ -77,15 +78,41 @@ struct Add {
   void check() const;
 };
 
+// to = from, rounded to the nearest, halves to even: the copy of f32 weights that products take.
+struct Cast {
+  static constexpr auto name = "cast";
+  Tensor from;  // [P] read, f32
+  Tensor to;    // [P] written, bf16 (or f32: a copy)
+  static constexpr auto reads() { return std::tuple(&Cast::from); }
+  static constexpr auto writes() { return std::tuple(&Cast::to); }
+  void check() const;
+};
+
+// sum = sum of x[t] in f64 (+ sum). On the CPU strictly in the order of t, on a GPU over fixed
+// blocks in order.
+struct Sum {
+  static constexpr auto name = "sum";
+  Tensor x;    // [T] read, f32
+  Tensor sum;  // [1] f64 written (or added to)
+  bool accumulate = false;
+  static constexpr auto reads() { return std::tuple(&Sum::x); }
+  static constexpr auto writes() { return std::tuple(&Sum::sum); }
+  void check() const;
+};
+
 void run_cpu(Stream&, const ActivationForward&);
 void run_cpu(Stream&, const ActivationBackward&);
 void run_cpu(Stream&, const SwiGluForward&);
 void run_cpu(Stream&, const SwiGluBackward&);
 void run_cpu(Stream&, const Add&);
+void run_cpu(Stream&, const Cast&);
+void run_cpu(Stream&, const Sum&);
 void run_cuda(Stream&, const ActivationForward&);
 void run_cuda(Stream&, const ActivationBackward&);
 void run_cuda(Stream&, const SwiGluForward&);
 void run_cuda(Stream&, const SwiGluBackward&);
 void run_cuda(Stream&, const Add&);
+void run_cuda(Stream&, const Cast&);
+void run_cuda(Stream&, const Sum&);
 
 }  // namespace moemamba

@@ -10,9 +10,9 @@ namespace moemamba {  // letters: B sequences, L length, T = B L tokens, dh widt
 // q and k heads of AttentionForward lie side by side: one call on these columns turns both.
 struct Rope {
   static constexpr auto name = "rope";
-  Tensor x;                // [T, F] read, F a multiple of dh; rows may be strided
+  Tensor x;                // [T, F] read, f32 or bf16, F a multiple of dh; rows may be strided
   Tensor starts;           // [T] u8 read, optional: positions begin again at 0 where starts[t] != 0
-  Tensor y;                // [T, F] written; may be x; rows may be strided
+  Tensor y;                // [T, F] written, like x; may be x; rows may be strided
   int64_t sequences = 1;   // B
   int64_t head_width = 2;  // dh, even
   int64_t first_position = 0;  // of each sequence's first row (decoding goes on from there)

@@ -7,6 +7,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "core/host_mirror.h"
 #include "runtime/checkpoint_folder.h"
 #include "runtime/safetensors.h"
 
@@ -40,12 +41,13 @@ std::vector<NamedTensor> own_tensors(const ParameterStore& store, bool first) {
 }
 
 void write_shard(FileSystem& files, const std::string& path, const std::vector<NamedTensor>& own,
-                 const WeightsMetadata& metadata) {
+                 const WeightsMetadata& metadata, DeviceKind device) {
   std::vector<StoredTensor> stored;
   for (const NamedTensor& t : own)
     stored.push_back({.name = t.name, .dtype = DType::f32, .shape = t.value.shape});
   SafetensorsWriter writer(files, path, stored, metadata);
-  for (const NamedTensor& t : own) writer.write(t.value);
+  HostMirror mirror(device);
+  for (const NamedTensor& t : own) writer.write(mirror.read(t.value));
   writer.commit();
 }
 
@@ -210,7 +212,7 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
   const auto write_own = [&] {
     if (writes)
       write_shard(files, join_path(fresh, shard_name(shard, shards)),
-                  own_tensors(store, shard == 0), metadata);
+                  own_tensors(store, shard == 0), metadata, groups.device);
   };
   const auto finish = [&] {
     if (groups.rank != 0) return;
@@ -237,11 +239,14 @@ void load_weights(const std::string& path, const ParameterStore& store,
   if (text.size() > kMost) text = text.substr(0, text.rfind('\n', kMost)) + "\n  ... and more";
   check(text.empty(), path, ": these weights belong to another model:", text,
         "\nset model.* to the values in the config.textproto of the run that wrote them");
+  HostMirror mirror(groups.device);
   for (const NamedTensor& tensor : store.named_tensors()) {
     const auto& [reader, stored] = found.at(tensor.name);
-    Tensor value = tensor.value;
+    Tensor value = mirror.blank(tensor.value);
     value.shape = stored->shape;
     reader->read(*stored, value);
+    value.shape = tensor.value.shape;
+    mirror.write_back(value, tensor.value);
   }
 }
 

@@ -78,7 +78,7 @@ void AttentionForward::check() const {
     return;
   }
   const auto [sequences, slots, columns] = dims<3>("cache[B, slots, 2 Hkv dh]", cache);
-  expect("cache[B, slots, 2 Hkv dh]", cache, {s.B, slots, 2 * kv_heads * s.dh});
+  expect("cache[B, slots, 2 Hkv dh]", cache, {s.B, slots, 2 * kv_heads * s.dh}, qkv.dtype);
   moemamba::check(filled >= 0 && filled + s.L <= slots, "cache: its ", slots, " slots cannot take ",
                   s.L, " tokens behind the ", filled, " that fill it; make it longer");
   moemamba::check(!starts || first,

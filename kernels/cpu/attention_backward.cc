@@ -89,8 +89,8 @@ void backward_group(const AttentionBackward& op, const AttentionCall& call, int6
 void AttentionBackward::check() const {
   const AttentionSizes s = check_attention(*this);
   expect("lse[T, H]", lse, {s.T, heads});
-  expect("dy[T, H dh]", dy, {s.T, heads * s.dh});
-  expect("dqkv[T, (H + 2 Hkv) dh]", dqkv, qkv.shape);
+  expect("dy[T, H dh]", dy, {s.T, heads * s.dh}, qkv.dtype);
+  expect("dqkv[T, (H + 2 Hkv) dh]", dqkv, qkv.shape, qkv.dtype);
 }
 
 void run_cpu(Stream& stream, const AttentionBackward& op) {

@@ -25,8 +25,8 @@ AttentionSizes check_attention(const Op& op) {
         " heads and ", Hkv, " key/value heads the columns must be a multiple of ", H + 2 * Hkv,
         ", found ", columns);
   const int64_t dh = columns / (H + 2 * Hkv);
-  expect("qkv[T, (H + 2 Hkv) dh]", op.qkv, {T, columns});
-  expect("y[T, H dh]", op.y, {T, H * dh});
+  expect_real("qkv[T, (H + 2 Hkv) dh]", op.qkv);
+  expect("y[T, H dh]", op.y, {T, H * dh}, op.qkv.dtype);
   if (op.starts) expect("starts[T]", op.starts, {T}, DType::u8);
   return {B, T, B ? T / B : 0, dh};
 }

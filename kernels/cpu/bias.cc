@@ -24,30 +24,31 @@ void check_length(const Tensor& rows, int64_t sequences, int64_t first, int64_t 
 
 void AddBias::check() const {
   const auto [T, F] = dims<2>("x[T, F]", x);
-  expect("x[T, F]", x, {T, F});
+  expect_real("x[T, F]", x);
   expect("bias[F]", bias, {F});
-  expect("y[T, F]", y, {T, F});
+  expect("y[T, F]", y, {T, F}, x.dtype);
 }
 
 void BiasBackward::check() const {
   const auto [T, F] = dims<2>("dy[T, F]", dy);
-  expect("dy[T, F]", dy, {T, F});
+  expect_real("dy[T, F]", dy);
   expect("dbias[F]", dbias, {F});
 }
 
 void AddPositions::check() const {
   const auto [T, D] = dims<2>("x[T, D]", x);
   const auto [P, columns] = dims<2>("table[P, D]", table);
-  expect("x[T, D]", x, {T, D});
-  expect("table[P, D]", table, {P, D});
-  expect("y[T, D]", y, {T, D});
+  expect_real("x[T, D]", x);
+  expect_real("table[P, D]", table);
+  expect("table[P, D]", table, {P, D}, table.dtype);
+  expect("y[T, D]", y, {T, D}, x.dtype);
   check_length(x, sequences, first_position, P);
 }
 
 void PositionsBackward::check() const {
   const auto [T, D] = dims<2>("dy[T, D]", dy);
   const auto [P, columns] = dims<2>("dtable[P, D]", dtable);
-  expect("dy[T, D]", dy, {T, D});
+  expect_real("dy[T, D]", dy);
   expect("dtable[P, D]", dtable, {P, D});
   check_length(dy, sequences, 0, P);
 }

@@ -19,13 +19,13 @@ void NormForward::check() const {
   const auto [T, D] = dims<2>("x[T, D]", x);
   moemamba::check(D > 0, "x[T, D]: a row to be normalised has at least one column, found ",
                   to_string(x.shape));
-  expect("x[T, D]", x, {T, D});
+  expect_real("x[T, D]", x);
   expect("weight[D]", weight, {D});
-  expect("y[T, D]", y, {T, D});
+  expect("y[T, D]", y, {T, D}, x.dtype);
   expect("rstd[T]", rstd, {T});
   if (residual) {
-    expect("residual[T, D]", residual, {T, D});
-    expect("sum[T, D], needed with residual", sum, {T, D});
+    expect("residual[T, D]", residual, {T, D}, x.dtype);
+    expect("sum[T, D], needed with residual", sum, {T, D}, x.dtype);
   }
   if (kind == NormKind::layer) {
     expect("bias[D]", bias, {D});
@@ -39,13 +39,13 @@ void NormBackward::check() const {
   const auto [T, D] = dims<2>("x[T, D]", x);
   moemamba::check(D > 0, "x[T, D]: a row to be normalised has at least one column, found ",
                   to_string(x.shape));
-  expect("x[T, D]", x, {T, D});
-  expect("dy[T, D]", dy, {T, D});
+  expect_real("x[T, D]", x);
+  expect("dy[T, D]", dy, {T, D}, x.dtype);
   expect("weight[D]", weight, {D});
   expect("rstd[T]", rstd, {T});
-  expect("dx[T, D]", dx, {T, D});
+  expect("dx[T, D]", dx, {T, D}, x.dtype);
   expect("dweight[D]", dweight, {D});
-  if (dsum) expect("dsum[T, D]", dsum, {T, D});
+  if (dsum) expect("dsum[T, D]", dsum, {T, D}, x.dtype);
   if (kind == NormKind::layer) {
     expect("mean[T]", mean, {T});
     expect("dbias[D]", dbias, {D});

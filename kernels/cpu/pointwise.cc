@@ -34,38 +34,51 @@ const PointwiseKernels& pointwise_kernels(SimdLevel level) {
 }
 
 void ActivationForward::check() const {
-  expect("x[T, F]", x, x.shape);
-  expect("y[T, F]", y, x.shape);
+  expect_real("x[T, F]", x);
+  expect("y[T, F]", y, x.shape, x.dtype);
   check_row_limit(rows);
 }
 
 void ActivationBackward::check() const {
-  expect("x[T, F]", x, x.shape);
-  expect("dy[T, F]", dy, x.shape);
-  expect("dx[T, F]", dx, x.shape);
+  expect_real("x[T, F]", x);
+  expect("dy[T, F]", dy, x.shape, x.dtype);
+  expect("dx[T, F]", dx, x.shape, x.dtype);
   check_row_limit(rows);
 }
 
 void SwiGluForward::check() const {
-  expect("gate[T, F]", gate, gate.shape);
-  expect("up[T, F]", up, gate.shape);
-  expect("y[T, F]", y, gate.shape);
+  expect_real("gate[T, F]", gate);
+  expect("up[T, F]", up, gate.shape, gate.dtype);
+  expect("y[T, F]", y, gate.shape, gate.dtype);
   check_row_limit(rows);
 }
 
 void SwiGluBackward::check() const {
-  expect("gate[T, F]", gate, gate.shape);
-  expect("up[T, F]", up, gate.shape);
-  expect("dy[T, F]", dy, gate.shape);
-  expect("dgate[T, F]", dgate, gate.shape);
-  expect("dup[T, F]", dup, gate.shape);
+  expect_real("gate[T, F]", gate);
+  expect("up[T, F]", up, gate.shape, gate.dtype);
+  expect("dy[T, F]", dy, gate.shape, gate.dtype);
+  expect("dgate[T, F]", dgate, gate.shape, gate.dtype);
+  expect("dup[T, F]", dup, gate.shape, gate.dtype);
   check_row_limit(rows);
 }
 
 void Add::check() const {
-  expect("a[T, F]", a, a.shape);
-  expect("b[T, F]", b, a.shape);
-  expect("out[T, F]", out, a.shape);
+  expect_real("a[T, F]", a);
+  expect("b[T, F]", b, a.shape, a.dtype);
+  expect("out[T, F]", out, a.shape, a.dtype);
+}
+
+void Cast::check() const {
+  const auto [P] = dims<1>("from[P]", from);
+  expect("from[P]", from, {P});
+  expect_real("to[P]", to);
+  expect("to[P]", to, {P}, to.dtype);
+}
+
+void Sum::check() const {
+  const auto [T] = dims<1>("x[T]", x);
+  expect("x[T]", x, {T});
+  expect("sum[1]", sum, {1}, DType::f64);
 }
 
 void run_cpu(Stream& stream, const ActivationForward& op) {
@@ -101,6 +114,17 @@ void run_cpu(Stream& stream, const Add& op) {
   for_rows(stream, op.a.rows(), op.a.cols(), [&](int64_t t, int64_t F) {
     add(op.a.row<float>(t), op.b.row<float>(t), op.out.row<float>(t), F);
   });
+}
+
+void run_cpu(Stream& stream, const Cast& op) {  // to f32: the CPU has no bf16
+  copy(stream, op.from, op.to);
+}
+
+void run_cpu(Stream&, const Sum& op) {
+  const float* x = op.x.as<float>();
+  double total = op.accumulate ? *op.sum.as<double>() : 0;
+  for (int64_t t = 0; t < op.x.elements(); ++t) total += double(x[t]);
+  *op.sum.as<double>() = total;
 }
 
 }  // namespace moemamba

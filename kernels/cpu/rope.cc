@@ -55,8 +55,8 @@ const RopeKernels& rope_kernels(SimdLevel level) {
 
 void Rope::check() const {
   const auto [T, F] = dims<2>("x[T, F]", x);
-  expect("x[T, F]", x, {T, F});
-  expect("y[T, F]", y, {T, F});
+  expect_real("x[T, F]", x);
+  expect("y[T, F]", y, {T, F}, x.dtype);
   if (starts) expect("starts[T]", starts, {T}, DType::u8);
   moemamba::check(sequences >= 1 ? T % sequences == 0 : sequences == 0 && T == 0,
                   "sequences must divide the T = ", T, " tokens, found ", sequences);
