@@ -14,8 +14,9 @@ struct Sizes {
 constexpr Sizes kSizes[] = {{1, 1, 1, 1},   {2, 2, 16, 4},   {3, 7, 17, 8},  {2, 31, 5, 2},
                             {1, 64, 33, 4}, {2, 65, 341, 4}, {1, 372, 17, 3}};
 // For backends that cut otherwise: around a run of tokens, widths that go in packs.
-constexpr Sizes kMoreSizes[] = {{1, 1, 64, 4},   {2, 2, 8, 8},   {3, 66, 24, 8},   {1, 1134, 40, 4},
-                                {2, 127, 16, 1}, {1, 67, 48, 6}, {2, 128, 264, 4}, {1, 65536, 8, 4}};
+constexpr Sizes kMoreSizes[] = {{1, 1, 64, 4},   {2, 2, 8, 8},    {3, 66, 24, 8},
+                                {1, 1134, 40, 4}, {2, 127, 16, 1}, {1, 67, 48, 6},
+                                {2, 128, 264, 4}, {1, 65536, 8, 4}};
 
 struct Options {
   bool borders;   // initial, final

@@ -143,10 +143,10 @@ __device__ __forceinline__ void step_back(BackwardTile<P>& shared, int t, States
   }
   shared.kept[t][0][threadIdx.x] = make_float4(db[0], db[1], db[2], db[3]);
   shared.kept[t][1][threadIdx.x] = make_float4(dc[0], dc[1], dc[2], dc[3]);
-  // The shuffles also order the pair's reads above before the writes below.
   const float sum_b = sum_states<P>(g_b[0], g_b[1], place.p);
   const float sum_c = sum_states<P>(c_h[0], c_h[1], place.p);
   const float sum_r = sum_states<P>(rate_r[0], rate_r[1], place.p);
+  __syncwarp();  // the pair's threads have read what is overwritten now
   if (place.p < 2) {
     const int channel = 2 * place.pair + place.p;
     *shared.input(t, channel) = sum_b;
