@@ -79,11 +79,13 @@ Tensor view(const Buffer& buffer, int64_t offset, Shape shape, DType dtype) {
 Arena::Arena(std::string name, DeviceKind device, int64_t bytes)
     : name_(std::move(name)),
       buffer_(device, std::max<int64_t>(bytes, kAlignment)),
+      device_(device),
       capacity_(bytes) {}
 
-Arena Arena::measure(std::string name) {
+Arena Arena::measure(std::string name, DeviceKind device) {
   Arena arena;
   arena.name_ = std::move(name);
+  arena.device_ = device;
   arena.capacity_ = int64_t{1} << 60;
   return arena;
 }
@@ -102,7 +104,7 @@ Tensor Arena::take(Shape shape, DType dtype, const char* who) {
                 .shape = shape,
                 .stride = row / size,
                 .dtype = dtype,
-                .device = buffer_.device()};
+                .device = device_};
   used_ += bytes;
   peak_ = std::max(peak_, used_);
   if (measures() && bytes > 0) out_.push_back({who, bytes});

@@ -39,7 +39,7 @@ class Arena {
  public:
   Arena(std::string name, DeviceKind device, int64_t bytes);
   // Only counts: its tensors have addresses but no memory. For dry streams.
-  static Arena measure(std::string name);
+  static Arena measure(std::string name, DeviceKind device = DeviceKind::cpu);
   // What a measuring arena gave out: to whom (a literal) and how much, padding included.
   struct Taken {
     const char* who;
@@ -61,6 +61,7 @@ class Arena {
   void remember_peak();
   std::string name_;
   Buffer buffer_;
+  DeviceKind device_ = DeviceKind::cpu;
   int64_t capacity_ = 0;
   int64_t used_ = 0;
   int64_t peak_ = 0;

@@ -52,7 +52,7 @@ Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, in
       exchange(*groups.expert, groups.layout,
                exchange_capacity(sizes, sequences * length, exchange_rows, groups.expert->size()),
                std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K))),
-      arena(Arena::measure("activation")) {
+      arena(Arena::measure("activation", groups.device)) {
   store.allocate(memory);
   activation_bytes = measure(memory != Memory::values);
   if (memory != Memory::planned_training)

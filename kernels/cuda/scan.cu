@@ -8,8 +8,8 @@ namespace {
 template <class Real>
 struct ForwardCall {
   Inputs<Real> in;
-  Rows<Real> y;
-  Rows<float> final;
+  Strided<Real> y;
+  Strided<float> final;
   float4* states;         // [B, tiles, blocks][1024], before each tile; or null
   const float4* entering;  // [B, splits, blocks][1024]; null: every part begins with `initial`
   float4 *ends, *decays;  // likewise, for the pass that finds them
@@ -184,12 +184,13 @@ void run_cuda(Stream& stream, const ScanForward& op) {
       scan::sizes_of(op.sequences, op.u.rows(), op.u.cols(), op.a_log.cols());
   if (s.grid() == 0) return;
   const int64_t parts = s.splits > 1 ? s.grid() * 1024 : 0;
-  float* const ends = parts ? reinterpret_cast<float*>(stream.workspace(size_t(parts) * 8)) : nullptr;
+  float* const ends =
+      parts ? reinterpret_cast<float*>(stream.workspace(size_t(parts) * 8)) : nullptr;
   float* const decays = ends + parts;
   scan::visit(op.u.dtype, s.P, [&]<class Real, int P>() {
     scan::ForwardCall<Real> call{.in = {s, op},
-                                 .y = scan::Rows<Real>(op.y),
-                                 .final = scan::Rows<float>(op.final),
+                                 .y = Strided<Real>(op.y),
+                                 .final = Strided<float>(op.final),
                                  .states = pointer<float4>(op.states),
                                  .entering = reinterpret_cast<const float4*>(ends),
                                  .ends = reinterpret_cast<float4*>(ends),

@@ -9,8 +9,8 @@ namespace {
 template <class Real>
 struct BackwardCall {
   Inputs<Real> in;
-  Rows<Real> dy, du, ddt, dz;
-  Rows<float> dfinal, dinitial;
+  Strided<Real> dy, du, ddt, dz;
+  Strided<float> dfinal, dinitial;
   const float4* states;    // [B, tiles, blocks][1024], as forward left them
   const float4* entering;  // [B, splits, blocks][1024], from later parts; null: dfinal enters
   float4 *ends, *decays;   // likewise, for the pass that finds them
@@ -143,10 +143,10 @@ __device__ __forceinline__ void step_back(BackwardTile<P>& shared, int t, States
   }
   shared.kept[t][0][threadIdx.x] = make_float4(db[0], db[1], db[2], db[3]);
   shared.kept[t][1][threadIdx.x] = make_float4(dc[0], dc[1], dc[2], dc[3]);
-  // The shuffles also order the pair's reads above before the writes below.
   const float sum_b = sum_states<P>(g_b[0], g_b[1], place.p);
   const float sum_c = sum_states<P>(c_h[0], c_h[1], place.p);
   const float sum_r = sum_states<P>(rate_r[0], rate_r[1], place.p);
+  __syncwarp();  // the pair's threads have read what is overwritten now
   if (place.p < 2) {
     const int channel = 2 * place.pair + place.p;
     *shared.input(t, channel) = sum_b;
@@ -268,7 +268,8 @@ __global__ void __launch_bounds__(kThreads, P == 2 ? 2 : 3)
 }
 
 // What a part of time does to the gradient of the state that comes from behind it: from zeros it
-// ends, at the part's begin, at `ends`; what enters is multiplied by `decays`. About a forward pass.
+// ends, at the part's begin, at `ends`; what enters is multiplied by `decays`. Costs about what the
+// forward pass does.
 template <class Real, int P>
 __global__ void __launch_bounds__(kThreads, 2)
     find_ends(const __grid_constant__ BackwardCall<Real> call) {
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // db and dc: the sums over the blocks of channels, in their order. Bound by HBM.
 template <class Real>
 __global__ void sum_blocks(const float* parts, int blocks, int64_t T, int states, int N,
-                           Rows<Real> db, Rows<Real> dc) {
+                           Strided<Real> db, Strided<Real> dc) {
   const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x, count = T * 2 * states;
   const int n = int(i % states);
   if (i >= count || n >= N) return;
@@ -331,7 +332,7 @@ __global__ void sum_blocks(const float* parts, int blocks, int64_t T, int states
 // Where a column of the blocks' sums goes.
 struct ParameterGradients {
   int D, N, P;
-  Rows<float> da_log;
+  Strided<float> da_log;
   float *ddt_bias, *dskip;
   bool accumulate;
 
@@ -363,12 +364,12 @@ template <class Real, int P>
 void launch(Stream& stream, const ScanBackward& op, const Sizes& s, const BackwardMemory& memory) {
   const bool split = s.splits > 1;
   BackwardCall<Real> call{.in = {s, op},
-                          .dy = Rows<Real>(op.dy),
-                          .du = Rows<Real>(op.du),
-                          .ddt = Rows<Real>(op.ddt),
-                          .dz = Rows<Real>(op.z ? op.dz : Tensor()),
-                          .dfinal = Rows<float>(op.dfinal),
-                          .dinitial = Rows<float>(op.dinitial),
+                          .dy = Strided<Real>(op.dy),
+                          .du = Strided<Real>(op.du),
+                          .ddt = Strided<Real>(op.ddt),
+                          .dz = Strided<Real>(op.z ? op.dz : Tensor()),
+                          .dfinal = Strided<float>(op.dfinal),
+                          .dinitial = Strided<float>(op.dinitial),
                           .states = pointer<const float4>(op.states),
                           .entering = reinterpret_cast<float4*>(split ? memory.ends : nullptr),
                           .ends = reinterpret_cast<float4*>(memory.ends),
@@ -393,7 +394,7 @@ void launch(Stream& stream, const ScanBackward& op, const Sizes& s, const Backwa
   const int64_t T = s.B * s.L, cells = T * 8 * P;
   if (T > 0)
     sum_blocks<Real><<<grid_of(ceil_divide(cells, 256)), 256, 0, on>>>(
-        memory.cell_parts, s.blocks, T, 4 * P, s.N, Rows<Real>(op.db), Rows<Real>(op.dc));
+        memory.cell_parts, s.blocks, T, 4 * P, s.N, Strided<Real>(op.db), Strided<Real>(op.dc));
 }
 
 }  // namespace
@@ -413,7 +414,7 @@ void run_cuda(Stream& stream, const ScanBackward& op) {
   const scan::ParameterGradients finish{.D = s.D,
                                         .N = s.N,
                                         .P = s.P,
-                                        .da_log = scan::Rows<float>(op.da_log),
+                                        .da_log = Strided<float>(op.da_log),
                                         .ddt_bias = pointer<float>(op.ddt_bias),
                                         .dskip = pointer<float>(op.dskip),
                                         .accumulate = op.accumulate};

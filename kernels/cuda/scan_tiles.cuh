@@ -1,7 +1,7 @@
 #pragma once
 #include <algorithm>
 
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/strided.cuh"
 #include "kernels/scan.h"
 
 // What the scan's kernels share: how channels, states and time are cut.
@@ -70,20 +70,12 @@ void visit(DType dtype, int P, Fn&& fn) {
   });
 }
 
-template <class Real>
-struct Rows {
-  Real* at = nullptr;
-  int64_t stride = 0;
-  explicit Rows(const Tensor& tensor) : at(pointer<Real>(tensor)), stride(tensor.stride) {}
-  __device__ Real* row(int64_t r) const { return at + r * stride; }
-};
-
 // What both passes read; both operators have these fields.
 template <class Real>
 struct Inputs {
   Sizes s;
-  Rows<Real> u, dt, b, c, z;
-  Rows<float> a_log, initial;
+  Strided<Real> u, dt, b, c, z;
+  Strided<float> a_log, initial;
   const float *dt_bias, *skip;
   const uint8_t* starts;
 
@@ -144,7 +136,7 @@ struct States {
   }
   // Rows [B, D, N]; zeros where there are none, or beyond D and N.
   template <int P>
-  __device__ void load(const Rows<float>& from, const Sizes& s, const Place<P>& place) {
+  __device__ void load(const Strided<float>& from, const Sizes& s, const Place<P>& place) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int d = place.d_of(i / 4), n = 4 * place.p + i % 4;
@@ -153,7 +145,7 @@ struct States {
     }
   }
   template <int P>
-  __device__ void store(const Rows<float>& to, const Sizes& s, const Place<P>& place) const {
+  __device__ void store(const Strided<float>& to, const Sizes& s, const Place<P>& place) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int d = place.d_of(i / 4), n = 4 * place.p + i % 4;
@@ -170,7 +162,7 @@ struct States {
 
 // A log2(e), so that exp(delta A) = exp2(delta rate); 0 beyond D and N.
 template <int P>
-__device__ States load_rates(const Rows<float>& a_log, const Sizes& s, const Place<P>& place) {
+__device__ States load_rates(const Strided<float>& a_log, const Sizes& s, const Place<P>& place) {
   States rates;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -196,7 +188,7 @@ __device__ __forceinline__ float softplus(float x) {
 template <class Real, int P>
 struct Elements {
   Real at[Map<P>::kElements];
-  __device__ void load(const Rows<Real>& from, const Sizes& s, const Place<P>& place, int tile) {
+  __device__ void load(const Strided<Real>& from, const Sizes& s, const Place<P>& place, int tile) {
     const int steps = place.steps(s, tile);
     const int64_t token = place.token(s, tile);
 #pragma unroll
@@ -211,7 +203,7 @@ struct Elements {
 template <class Real, int P>
 struct Cells {
   Real at[Map<P>::kCells];
-  __device__ void load(const Rows<Real>& b, const Rows<Real>& c, const Sizes& s,
+  __device__ void load(const Strided<Real>& b, const Strided<Real>& c, const Sizes& s,
                        const Place<P>& place, int tile) {
     constexpr int kStates = Map<P>::kStates;
     const int steps = place.steps(s, tile);
@@ -256,7 +248,7 @@ __device__ __forceinline__ float sum_states(float of_0, float of_1, int p) {
 // What enters each part of time, from what the parts do: in place of `ends`. One thread per state
 // of a unit, parts in order, or backward in time. Reads and writes a few MB: bound by latency.
 template <int P>
-__global__ void carry_over_parts(Sizes s, float* ends, const float* decays, Rows<float> edge,
+__global__ void carry_over_parts(Sizes s, float* ends, const float* decays, Strided<float> edge,
                                  bool backward) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;  // 1024 a unit: no remainder
   const int cell = int(i % 1024), thread = cell % 512 / 4;

@@ -23,14 +23,28 @@ void expect_gradient(const char* what, const std::vector<double>& analytic,
                      std::function<double(const std::vector<double>&)> f,
                      const std::vector<double>& x);
 
+// Whether the layout of this tensor belongs to the backend: Op::privates() names it.
+template <class Op>
+bool is_private([[maybe_unused]] Tensor Op::*field) {
+  if constexpr (requires { Op::privates(); })
+    return std::apply([&](auto... own) { return ((own == field) || ...); }, Op::privates());
+  return false;
+}
+
 // An operator whose tensors are copies on another device. Tensors that begin at the same address
 // stay one (an operator in place is copied in place); others must not overlap. bf16 tensors become
-// f32 ones with the same values where the stream is the CPU's, which computes in f32.
+// f32 ones with the same values where the stream is the CPU's, which computes in f32. What belongs
+// to a backend is not copied to another: there it has the size that is wanted there, and zeros.
 template <class Op>
 class Replica {
  public:
   Replica(Stream& stream, const Op& op) : op_(op) {
-    const auto copy_field = [&](auto field) { copy_tensor(stream, op.*field, op_.*field); };
+    const auto copy_field = [&](auto field) {
+      if (is_private<Op>(field) && (op.*field).device != stream.device())
+        make_private(stream, op.*field, op_.*field);
+      else
+        copy_tensor(stream, op.*field, op_.*field);
+    };
     std::apply([&](auto... field) { (copy_field(field), ...); }, Op::reads());
     std::apply([&](auto... field) { (copy_field(field), ...); }, Op::writes());
     stream.synchronize();
@@ -38,6 +52,14 @@ class Replica {
   const Op& op() const { return op_; }
 
  private:
+  void make_private(Stream& stream, const Tensor& from, Tensor& to) {
+    if (!from) return;
+    if constexpr (requires { Op::privates(); }) {
+      const int64_t elements = op_.private_elements(stream.device());
+      buffers_.emplace_back(stream.device(), elements * size_of(from.dtype) + 1);
+      to = view(buffers_.back(), 0, {elements}, from.dtype);
+    }
+  }
   void copy_tensor(Stream& stream, const Tensor& from, Tensor& to) {
     if (!from) return;
     const bool widens = from.dtype == DType::bf16 && stream.device() == DeviceKind::cpu;
@@ -86,14 +108,15 @@ void expect_agree(const char* op, int where, const Tensor& found, const Tensor& 
 void expect_same_bits(const char* op, int where, const Tensor& found, const Tensor& expected);
 
 // Hands every pair of tensors that `first` and `second`, copies of one operator, have written to
-// `compare`, both as copies in the host's memory.
+// `compare`, both as copies in the host's memory; but not what belongs to different backends.
 template <class Op, class Compare>
 void compare_written(Stream& stream, const Op& first, Stream& other, const Op& second,
                      Compare compare) {
   Case keeper(1);
   int where = 0;
   const auto compare_field = [&](auto field) {
-    if (first.*field)
+    const bool apart = (first.*field).device != (second.*field).device;
+    if (first.*field && !(apart && is_private<Op>(field)))
       compare(Op::name, where, to_host(other, second.*field, keeper),
               to_host(stream, first.*field, keeper));
     ++where;
@@ -118,8 +141,10 @@ void compare_runs(const Op& op, Stream& first, Stream& second, Compare compare) 
 // all that was written: within the tolerance of f32, or of bf16 if any tensor is that. There it
 // runs twice, and the second run must give the same bits.
 // bound: instead of the table's tolerance, where an operator's page says so.
-template <class Op>
-void expect_backends_agree(const Op& op, double bound = 0) {
+// prepare(stream, copy) runs before each: makes what a backend leaves for itself (privates()).
+template <class Op, class Prepare = void (*)(Stream&, const Op&)>
+void expect_backends_agree(
+    const Op& op, double bound = 0, Prepare prepare = [](Stream&, const Op&) {}) {
   Stream cpu = Stream::immediate();
   std::optional<Stream> other = other_backend();
   if (bound == 0) bound = tolerance(has_bf16(op) ? DType::bf16 : DType::f32);
@@ -127,10 +152,13 @@ void expect_backends_agree(const Op& op, double bound = 0) {
   if (other) first.emplace(*other, op), second.emplace(*other, op);
   if (has_bf16(op)) widened.emplace(cpu, op);
   const Op& reference = widened ? widened->op() : op;
+  prepare(cpu, reference);
   run(cpu, reference);
   if (!other) return;
-  run(*other, first->op());
-  run(*other, second->op());
+  for (const Op* copy : {&first->op(), &second->op()}) {
+    prepare(*other, *copy);
+    run(*other, *copy);
+  }
   other->synchronize();
   compare_written(cpu, reference, *other, first->op(),
                   [&](const char* name, int where, const Tensor& found, const Tensor& expected) {
