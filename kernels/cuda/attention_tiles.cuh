@@ -7,10 +7,10 @@
 
 namespace moemamba {  // what attention's two directions share
 
-// A block of 16 x 16 threads has kRows own rows (queries or keys) for each row of threads, which it
-// keeps in shared memory, and goes through tiles of kOthers rows of the other side. Products are f32
-// FMA: attention is a small share of a hybrid model's time. kWidth is dh rounded up to what was
-// compiled; columns beyond dh are 0. Bounds of one block for a multiprocessor keep spills away.
+// A block of 16 x 16 threads has kRows own rows (queries or keys) for each row of threads, which
+// it keeps in shared memory, and goes through tiles of kOthers rows of the other side. Products
+// are f32 FMA: attention is a small share of a hybrid model's time. kWidth is dh rounded up to what
+// was compiled; columns beyond dh are 0. Bounds of one block for a multiprocessor keep spills away.
 constexpr int kAttentionThreads = 256;
 constexpr int kOthers = 32;
 constexpr int kPadding = 4;  // floats behind a row, so that 8 rows' 16-byte reads fall on 8 banks
