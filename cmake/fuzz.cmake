@@ -1,7 +1,9 @@
 # libFuzzer targets (preset cpu-fuzz, clang): each *_fuzz.cc of tests/fuzz is a program. They link
 # only what reads files of others, so that little is built under the sanitizers.
 add_library(fuzzed STATIC
-  runtime/safetensors.cc runtime/manifest.cc runtime/token_files.cc model/config.cc model/pattern.cc)
+  runtime/safetensors.cc runtime/json_reader.cc runtime/manifest.cc runtime/token_files.cc
+  runtime/weights_files.cc runtime/checkpoint_folder.cc
+  model/config.cc model/pattern.cc)
 foreach(proto model/model_config parallel/parallel_config runtime/train_config runtime/manifest
         launcher/run_config)
   target_sources(fuzzed PRIVATE ${CMAKE_BINARY_DIR}/generated/${proto}.pb.cc)

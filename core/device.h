@@ -72,7 +72,7 @@ class Stream {
  public:
   static Stream immediate(int threads = 1);
   static Stream worker();
-  static Stream dry();
+  static Stream dry(DeviceKind device = DeviceKind::cpu);  // device: what it plans for
   static Stream cuda();  // Error without a GPU, or in a build without CUDA
   Stream(Stream&&) noexcept;
   ~Stream();
@@ -96,6 +96,7 @@ class Stream {
   Event record();            // done when all that was submitted before is done
   void wait(Event event);    // later work of this stream starts after `event`
   void synchronize();        // the host waits; throws what a task threw
+  static void wait_on_host(Event event);  // until it is past
 
   // Calls body(i) for 0 <= i < count, split over threads(); which thread runs which i must not
   // matter. Only from work of this stream.

@@ -177,9 +177,12 @@ struct WorkerStream : Stream::Impl {
 };
 
 struct DryStream : Stream::Impl {
+  explicit DryStream(DeviceKind planned) : planned(planned) {}
+  DeviceKind device() const override { return planned; }
   bool is_dry() const override { return true; }
   bool runs_at_once() const override { return false; }
   void wait(Impl&, uint64_t) override {}
+  DeviceKind planned;
 };
 
 }  // namespace
@@ -194,7 +197,7 @@ Stream Stream::immediate(int threads) {
 }
 
 Stream Stream::worker() { return Stream(std::make_unique<WorkerStream>()); }
-Stream Stream::dry() { return Stream(std::make_unique<DryStream>()); }
+Stream Stream::dry(DeviceKind device) { return Stream(std::make_unique<DryStream>(device)); }
 Stream Stream::cuda() { return Stream(gpu::make_stream()); }
 
 bool Stream::is_dry() const { return impl_->is_dry(); }
@@ -218,6 +221,10 @@ void Stream::wait(Event event) {
 
 void Stream::synchronize() { impl_->synchronize(); }
 
+void Stream::wait_on_host(Event event) {
+  if (event.stream) event.stream->impl_->host_wait(event.ticket);
+}
+
 void Stream::parallel_for(int64_t count, FunctionRef<void(int64_t)> body) {
   impl_->parallel_for(count, body);
 }
@@ -234,6 +241,7 @@ void copy(Stream& stream, const Tensor& from, const Tensor& to) {
   check(from.elements() == to.elements() && from.cols() == to.cols() && from.dtype == to.dtype,
         "copy: ", to_string(from.shape), " ", name_of(from.dtype), " to ", to_string(to.shape), " ",
         name_of(to.dtype));
+  if (stream.is_dry()) return;
   if (stream.device() == DeviceKind::cuda) return gpu::copy_rows(stream, from, to);
   stream.submit([from, to] {
     const int64_t size = size_of(from.dtype);
@@ -249,6 +257,7 @@ void copy(Stream& stream, const Tensor& from, const Tensor& to) {
 }
 
 void fill_zero(Stream& stream, const Tensor& to) {
+  if (stream.is_dry()) return;
   if (stream.device() == DeviceKind::cuda) return gpu::zero_rows(stream, to);
   stream.submit([to] {
     const int64_t size = size_of(to.dtype);

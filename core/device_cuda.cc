@@ -142,6 +142,24 @@ void zero_now(void* memory, int64_t bytes) {
   call(cudaDeviceSynchronize(), "cudaMemset");
 }
 
+std::shared_ptr<void> mark(Stream& stream) {
+  cudaEvent_t event = nullptr;
+  call(cudaEventCreate(&event), "cudaEventCreate");
+  std::shared_ptr<void> owned(event,
+                              [](void* it) { cudaEventDestroy(static_cast<cudaEvent_t>(it)); });
+  call(cudaEventRecord(event, native_of(stream)), "cudaEventRecord");
+  return owned;
+}
+
+double seconds_between(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to) {
+  const auto first = static_cast<cudaEvent_t>(from.get());
+  const auto last = static_cast<cudaEvent_t>(to.get());
+  call(cudaEventSynchronize(last), "cudaEventSynchronize");
+  float milliseconds = 0;
+  call(cudaEventElapsedTime(&milliseconds, first, last), "cudaEventElapsedTime");
+  return milliseconds * 1e-3;
+}
+
 std::unique_ptr<Stream::Impl> make_stream() {
   std::string why;
   check(!devices(&why).empty(), "no GPU: ", why, "; use --device=cpu");

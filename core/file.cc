@@ -40,15 +40,27 @@ class Descriptor {
   int fd_;
 };
 
+bool is_whole(const void* data, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % kDirectBlock == 0 && bytes >= kDirectBlock;
+}
+
 class PosixFile : public OutputFile {
  public:
-  PosixFile(std::string path, int fd) : path_(std::move(path)), fd_(fd) {}
+  // A file that is to be direct is new, and stays so until something else than blocks is written.
+  PosixFile(std::string path, int fd, bool direct)
+      : path_(std::move(path)), fd_(fd), direct_(direct && set_direct(true)) {}
 
   void write(const void* data, size_t bytes) override {
     const char* from = static_cast<const char*>(data);
     while (bytes > 0) {
-      const ssize_t done = ::write(fd_.get(), from, bytes);
+      if (direct_ && !is_whole(from, bytes)) end_direct();
+      const size_t part = direct_ ? bytes - bytes % kDirectBlock : bytes;
+      const ssize_t done = ::write(fd_.get(), from, part);
       if (done < 0 && errno == EINTR) continue;
+      if (done < 0 && errno == EINVAL && direct_) {  // larger blocks, or it only looked possible
+        end_direct();
+        continue;
+      }
       if (done <= 0) refuse(path_, "write", done < 0 ? errno : ENOSPC);
       from += done;
       bytes -= size_t(done);
@@ -81,8 +93,20 @@ class PosixFile : public OutputFile {
   }
 
  private:
+  // Whether the system did it. Asked of the open file: an open() that refuses leaves one behind.
+  bool set_direct(bool on) {
+    const int flags = ::fcntl(fd_.get(), F_GETFL);
+    if (flags < 0) return false;
+    return ::fcntl(fd_.get(), F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
+  }
+  void end_direct() {
+    if (!set_direct(false)) refuse(path_, "write", errno);
+    direct_ = false;
+  }
+
   std::string path_;
   Descriptor fd_;
+  bool direct_;
 };
 
 void write_hex(const unsigned char* digest, unsigned bytes, char* text) {
@@ -102,7 +126,7 @@ std::unique_ptr<OutputFile> PosixFileSystem::open(const std::string& path, OpenM
   const int flags = O_WRONLY | O_CREAT | O_CLOEXEC | of_mode;
   const int fd = ::open(path.c_str(), flags, 0666);
   if (fd < 0) refuse(path, "open for writing", errno);
-  return std::make_unique<PosixFile>(path, fd);
+  return std::make_unique<PosixFile>(path, fd, mode == OpenMode::create_direct);
 }
 
 void PosixFileSystem::rename(const std::string& from, const std::string& to) {
@@ -232,8 +256,11 @@ std::string join_path(const std::string& folder, const std::string& name) {
   return (std::filesystem::path(folder) / name).string();
 }
 
-MappedFile::MappedFile(std::string path) : path_(std::move(path)) {
-  const Descriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+MappedFile::MappedFile(std::string path, Links links) : path_(std::move(path)) {
+  const int no_link = links == Links::refused ? O_NOFOLLOW : 0;
+  const Descriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | no_link));
+  check(file.get() >= 0 || errno != ELOOP || !no_link, path_,
+        ": is a symlink; expected the file itself: copy what it points to (cp -L)");
   if (file.get() < 0) refuse(path_, "open", errno);
   struct stat about {};
   if (::fstat(file.get(), &about) != 0) refuse(path_, "read", errno);
@@ -305,8 +332,7 @@ void Sha256::start() {
 }
 
 void Sha256::add(const void* data, size_t bytes) {
-  check(SHA256_Update(&state_->context, data, bytes) == 1,
-        "SHA-256 failed; is OpenSSL complete?");
+  check(SHA256_Update(&state_->context, data, bytes) == 1, "SHA-256 failed; is OpenSSL complete?");
 }
 
 void Sha256::hex(char* text) {

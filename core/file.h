@@ -21,7 +21,10 @@ class OutputFile {
 };
 
 // create: an existing file becomes empty. create_new: it must not exist, nor does a symlink count.
-enum class OpenMode { create, append, create_new };
+// create_direct: the same, and whole blocks from memory that begins on a block's border go past the
+// page cache (O_DIRECT) where the file system can do that; everything else is written as ever.
+enum class OpenMode { create, append, create_new, create_direct };
+constexpr size_t kDirectBlock = 4096;  // no disk asks for more
 
 // All that changes a disk goes through this seam, so that tests can make it fail. Reading does not.
 class FileSystem {
@@ -85,10 +88,13 @@ bool file_exists(const std::string& path);
 std::string folder_of(const std::string& path);  // "." where there is none
 std::string join_path(const std::string& folder, const std::string& name);
 
+// What a name may be. Files that the user names may be symlinks; names that a file holds must not.
+enum class Links { followed, refused };
+
 // A regular file in memory, read-only. It must not shrink while mapped (we only ever rename).
 class MappedFile {
  public:
-  explicit MappedFile(std::string path);
+  explicit MappedFile(std::string path, Links links = Links::followed);
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&& other) noexcept;
   ~MappedFile();

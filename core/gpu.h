@@ -30,6 +30,11 @@ void* allocate_pinned(int64_t bytes);  // of the host, and the GPU copies to it 
 void release_pinned(void* memory) noexcept;
 void zero_now(void* memory, int64_t bytes);  // done when it returns
 
+// A moment of a CUDA stream's work, to measure by; waits for nothing.
+std::shared_ptr<void> mark(Stream& stream);
+// Between two of them; the host waits for the later one.
+double seconds_between(const std::shared_ptr<void>& from, const std::shared_ptr<void>& to);
+
 std::unique_ptr<Stream::Impl> make_stream();
 // Between any two places that both sides can reach; behind the stream's earlier work.
 void copy_rows(Stream& stream, const Tensor& from, const Tensor& to);

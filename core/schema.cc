@@ -15,31 +15,53 @@ namespace moemamba {
 
 namespace pb = google::protobuf;
 
+namespace {
+
+constexpr size_t kMostProblems = 100;     // a binary file has no end of them
+constexpr size_t kLargestFile = 1 << 20;  // bytes; the largest of ours has one in a thousand
+constexpr size_t kLongestShown = 200;     // bytes of an option in a problem
+
+}  // namespace
+
+void Settings::add_problem(std::string problem) {
+  if (problems_.size() < kMostProblems) problems_.push_back(std::move(problem));
+}
+
 void Settings::read_file(const std::string& path) {
   if (std::filesystem::is_directory(path)) {
-    problems_.push_back(concat(path, ": is a folder; give the path of a settings file in it"));
+    add_problem(concat(path, ": is a folder; give the path of a settings file in it"));
     return;
   }
   std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  // An empty file inserts nothing, which also sets failbit on `text`: ask the file alone.
-  if (file) text << file.rdbuf();
-  if (!file || file.bad()) {
-    problems_.push_back(concat(path, ": cannot be read (", std::strerror(errno),
-                               "); is this the path of a settings file?"));
+  std::string text;
+  if (file) {
+    std::error_code error;
+    const auto size = std::filesystem::file_size(path, error);  // none of a pipe
+    text.resize(error || size > kLargestFile ? kLargestFile + 1 : size_t(size) + 1);
+    file.read(text.data(), std::streamsize(text.size()));
+    text.resize(size_t(file.gcount()));
+  }
+  if (!file.eof() && !(file && text.size() > kLargestFile)) {
+    add_problem(concat(path, ": cannot be read (", std::strerror(errno),
+                       "); is this the path of a settings file?"));
     return;
   }
-  read_text(path, text.str());
+  if (text.size() > kLargestFile)
+    return add_problem(concat(path, ": more than ", kLargestFile,
+                              " bytes; is this the path of a settings file?"));
+  read_text(path, text);
 }
 
 void Settings::read_text(const std::string& name, std::string_view text) {
+  names_.push_back(name);
   TextReader(*this, name, text).read();
 }
 
 void Settings::read_option(const std::string& option) {
   const size_t equals = std::min(option.find('='), option.size());
   if (option.rfind("--", 0) != 0 || equals < 3 || option[2] == '-') {
-    problems_.push_back(concat(option, ": expected an option like --model.experts=32"));
+    add_problem(concat(option.substr(0, kLongestShown),
+                       ": expected an option like --model.experts=32"));
     return;
   }
   std::string path = option.substr(2, equals - 2);
@@ -50,9 +72,9 @@ void Settings::read_option(const std::string& option) {
   else
     wrong = assign_option(path, option.substr(equals + 1));
   if (wrong.empty())
-    places_[path] = option;
+    places_[path] = {.option = option};
   else
-    problems_.push_back(concat(option, ": ", wrong));
+    add_problem(concat(option.substr(0, kLongestShown), ": ", wrong));
 }
 
 // "" or what is wrong.
@@ -90,7 +112,10 @@ void Settings::object(const std::string& setting, const std::string& message) {
 
 std::string Settings::place_of(const std::string& setting) const {
   const auto found = places_.find(setting);
-  return found == places_.end() ? "" : found->second;
+  if (found == places_.end()) return "";
+  const Place& place = found->second;
+  if (place.reading == 0) return place.option;
+  return concat(names_[place.reading - 1], ":", place.line, ":", place.column);
 }
 
 void Settings::throw_problems() const {

@@ -23,14 +23,14 @@ class BadSettings : public Error {
 // Fills any protobuf message from files in text format and dotted options (house.md, decision 10).
 // Read files first, in order, then options: what is read later wins, a list is replaced whole by
 // the first mention of a later file or of the options. Nothing throws on bad input: every problem
-// is kept, with its place, until throw_problems():
+// is kept (the first hundred), with its place, until throw_problems():
 //   run.textproto:3:3: parallel.exprt: no such setting; did you mean "expert"?
 //   --model.experts=-1: out of range: must be 0 to 4096, found -1
 class Settings {
  public:
   explicit Settings(google::protobuf::Message& target) : target_(target) {}
 
-  void read_file(const std::string& path);
+  void read_file(const std::string& path);  // of at most 1 MiB
   void read_text(const std::string& name, std::string_view text);  // name: for messages
   // "--model.experts=32"; bools and enums by name in any case; repeat an option to fill a list.
   void read_option(const std::string& option);
@@ -47,10 +47,18 @@ class Settings {
  private:
   friend class TextReader;
   std::string assign_option(const std::string& path, const std::string& value);
+  void add_problem(std::string problem);
 
+  // Where a value was given: in the text of a reading, or as an option.
+  struct Place {
+    size_t reading = 0;  // counted from 1
+    int line = 0, column = 0;
+    std::string option;
+  };
   google::protobuf::Message& target_;
   std::vector<std::string> problems_;
-  std::map<std::string, std::string> places_;
+  std::vector<std::string> names_;  // of the texts read
+  std::map<std::string, Place> places_;
   std::set<std::string> option_lists_;  // lists that an option has begun anew
 };
 

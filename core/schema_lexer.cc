@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
 #include <utility>
@@ -65,20 +66,32 @@ void Lexer::advance() {
     return;
   }
   token_.kind = Token::word;
-  token_.value = first;
   const bool number = sign || std::isdigit(uint8_t(first)) || first == '.';
-  while (!rest_.empty()) {
-    const char before = token_.value.back();
-    const bool exponent_sign = number && (before == 'e' || before == 'E') &&
-                               (rest_[0] == '+' || rest_[0] == '-') &&
-                               token_.value.find_first_of("xX") == std::string::npos;
-    if (!belongs_to_word(rest_[0]) && !exponent_sign) return;
-    token_.value += next();
+  const size_t more = more_of_word(first, number);
+  token_.value.reserve(1 + more);  // no more than that: words may be long
+  token_.value = first;
+  for (size_t i = 0; i < more; ++i) token_.value += next();
+}
+
+// Bytes that belong to the word after `first`.
+size_t Lexer::more_of_word(char first, bool number) const {
+  char before = first;
+  bool hex = false;
+  for (size_t i = 0; i < rest_.size(); before = rest_[i++]) {
+    const bool exponent_sign = number && !hex && (before == 'e' || before == 'E') &&
+                               (rest_[i] == '+' || rest_[i] == '-');
+    if (!belongs_to_word(rest_[i]) && !exponent_sign) return i;
+    hex = hex || rest_[i] == 'x' || rest_[i] == 'X';
   }
+  return rest_.size();
 }
 
 void Lexer::read_text(char quote) {
   token_.kind = Token::text;
+  size_t length = 0;  // with backslashes
+  while (length < rest_.size() && rest_[length] != quote && rest_[length] != '\n')
+    length += rest_[length] == '\\' ? 2 : 1;
+  token_.value.reserve(std::min(length, rest_.size()));
   while (!rest_.empty() && rest_.front() != '\n') {
     const char c = next();
     if (c == quote) return;

@@ -31,6 +31,7 @@ class Lexer {
  private:
   void advance();
   void skip_blanks();
+  size_t more_of_word(char first, bool number) const;
   void read_text(char quote);
   void read_escape();
   char next();
@@ -48,7 +49,7 @@ struct Given {
 
 // Sets `field` (adds to it, if a list) and returns "", or returns what is wrong and sets nothing.
 std::string assign(google::protobuf::Message& message,
-                   const google::protobuf::FieldDescriptor& field, const Given& given);
+                   const google::protobuf::FieldDescriptor& field, Given given);
 
 // "no such setting; did you mean ...?" for `name` in a message of `root` that stands at `prefix`
 // ("parallel."); `mark` goes before names that are given in full.

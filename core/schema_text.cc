@@ -9,8 +9,7 @@ namespace moemamba {
 
 namespace {
 
-constexpr int kDeepest = 64;         // nested groups; guards the stack
-constexpr size_t kMostProblems = 100;  // of one reading; a binary file has no end of them
+constexpr int kDeepest = 64;  // nested groups; guards the stack
 
 std::string found(const Token& token) {
   switch (token.kind) {
@@ -30,9 +29,7 @@ std::string TextReader::place(const Token& at) const {
 }
 
 void TextReader::note(const Token& at, const std::string& path, const std::string& message) {
-  if (settings_.problems_.size() < kMostProblems)
-    settings_.problems_.push_back(
-        concat(place(at), ": ", path, path.empty() ? "" : ": ", message));
+  settings_.add_problem(concat(place(at), ": ", path, path.empty() ? "" : ": ", message));
 }
 
 // Up to `closing`, which is taken; '\0': up to the end of the file.
@@ -87,13 +84,15 @@ void TextReader::read_field(Message& message, const std::string& prefix) {
 // Notes that this file gives `path`; clears a list at its first mention. False: given twice.
 bool TextReader::begin(Message& message, const Field& field, const std::string& path,
                        const Token& name) {
-  const auto [first, is_first] = begun_.emplace(path, concat(name.line, ":", name.column));
+  Settings::Place& first = settings_.places_[path];
+  const size_t reading = settings_.names_.size();
+  const bool is_first = first.reading != reading;
   if (!is_first && !field.is_repeated()) {
-    note(name, path, concat("given twice, first at ", first->second, "; keep one"));
+    note(name, path, concat("given twice, first at ", first.line, ":", first.column, "; keep one"));
     return false;
   }
   if (is_first && field.is_repeated()) message.GetReflection()->ClearField(&message, &field);
-  settings_.places_[path] = place(name);
+  first = {.reading = reading, .line = name.line, .column = name.column};
   return true;
 }
 
@@ -138,17 +137,19 @@ void TextReader::read_values(Message& message, const Field& field, const std::st
 }
 
 void TextReader::read_value(Message& message, const Field& field, const std::string& path) {
-  const Token token = lexer_.peek();
-  if (token.kind != Token::word && token.kind != Token::text) {
-    note(token, path, concat("expected a value, found ", found(token)));
-    if (!token.is('}') && !token.is('>')) skip_line(token.line);
+  const Token& next = lexer_.peek();
+  if (next.kind != Token::word && next.kind != Token::text) {
+    const int line = next.line;
+    note(next, path, concat("expected a value, found ", found(next)));
+    if (!next.is('}') && !next.is('>')) skip_line(line);
     return;
   }
-  Given given{.value = lexer_.take().value,
+  Token token = lexer_.take();
+  Given given{.value = std::move(token.value),
               .form = token.kind == Token::text ? Given::quoted : Given::word};
   while (token.kind == Token::text && lexer_.peek().kind == Token::text)
     given.value += lexer_.take().value;  // "a" "b" is "ab"
-  const std::string wrong = assign(message, field, given);
+  const std::string wrong = assign(message, field, std::move(given));
   if (!wrong.empty()) note(token, path, wrong);
 }
 

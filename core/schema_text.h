@@ -37,7 +37,6 @@ class TextReader {
   Settings& settings_;
   std::string name_;
   Lexer lexer_;
-  std::map<std::string, std::string> begun_;  // setting -> where this file gave it
   int depth_ = 0;
 };
 

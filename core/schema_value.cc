@@ -177,7 +177,7 @@ std::string range_text(const pb::FieldDescriptor& field) {
   return "";
 }
 
-std::string assign(pb::Message& message, const pb::FieldDescriptor& field, const Given& given) {
+std::string assign(pb::Message& message, const pb::FieldDescriptor& field, Given given) {
   using R = pb::Reflection;
   using F = pb::FieldDescriptor;
   switch (field.cpp_type()) {
@@ -200,8 +200,8 @@ std::string assign(pb::Message& message, const pb::FieldDescriptor& field, const
                                                            &R::AddEnum);
     case F::CPPTYPE_STRING:
       if (given.form == Given::word) return expected("a text in quotes", given);
-      if (field.is_repeated()) message.GetReflection()->AddString(&message, &field, given.value);
-      else message.GetReflection()->SetString(&message, &field, given.value);
+      (message.GetReflection()->*(field.is_repeated() ? &R::AddString : &R::SetString))(
+          &message, &field, std::move(given.value));
       return "";
     case F::CPPTYPE_MESSAGE: break;
   }

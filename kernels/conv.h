@@ -6,7 +6,8 @@ namespace moemamba {  // letters: B sequences, L length, T = B L tokens, D chann
 // Causal depthwise convolution with SiLU, token-major:
 //   p_t = bias + sum_w weight[:, w] * x[t - (W - 1) + w],   y = silu(p)
 // Tokens before a sequence's first come from `initial` (else zero). A token t with starts[t] != 0
-// begins a document: it and its followers see nothing before t.
+// begins a document: it and its followers see nothing before t. x, y, initial, final and their
+// gradients are activations: all f32 or all bf16.
 struct ConvForward {
   static constexpr auto name = "conv_forward";
   Tensor x;        // [T, D] read; rows may be strided

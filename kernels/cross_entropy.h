@@ -6,14 +6,15 @@ namespace moemamba {  // letters: T tokens, V vocabulary, D width
 // Head and cross-entropy without whole logits: logits = x weight', computed in fixed tiles of
 // tokens that live in the stream's workspace only.
 //   loss[t] = logsumexp(logits_t) - logits_t[targets[t]]   (0 where targets[t] = -1: not counted)
-// With gradients (dx and dweight given): of scale * sum_t loss[t].
+// With gradients (dx and dweight given): of scale * sum_t loss[t]. Logits and losses are f32, the
+// logits' gradients of x's dtype. On a GPU a target that is no id gives a loss that is NaN.
 struct HeadCrossEntropy {
   static constexpr auto name = "head_cross_entropy";
-  Tensor x;        // [T, D] read
-  Tensor weight;   // [V, D] read
+  Tensor x;        // [T, D] read, f32 or bf16
+  Tensor weight;   // [V, D] read, dtype of x
   Tensor targets;  // [T] i32 read, -1 .. V - 1
   Tensor loss;     // [T] written, f32
-  Tensor dx;       // [T, D] written, optional
+  Tensor dx;       // [T, D] written, optional; dtype of x
   Tensor dweight;  // [V, D] written (or added to), f32, with dx
   float scale = 1;
   bool accumulate = false;

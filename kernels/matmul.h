@@ -6,6 +6,8 @@ namespace moemamba {  // letters: M, N, K of a product; E experts (groups), R ro
 // out = op(a) op(b) (+ out), op transposes where asked: op(a)[M, K], op(b)[K, N], out[M, N].
 // Fixed tiles over M and N (and, for products summed over many rows, fixed blocks of K added in
 // order), each one single-threaded BLAS call: the bits do not depend on the number of threads.
+// On a GPU every tensor may be f32 or bf16. Sums are f32 always; with an f32 operand, or an f32 out
+// of f32 operands, factors are f32 too (the router's products).
 struct Matmul {
   static constexpr auto name = "matmul";
   Tensor a;    // [M, K], or [K, M] with a_transposed; read
@@ -23,10 +25,10 @@ struct Matmul {
 // touched; empty groups cost nothing.
 struct GroupedMatmul {
   static constexpr auto name = "grouped_matmul";
-  Tensor a;        // [R, K] read
-  Tensor b;        // [E, K, N], or [E, N, K] with b_transposed; read
+  Tensor a;        // [R, K] read, f32 or bf16
+  Tensor b;        // [E, K, N], or [E, N, K] with b_transposed; read, dtype of a
   Tensor offsets;  // [E + 1] i32 read, ascending, offsets[0] = 0, offsets[E] <= R
-  Tensor out;      // [R, N] written
+  Tensor out;      // [R, N] written, dtype of a
   bool b_transposed = false;
   static constexpr auto reads() {
     return std::tuple(&GroupedMatmul::a, &GroupedMatmul::b, &GroupedMatmul::offsets);
@@ -39,8 +41,8 @@ struct GroupedMatmul {
 // writes zeros (or adds nothing).
 struct GroupedOuter {
   static constexpr auto name = "grouped_outer";
-  Tensor a;        // [R, M] read
-  Tensor b;        // [R, N] read
+  Tensor a;        // [R, M] read, f32 or bf16
+  Tensor b;        // [R, N] read, dtype of a
   Tensor offsets;  // [E + 1] i32 read
   Tensor out;      // [E, M, N] written (or added to), f32
   bool accumulate = false;

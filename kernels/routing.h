@@ -3,6 +3,8 @@
 
 namespace moemamba {
 // letters: T tokens, E experts, K experts per token, D width, G routing groups, R = T K rows
+// All that a router computes is f32; rows and tokens that are moved are f32 or bf16, alike within
+// one operator, and sums over them are f32.
 
 // What turns a token's logits into scores p.
 enum class RouterKind : uint8_t {
@@ -75,10 +77,31 @@ struct RouteBackward {
   void check() const;
 };
 
+// Adds what a router decided to a step's facts: choices[e] += sum_g counts[g, e]; sums += (balance
+// over the groups, z likewise, rows beyond capacity, the flag), in the groups' order.
+struct CollectRouting {
+  static constexpr auto name = "collect_routing";
+  Tensor counts;   // [G, E] i32 read
+  Tensor offsets;  // [E + 1] i32 read
+  Tensor balance;  // [G] read
+  Tensor z;        // [G] read
+  Tensor flag;     // [1] i32 read
+  Tensor choices;  // [E] f64 added to
+  Tensor sums;     // [4] f64 added to
+  static constexpr auto reads() {
+    return std::tuple(&CollectRouting::counts, &CollectRouting::offsets, &CollectRouting::balance,
+                      &CollectRouting::z, &CollectRouting::flag);
+  }
+  static constexpr auto writes() {
+    return std::tuple(&CollectRouting::choices, &CollectRouting::sums);
+  }
+  void check() const;
+};
+
 // Permute: rows[r] = x[source[r] / K] for the first offsets[E] rows.
 struct Permute {
   static constexpr auto name = "permute";
-  Tensor x;        // [T, D] read
+  Tensor x;        // [T, D] read, f32 or bf16
   Tensor source;   // [R] i32 read
   Tensor offsets;  // [E + 1] i32 read
   Tensor rows;     // [R, D] written
@@ -93,7 +116,7 @@ struct Permute {
 // Its gradient: dx[t] = sum over k in order of drows[position[t, k]] (+ dx[t]).
 struct PermuteBackward {
   static constexpr auto name = "permute_backward";
-  Tensor drows;     // [R, D] read
+  Tensor drows;     // [R, D] read, f32 or bf16
   Tensor position;  // [T, K] i32 read
   Tensor dx;        // [T, D] written (or added to)
   bool accumulate = false;
@@ -108,7 +131,7 @@ struct PermuteBackward {
 // a token's rows were dropped.
 struct Unpermute {
   static constexpr auto name = "unpermute";
-  Tensor rows;      // [R, D] read
+  Tensor rows;      // [R, D] read, f32 or bf16
   Tensor position;  // [T, K] i32 read
   Tensor weight;    // [T, K] read, f32
   Tensor y;         // [T, D] written
@@ -123,12 +146,12 @@ struct Unpermute {
 // (0 where dropped).
 struct UnpermuteBackward {
   static constexpr auto name = "unpermute_backward";
-  Tensor dy;        // [T, D] read
+  Tensor dy;        // [T, D] read, f32 or bf16
   Tensor rows;      // [R, D] read, as in forward
   Tensor position;  // [T, K] i32 read
-  Tensor weight;    // [T, K] read
+  Tensor weight;    // [T, K] read, f32
   Tensor drows;     // [R, D] written; may be rows
-  Tensor dweight;   // [T, K] written
+  Tensor dweight;   // [T, K] written, f32
   static constexpr auto reads() {
     return std::tuple(&UnpermuteBackward::dy, &UnpermuteBackward::rows,
                       &UnpermuteBackward::position, &UnpermuteBackward::weight);
@@ -141,12 +164,14 @@ struct UnpermuteBackward {
 
 void run_cpu(Stream&, const Route&);
 void run_cpu(Stream&, const RouteBackward&);
+void run_cpu(Stream&, const CollectRouting&);
 void run_cpu(Stream&, const Permute&);
 void run_cpu(Stream&, const PermuteBackward&);
 void run_cpu(Stream&, const Unpermute&);
 void run_cpu(Stream&, const UnpermuteBackward&);
 void run_cuda(Stream&, const Route&);
 void run_cuda(Stream&, const RouteBackward&);
+void run_cuda(Stream&, const CollectRouting&);
 void run_cuda(Stream&, const Permute&);
 void run_cuda(Stream&, const PermuteBackward&);
 void run_cuda(Stream&, const Unpermute&);

@@ -4,7 +4,8 @@
 namespace moemamba {  // letters: B sequences, L length, T = B L tokens, D channels, N states
 
 // Steps between two kept states: backward recomputes the states of one such chunk at a time.
-inline constexpr int64_t kScanChunk = 32;
+inline constexpr int64_t kScanChunk = 32;  // on the CPU
+inline constexpr int64_t kScanTile = 14;   // on a GPU: kernels/cuda/scan_tiles.cuh says why
 
 // The selective scan of Mamba (Gu & Dao 2023; ZOH for A, Euler for B), token-major:
 //   delta = softplus(dt + dt_bias),  A = -exp(a_log)
@@ -12,6 +13,7 @@ inline constexpr int64_t kScanChunk = 32;
 //   p_t[d]    = sum_n c_t[n] h_t[d, n] + skip[d] u_t[d]
 //   y_t[d]    = p_t[d] * silu(z_t[d])           (y = p without z)
 // h starts at `initial` (else 0); at a token with starts[t] != 0 the state before it is zero.
+// u, dt, b, c, z, y and their gradients are activations: all f32 or all bf16.
 struct ScanForward {
   static constexpr auto name = "scan_forward";
   Tensor u;        // [T, D] read
@@ -25,8 +27,8 @@ struct ScanForward {
   Tensor initial;  // [B, D, N] read, optional, f32
   Tensor starts;   // [T] u8 read, optional
   Tensor y;        // [T, D] written
-  Tensor states;   // [scan_state_elements(B, L, D, N)] written, optional: what backward recomputes
-                   // from; its inner layout belongs to the backend
+  Tensor states;   // [scan_state_elements()] written, optional, f32: what backward recomputes from;
+                   // its inner layout belongs to the backend
   Tensor final;    // [B, D, N] written, optional, f32
   int64_t sequences = 1;  // B
   static constexpr auto reads() {
@@ -37,16 +39,21 @@ struct ScanForward {
   static constexpr auto writes() {
     return std::tuple(&ScanForward::y, &ScanForward::states, &ScanForward::final);
   }
+  // Tensors whose size and layout belong to the backend, and how many elements it wants.
+  static constexpr auto privates() { return std::tuple(&ScanForward::states); }
+  int64_t private_elements(DeviceKind device) const;
   void check() const;
 };
 
-// B * ceil(L / kScanChunk) * round_up(D, 16) * N
-int64_t scan_state_elements(int64_t B, int64_t L, int64_t D, int64_t N);
+// CPU: B ceil(L / kScanChunk) round_up(D, 16) N. GPU: B ceil(L / kScanTile) times 1024 for every
+// 2048 / M channels, where M is N rounded up to 8, 16, 32 or 64.
+int64_t scan_state_elements(int64_t B, int64_t L, int64_t D, int64_t N,
+                            DeviceKind device = DeviceKind::cpu);
 
 struct ScanBackward {
   static constexpr auto name = "scan_backward";
   Tensor u, dt, dt_bias, a_log, b, c, skip, z, initial, starts;  // read, as in forward
-  Tensor states;    // read: what forward wrote
+  Tensor states;    // read: what forward wrote on the same backend
   Tensor dy;        // [T, D] read
   Tensor dfinal;    // [B, D, N] read, optional
   Tensor du;        // [T, D] written
@@ -72,6 +79,8 @@ struct ScanBackward {
                       &ScanBackward::dz, &ScanBackward::da_log, &ScanBackward::ddt_bias,
                       &ScanBackward::dskip, &ScanBackward::dinitial);
   }
+  static constexpr auto privates() { return std::tuple(&ScanBackward::states); }
+  int64_t private_elements(DeviceKind device) const;
   void check() const;
 };
 

@@ -21,5 +21,6 @@ Command add_plan(CLI::App& app, const Words& words);
 Command add_settings(CLI::App& app, const Words& words);
 Command add_compare(CLI::App& app, const Words& words);
 Command add_inspect(CLI::App& app, const Words& words);
+Command add_bench(CLI::App& app, const Words& words);
 
 }  // namespace moemamba

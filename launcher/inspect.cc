@@ -87,7 +87,7 @@ std::string place_of_words(const std::string& words) {
 
 std::map<std::string, std::string> settings_of(const Checkpoint& checkpoint) {
   RunConfig config;  // problems are left alone: they are settings of other versions
-  Settings(config).read_text(checkpoint.path(), checkpoint.manifest().config());
+  Settings(config).read_text(checkpoint.path(), checkpoint.manifest().facts().config());
   const auto values = resolved_values(config);
   return {values.begin(), values.end()};
 }
@@ -98,7 +98,7 @@ std::vector<FactDifference> facts_that_differ(const Checkpoint& a, const Checkpo
   const auto fact = [&](const std::string& name, const auto& of_a, const auto& of_b, bool counts) {
     if (of_a != of_b) facts.push_back({name, concat(of_a), concat(of_b), counts});
   };
-  const CheckpointManifest &m = a.manifest(), &n = b.manifest();
+  const CheckpointManifest &m = a.manifest().facts(), &n = b.manifest().facts();
   fact("step", m.step(), n.step(), true);
   fact("next sample", m.next_sample(), n.next_sample(), true);
   fact("loss", m.loss(), n.loss(), true);
@@ -136,12 +136,12 @@ int diff(const InspectOptions& options) {
 ReshardRequest reshard_request(const InspectOptions& options, const Checkpoint& from) {
   RunConfig config;
   Settings settings(config);
-  settings.read_text(from.path(), from.manifest().config());
+  settings.read_text(from.path(), from.manifest().facts().config());
   settings.throw_problems();
-  const auto* embedding = from.find("embedding.weight");
-  check(embedding && embedding->shape_size() == 2, from.path(), ": has no embedding");
+  const auto embedding = from.find("embedding.weight");
+  check(embedding && embedding->shape().dims == 2, from.path(), ": has no embedding");
   const ModelSizes sizes =
-      model_sizes(config.model(), config.model().vocabulary() ? 0 : embedding->shape(0),
+      model_sizes(config.model(), config.model().vocabulary() ? 0 : embedding->shape()[0],
                   config.train().sequence_length());
   const int ranks = options.weights_only ? 1 : options.ranks;
   const int expert = options.weights_only
@@ -170,7 +170,7 @@ int reshard_run(const InspectOptions& options) {
     export_weights(files, from, request);
   else
     reshard(files, from, request);
-  const CheckpointManifest& m = from.manifest();
+  const CheckpointManifest& m = from.manifest().facts();
   return print(options.weights_only
                    ? concat(request.output, ": weights of step ", m.step(), "\n")
                    : concat(request.output, ": step ", m.step(), ", ", m.ranks(), " ranks -> ",

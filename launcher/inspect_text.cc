@@ -35,12 +35,10 @@ std::string paragraph(const char* name, const std::string& text) {
   return text.empty() ? out + "\n" : out;
 }
 
-std::string tensors_text(const CheckpointManifest& manifest) {
+std::string tensors_text(const Manifest& manifest) {
   std::string text;
   for (const auto& tensor : manifest.tensors()) {
-    std::string shape;
-    for (int64_t extent : tensor.shape()) shape += concat(shape.empty() ? "" : ", ", extent);
-    text += concat("  ", tensor.name(), " [", shape, "]");
+    text += concat("  ", tensor.name_view(), " ", to_string(tensor.shape()));
     const auto add = [&](const char* kind, const auto& pieces) {
       if (pieces.empty()) return;
       text += concat("\n    ", kind);
@@ -78,7 +76,7 @@ std::string list_text(const std::vector<ListedCheckpoint>& list) {
 }
 
 std::string show_text(const Checkpoint& checkpoint, bool tensors) {
-  const CheckpointManifest& m = checkpoint.manifest();
+  const CheckpointManifest& m = checkpoint.manifest().facts();
   std::string text = paragraph("checkpoint", checkpoint.path());
   text += paragraph("format", std::to_string(m.format()));
   text += paragraph("run", concat(m.run_id(), ", generation ", m.generation()));
@@ -92,12 +90,12 @@ std::string show_text(const Checkpoint& checkpoint, bool tensors) {
   text += paragraph("tokenizer", m.tokenizer());
   text += paragraph("build", m.build());
   text += "files\n";
-  for (const auto& file : m.files())
+  for (const auto& file : checkpoint.manifest().files())
     text += printed("  %-36s %14lld  ", file.name().substr(0, 128).c_str(),
                     static_cast<long long>(file.bytes())) +
             hex_of_bytes(file.sha256()) + "\n";
-  text += paragraph("tensors", std::to_string(m.tensors_size()));
-  return tensors ? text + tensors_text(m) : text;
+  text += paragraph("tensors", std::to_string(checkpoint.manifest().tensors_size()));
+  return tensors ? text + tensors_text(checkpoint.manifest()) : text;
 }
 
 std::string verdict_text(const CheckpointVerdict& verdict) {

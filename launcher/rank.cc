@@ -1,5 +1,8 @@
 #include "launcher/rank.h"
 
+#include <cstdio>
+
+#include "core/gpu.h"
 #include "core/schema.h"
 #include "launcher/build_facts.h"
 #include "launcher/launch.h"
@@ -17,6 +20,20 @@ Facts facts_of(const RunConfig& config) {
   return facts;
 }
 
+// Where this rank computes. rank 0 says why not on a GPU, where this build could use one.
+DeviceKind device_of(const RunConfig& config, int rank) {
+  std::string why;
+  const bool found = config.device() != RunConfig::CPU && !gpu::devices(&why).empty();
+  const bool on_gpu = config.device() == RunConfig::CUDA || found;
+  check(!on_gpu || found, "--device=CUDA: no GPU (", why, "); use --device=CPU");
+  if (!on_gpu && config.model().compute_dtype() != ModelConfig::F32)
+    throw BadSettings("model.compute_dtype: the CPU computes in F32 only; set that" +
+                      (why.empty() ? std::string(", or --device=AUTO") : ": no GPU (" + why + ")"));
+  if (!on_gpu && rank == 0 && !why.empty() && gpu::build() != "no CUDA")
+    std::fprintf(stderr, "moemamba: no GPU (%s): on the CPU\n", why.c_str());
+  return on_gpu ? DeviceKind::cuda : DeviceKind::cpu;
+}
+
 }  // namespace
 
 void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
@@ -25,10 +42,14 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
   World world;
   check(world.size() == started_ranks(), started_ranks(), " ranks were started, but MPI knows of ",
         world.size(), "; start them with this Open MPI's mpirun, or with srun --mpi=pmix");
-  world.agree(facts_of(config), deadline);
+  const DeviceKind device = device_of(config, world.rank());
+  Facts facts = facts_of(config);
+  facts.emplace_back("device found", device == DeviceKind::cuda ? "GPU" : "CPU");
+  world.agree(facts, deadline);
   const RankLayout layout(world.size(), config.parallel().expert(),
                           has_routers(config.model()) ? config.model().experts() : 0);
   ProcessGroups groups = world.make_groups(layout, deadline);
+  groups.device = device;
   const int threads =
       config.train().threads() > 0 ? config.train().threads() : threads_per_rank(world.node_size());
   Rank rank{world, groups, threads};

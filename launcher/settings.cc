@@ -48,6 +48,7 @@ bool makes_another_run(const std::string& setting) {
   static const std::set<std::string> names = {"train.global_batch_size", "train.routing_group",
                                               "train.sequence_length", "train.seed",
                                               "data.sampling"};
+  if (setting == "model.compute_dtype") return false;  // weights and moments are f32 anyway
   return setting.rfind("model.", 0) == 0 || names.count(setting) > 0;
 }
 
@@ -94,7 +95,7 @@ void check_training(Settings& settings, const RunConfig& config) {
 
 bool is_about_the_run(const std::string& setting) {
   return setting == "run" || setting == "overwrite" || setting == "init_from" ||
-         setting == "train.threads" || setting == "train.progress" ||
+         setting == "train.threads" || setting == "device" || setting == "train.progress" ||
          setting == "train.log_interval";
 }
 

@@ -72,7 +72,7 @@ void SubLayer::layers_backward(Step& step, Tensor dy, Tensor dx, const Saved& sa
   for (size_t i = 0; i < layers.size(); ++i) {
     Frame frame(step.arena);
     const Tensor own =
-        i == 0 ? dx : step.arena.take(dx.shape, DType::f32, "gradient of a layer's input");
+        i == 0 ? dx : step.arena.take(dx.shape, dx.dtype, "gradient of a layer's input");
     std::visit(
         [&]<class L>(const L& layer) {
           layer.backward(step, dy, own, std::get<typename L::Saved>(saved.layers[i]));
@@ -93,7 +93,7 @@ SubLayer::Residual SubLayer::forward(Step& step, Residual in, Saved& saved) cons
 
 void SubLayer::backward(Step& step, Tensor dstream, const Saved& saved) const {
   Frame frame(step.arena);
-  Tensor dx = step.arena.take(dstream.shape, DType::f32, "gradient of a layer's input");
+  Tensor dx = step.arena.take(dstream.shape, dstream.dtype, "gradient of a layer's input");
   if (!post) {
     layers_backward(step, dstream, dx, saved);
     norm.backward(step, {.dy = dx, .dsum = dstream, .dx = dstream}, saved.norm);

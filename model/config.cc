@@ -179,6 +179,7 @@ ModelSizes model_sizes(const ModelConfig& c, int64_t vocabulary, int64_t length)
   s.init = c.init();
   s.init_scale = c.init_scale();
   s.reset_at_documents = c.reset_at_documents();
+  s.compute = c.compute_dtype() == ModelConfig::BF16 ? DType::bf16 : DType::f32;
   require(s.V > 0, "model.vocabulary: 0 means the tokenizer's, but there is no tokenizer; set it");
   require(
       !c.vocabulary() || !vocabulary || c.vocabulary() == vocabulary,

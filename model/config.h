@@ -61,6 +61,7 @@ struct ModelSizes {
   ModelConfig::Initialisation init;
   float init_scale;
   bool reset_at_documents;
+  DType compute;  // of activations and of the weights that products read: f32 or bf16
 
   const BlockPlan& block(int64_t i) const { return pattern[size_t(i) % pattern.size()]; }
   int64_t layers() const;                // of all kinds

@@ -11,7 +11,7 @@ namespace {
 // [1] i32, beside the chunk's rows: how many there are.
 Tensor row_count(const Rows& rows) {
   const Tensor offsets = rows.offsets;
-  return view(offsets.row<int32_t>(0) + offsets.cols() - 1, {1});
+  return view(offsets.row<int32_t>(0) + offsets.cols() - 1, {1}, DType::i32, offsets.device);
 }
 
 }  // namespace
@@ -43,13 +43,14 @@ Experts Experts::make_linear(ParameterStore& store, const std::string& name, con
 
 Experts::Chunk Experts::take_chunk(Step& step) const {
   const int64_t C = step.exchange->capacity(), local = up->shape[0], F = up->shape[1];
+  const DType dtype = up->compute.dtype;
   Chunk chunk;
-  chunk.x.values = step.arena.take({C, in()}, DType::f32, "exchange rows of experts");
+  chunk.x.values = step.arena.take({C, in()}, dtype, "exchange rows of experts");
   chunk.x.offsets = step.arena.take({local + 1}, DType::i32, "offsets of expert rows");
   if (linear) return chunk;
-  chunk.up = step.arena.take({C, F}, DType::f32, "expert hidden rows");
-  if (kind.gated) chunk.gate = step.arena.take({C, F}, DType::f32, "expert gate rows");
-  chunk.hidden = step.arena.take({C, F}, DType::f32, "expert activations");
+  chunk.up = step.arena.take({C, F}, dtype, "expert hidden rows");
+  if (kind.gated) chunk.gate = step.arena.take({C, F}, dtype, "expert gate rows");
+  chunk.hidden = step.arena.take({C, F}, dtype, "expert activations");
   return chunk;
 }
 
@@ -58,13 +59,13 @@ Tensor Experts::hidden_rows(Step& step, const Chunk& chunk) const {
   if (linear) return chunk.x.values;
   const Tensor offsets = chunk.x.offsets, rows = row_count(chunk.x);
   run(step.stream, GroupedMatmul{.a = chunk.x.values,
-                                 .b = up->value,
+                                 .b = up->compute,
                                  .offsets = offsets,
                                  .out = chunk.up,
                                  .b_transposed = true});
   if (kind.gated) {
     run(step.stream, GroupedMatmul{.a = chunk.x.values,
-                                   .b = gate->value,
+                                   .b = gate->compute,
                                    .offsets = offsets,
                                    .out = chunk.gate,
                                    .b_transposed = true});
@@ -79,7 +80,7 @@ Tensor Experts::hidden_rows(Step& step, const Chunk& chunk) const {
 
 void Experts::chunk_forward(Step& step, const Chunk& chunk, Tensor out) const {
   run(step.stream, GroupedMatmul{.a = hidden_rows(step, chunk),
-                                 .b = (linear ? up : down)->value,
+                                 .b = (linear ? up : down)->compute,
                                  .offsets = chunk.x.offsets,
                                  .out = out,
                                  .b_transposed = true});
@@ -131,7 +132,7 @@ void Experts::hidden_backward(Step& step, const Chunk& chunk, Tensor dhidden, Te
   const Tensor offsets = chunk.x.offsets, x = chunk.x.values, rows = row_count(chunk.x);
   Tensor dgate;
   if (kind.gated) {
-    dgate = step.arena.take(chunk.hidden.shape, DType::f32, "gradient of the gate");
+    dgate = step.arena.take(chunk.hidden.shape, dhidden.dtype, "gradient of the gate");
     run(step.stream, SwiGluBackward{.gate = chunk.gate,
                                     .up = chunk.up,
                                     .dy = dhidden,
@@ -147,10 +148,11 @@ void Experts::hidden_backward(Step& step, const Chunk& chunk, Tensor dhidden, Te
   }
   step.weight_work(GroupedOuter{
       .a = dhidden, .b = x, .offsets = offsets, .out = up->gradient, .accumulate = accumulate});
-  run(step.stream, GroupedMatmul{.a = dhidden, .b = up->value, .offsets = offsets, .out = dx});
+  run(step.stream, GroupedMatmul{.a = dhidden, .b = up->compute, .offsets = offsets, .out = dx});
   if (kind.gated) {
-    Tensor more = step.arena.take(dx.shape, DType::f32, "gradient through the gate");
-    run(step.stream, GroupedMatmul{.a = dgate, .b = gate->value, .offsets = offsets, .out = more});
+    Tensor more = step.arena.take(dx.shape, dx.dtype, "gradient through the gate");
+    run(step.stream,
+        GroupedMatmul{.a = dgate, .b = gate->compute, .offsets = offsets, .out = more});
     run(step.stream, Add{.a = dx, .b = more, .out = dx});
   }
 }
@@ -162,8 +164,8 @@ void Experts::chunk_backward(Step& step, const Chunk& chunk, Tensor dy, Tensor d
   const Parameter& last = linear ? *up : *down;
   Frame frame(step.arena);
   Tensor dlast =
-      linear ? dx : step.arena.take(chunk.hidden.shape, DType::f32, "gradient of activations");
-  run(step.stream, GroupedMatmul{.a = dy, .b = last.value, .offsets = offsets, .out = dlast});
+      linear ? dx : step.arena.take(chunk.hidden.shape, dy.dtype, "gradient of activations");
+  run(step.stream, GroupedMatmul{.a = dy, .b = last.compute, .offsets = offsets, .out = dlast});
   step.weight_work(GroupedOuter{.a = dy,
                                 .b = linear ? chunk.x.values : chunk.hidden,
                                 .offsets = offsets,
@@ -193,26 +195,27 @@ void Experts::return_gradients(Step& step, const Gradient& g, const Router::Save
 void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routing,
                        const Saved& saved) const {
   const int64_t T = g.dy.rows(), K = routing.expert.cols();
+  const DType dtype = g.dy.dtype;
   ExpertExchange& exchange = *step.exchange;
   Frame frame(step.arena);
   return_gradients(step, g, routing, saved);
   exchange.plan(step.stream, routing.offsets);
   const int64_t C = exchange.capacity();
-  Tensor rows = step.arena.take({T * K, in()}, DType::f32, "exchange gradients returned");
+  Tensor rows = step.arena.take({T * K, in()}, dtype, "exchange gradients returned");
   Tensor sent;
   if (exchange.chunks() > 1) {
-    sent = step.arena.take({T * K, in()}, DType::f32, "exchange rows to send again");
+    sent = step.arena.take({T * K, in()}, dtype, "exchange rows to send again");
     run(step.stream, Permute{.x = saved.x,
                              .source = routing.source,
                              .offsets = routing.offsets,
                              .rows = sent,
                              .top_k = K});
   }
-  Tensor staging = step.arena.take({C, in()}, DType::f32, "exchange staging");
+  Tensor staging = step.arena.take({C, in()}, dtype, "exchange staging");
   Tensor out_staging =
-      out() == in() ? staging : step.arena.take({C, out()}, DType::f32, "exchange staging");
-  Tensor dout = step.arena.take({C, out()}, DType::f32, "exchange gradients of outputs");
-  Tensor din = step.arena.take({C, in()}, DType::f32, "exchange gradients of rows");
+      out() == in() ? staging : step.arena.take({C, out()}, dtype, "exchange staging");
+  Tensor dout = step.arena.take({C, out()}, dtype, "exchange gradients of outputs");
+  Tensor din = step.arena.take({C, in()}, dtype, "exchange gradients of rows");
   for (int64_t i = 0; i < exchange.chunks(); ++i) {
     Frame again(step.arena);
     const Chunk chunk = i == 0 ? saved.first : take_chunk(step);

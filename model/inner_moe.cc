@@ -51,9 +51,9 @@ Tensor InnerMoE::forward(Step& step, Tensor x, Saved& saved) const {
 void InnerMoE::backward(Step& step, Tensor dy, Tensor dx, const Saved& saved) const {
   Frame frame(step.arena);
   const Shape inner = saved.ssm.y.shape;
-  Tensor dgated = step.arena.take(inner, DType::f32, "mamba gradient of gated");
-  Tensor dinner = step.arena.take(inner, DType::f32, "mamba gradient of x");
-  Tensor dz = step.arena.take(inner, DType::f32, "mamba gradient of z");
+  Tensor dgated = step.arena.take(inner, dy.dtype, "mamba gradient of gated");
+  Tensor dinner = step.arena.take(inner, dy.dtype, "mamba gradient of x");
+  Tensor dz = step.arena.take(inner, dy.dtype, "mamba gradient of z");
   Tensor dweight;
   if (router) {
     dweight = step.arena.take(saved.routing.weight.shape, DType::f32, "gradient of expert weights");

@@ -18,16 +18,14 @@ int block_index(size_t block) {
   return int(block) + 1;
 }
 
-void wait_for(Step& step, const ParameterStore& store, int block, GradientBuckets* weights) {
-  if (!weights || step.stream.is_dry()) return;
-  for (Axis axis : {Axis::data, Axis::expert_data})
-    if (const int bucket = store.bucket_of_block(block, axis); bucket >= 0)
-      weights->wait_weights(bucket, step.stream);
-}
-
-void zero(const Arena& arena, const Tensor& t) {
-  for (int64_t r = 0; t && !arena.measures() && r < t.rows(); ++r)
-    std::fill_n(t.row<float>(r), t.stride, 0.f);
+void wait_for(Step& step, ParameterStore& store, int block, GradientBuckets* weights) {
+  if (step.stream.is_dry()) return;
+  for (Axis axis : {Axis::data, Axis::expert_data}) {
+    const int bucket = store.bucket_of_block(block, axis);
+    if (bucket < 0) continue;
+    if (weights) weights->wait_weights(bucket, step.stream);
+    store.refresh_compute(step.stream, bucket);
+  }
 }
 
 }  // namespace
@@ -66,11 +64,11 @@ LanguageModel::Saved LanguageModel::make_saved() const {
 }
 
 Tensor LanguageModel::embed(Step& step, const Tensor& ids) const {
-  Tensor x = step.arena.take({ids.elements(), sizes_.D}, DType::f32, "embedded tokens");
-  run(step.stream, EmbeddingForward{.ids = ids, .table = embedding_->value, .y = x});
+  Tensor x = step.arena.take({ids.elements(), sizes_.D}, sizes_.compute, "embedded tokens");
+  run(step.stream, EmbeddingForward{.ids = ids, .table = embedding_->compute, .y = x});
   if (positions_)
     run(step.stream, AddPositions{.x = x,
-                                  .table = positions_->value,
+                                  .table = positions_->compute,
                                   .y = x,
                                   .sequences = step.sequences,
                                   .first_position = step.position});
@@ -101,9 +99,9 @@ void LanguageModel::forward(Step& step, const Tensor& ids, Saved& saved,
 void LanguageModel::loss(Step& step, const Tensor& targets, Tensor loss, float scale, bool training,
                          Saved& saved) const {
   if (training)
-    saved.dstream = step.arena.take(saved.x.shape, DType::f32, "gradient of the stream");
+    saved.dstream = step.arena.take(saved.x.shape, saved.x.dtype, "gradient of the stream");
   run(step.stream, HeadCrossEntropy{.x = saved.x,
-                                    .weight = head_->value,
+                                    .weight = head_->compute,
                                     .targets = targets,
                                     .loss = loss,
                                     .dx = training ? saved.dstream : Tensor{},
@@ -148,13 +146,13 @@ void LanguageModel::backward(Step& step, const Tensor& ids, const Saved& saved,
 }
 
 void LanguageModel::logits(Step& step, const Tensor& x, Tensor logits) const {
-  run(step.stream, Matmul{.a = x, .b = head_->value, .out = logits, .b_transposed = true});
+  run(step.stream, Matmul{.a = x, .b = head_->compute, .out = logits, .b_transposed = true});
 }
 
-void LanguageModel::balance_routers(const std::vector<double>& counts) const {
+void LanguageModel::balance_routers(Stream& stream, const std::vector<double>& counts) const {
   if (sizes_.router_bias_rate == 0) return;
   const auto balance = [&](const Router& router) {
-    router.balance(counts.data() + router.index * sizes_.E, sizes_.router_bias_rate);
+    router.balance(stream, counts.data() + router.index * sizes_.E, sizes_.router_bias_rate);
   };
   for (const auto& block : blocks_)
     for (const SubLayer& sub : block)
@@ -167,15 +165,18 @@ void LanguageModel::balance_routers(const std::vector<double>& counts) const {
       }
 }
 
-std::vector<MambaState> LanguageModel::take_states(Arena& arena, int64_t sequences) const {
+std::vector<MambaState> LanguageModel::take_states(Stream& stream, Arena& arena,
+                                                   int64_t sequences) const {
   std::vector<MambaState> states;
   const int64_t layers = sizes_.layers(LayerKind::mamba) + sizes_.layers(LayerKind::inner_moe);
   for (int64_t i = 0; i < layers; ++i) {
     // A convolution of width 1 has no past inputs.
-    states.push_back({sizes_.W > 1 ? arena.take({sequences, sizes_.W - 1, sizes_.I}) : Tensor{},
-                      arena.take({sequences, sizes_.I, sizes_.N})});
-    zero(arena, states.back().conv);
-    zero(arena, states.back().scan);
+    MambaState& state = states.emplace_back();
+    if (sizes_.W > 1) state.conv = arena.take({sequences, sizes_.W - 1, sizes_.I}, sizes_.compute);
+    state.scan = arena.take({sequences, sizes_.I, sizes_.N});
+    if (arena.measures()) continue;
+    if (state.conv) fill_zero(stream, state.conv);
+    fill_zero(stream, state.scan);
   }
   return states;
 }
@@ -185,7 +186,8 @@ std::vector<Tensor> LanguageModel::take_caches(Arena& arena, int64_t sequences,
   std::vector<Tensor> caches;
   for (int64_t i = 0; i < sizes_.layers(LayerKind::attention); ++i)
     caches.push_back(
-        arena.take({sequences, slots, 2 * sizes_.Hkv * sizes_.dh}, DType::f32, "keys and values"));
+        arena.take({sequences, slots, 2 * sizes_.Hkv * sizes_.dh}, sizes_.compute,
+                   "keys and values"));
   return caches;
 }
 

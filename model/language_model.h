@@ -32,10 +32,10 @@ class LanguageModel {
   // logits [rows, V] of some rows of x.
   void logits(Step& step, const Tensor& x, Tensor logits) const;
   // After a step's update: every router's bias, by the choices [routers, E] of all ranks.
-  void balance_routers(const std::vector<double>& counts) const;
+  void balance_routers(Stream& stream, const std::vector<double>& counts) const;
 
   // Zeroed states for `sequences` sequences, in order of the Mamba layers.
-  std::vector<MambaState> take_states(Arena& arena, int64_t sequences) const;
+  std::vector<MambaState> take_states(Stream& stream, Arena& arena, int64_t sequences) const;
   // Room for `slots` tokens of each sequence, in order of the attention layers.
   std::vector<Tensor> take_caches(Arena& arena, int64_t sequences, int64_t slots) const;
 

@@ -7,12 +7,11 @@
 
 namespace moemamba {  // letters: T tokens = B sequences x L, D model width, E experts
 
-// What the router did in one micro-batch, added up over routers and micro-batches on the host.
+// What the routers did in a step, added up over routers and micro-batches where the stream works.
 struct RoutingFacts {
-  std::vector<double> counts;  // [routers, E] choices, before dropping
-  double balance = 0, z = 0;   // sums over groups and routers, unweighted
-  double dropped = 0;          // rows beyond capacity
-  double not_a_number = 0;     // routers in which a logit was NaN
+  Tensor choices;  // [routers, E] f64, before dropping
+  Tensor sums;     // [4] f64: balance and z over groups and routers, unweighted; rows beyond
+                   // capacity; routers in which a logit was NaN
 };
 
 // The recurrent state of one Mamba layer between two calls.

@@ -20,7 +20,7 @@ Tensor Linear::forward(Step& step, Tensor x, const char* who) const {
 }
 
 void Linear::forward(Step& step, Tensor x, Tensor y) const {
-  run(step.stream, Matmul{.a = x, .b = weight->value, .out = y, .b_transposed = true});
+  run(step.stream, Matmul{.a = x, .b = weight->compute, .out = y, .b_transposed = true});
   if (bias) run(step.stream, AddBias{.x = y, .bias = bias->value, .y = y});
 }
 
@@ -34,7 +34,7 @@ void Linear::backward(Step& step, const Gradient& g) const {
     step.weight_work(
         BiasBackward{.dy = g.dy, .dbias = bias->gradient, .accumulate = step.accumulate});
   if (g.dx)
-    run(step.stream, Matmul{.a = g.dy, .b = weight->value, .out = g.dx, .accumulate = g.add});
+    run(step.stream, Matmul{.a = g.dy, .b = weight->compute, .out = g.dx, .accumulate = g.add});
 }
 
 }  // namespace moemamba

@@ -32,7 +32,7 @@ void MoE::backward(Step& step, Tensor dy, Tensor dx, const Saved& saved) const {
   experts.backward(step, {.dy = dy, .dx = dx, .dweight = dweight}, saved.routing, saved.experts);
   router.backward(step, dweight, dx, saved.routing);
   if (shared) {
-    Tensor more = step.arena.take(dx.shape, DType::f32, "gradient through the shared expert");
+    Tensor more = step.arena.take(dx.shape, dx.dtype, "gradient through the shared expert");
     shared->backward(step, dy, more, saved.shared);
     run(step.stream, Add{.a = dx, .b = more, .out = dx});
   }

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
+#include "core/host_mirror.h"
 #include "core/random.h"
+#include "kernels/pointwise.h"
 
 namespace moemamba {
 
@@ -37,12 +40,12 @@ double normal_quantile(double p) {
 }  // namespace
 
 void initialise(const Tensor& value, const Initial& initial, uint64_t seed,
-                const std::string& name) {
+                const std::string& name, int64_t first_row) {
   const Random random(seed, name);
   const double low = initial.kind == Initial::Kind::truncated_normal
                          ? 0.5 * std::erfc(initial.b / initial.a * M_SQRT1_2)
                          : 0;
-  uint64_t index = 0;
+  uint64_t index = uint64_t(first_row * value.cols());
   for (int64_t r = 0; r < value.rows(); ++r) {
     float* row = value.row<float>(r);
     for (int64_t i = 0; i < value.cols(); ++i, ++index) {
@@ -88,7 +91,7 @@ const Parameter* ParameterStore::add(const std::string& name, Shape shape, Initi
   }
   Bucket& home = buckets_[size_t(bucket)];
   parameters_.push_back(
-      {block.name + "." + name, shape, initial, axis, bucket, home.elements, {}, {}});
+      {block.name + "." + name, shape, initial, axis, bucket, home.elements, {}, {}, {}});
   home.elements = round_up(home.elements + shape.elements(), kElementAlignment);
   return &parameters_.back();
 }
@@ -101,6 +104,7 @@ const Parameter* ParameterStore::add_state(const std::string& name, Shape shape)
                      .bucket = -1,
                      .offset = 0,
                      .value = {},
+                     .compute = {},
                      .gradient = {}});
   return &states_.back();
 }
@@ -109,12 +113,13 @@ void ParameterStore::allocate(Memory memory) {
   const bool training = memory != Memory::values;
   const auto take = [&](int64_t bytes) {
     return memory == Memory::planned_training ? Buffer::planned(bytes)
-                                              : Buffer(DeviceKind::cpu, bytes);
+                                              : Buffer(groups_.device, bytes);
   };
   for (Bucket& bucket : buckets_) {
     const int64_t ranks = group(bucket.axis).size();
     bucket.padded = round_up(std::max<int64_t>(bucket.elements, 1), ranks * kElementAlignment);
     bucket.value = take(bucket.padded * 4);
+    if (compute_ != DType::f32) bucket.compute = take(bucket.padded * size_of(compute_));
     if (!training) continue;
     bucket.gradient = take(bucket.padded * 4);
     bucket.m = take(bucket.padded / ranks * 4);
@@ -122,24 +127,38 @@ void ParameterStore::allocate(Memory memory) {
   }
   for (Parameter& p : parameters_) {
     const Bucket& bucket = buckets_[size_t(p.bucket)];
-    p.value = view(bucket.value.data() + p.offset * 4, p.shape, DType::f32);
-    if (training) p.gradient = view(bucket.gradient.data() + p.offset * 4, p.shape, DType::f32);
+    p.value = view(bucket.value, p.offset * 4, p.shape, DType::f32);
+    p.compute = compute_ == DType::f32
+                    ? p.value
+                    : view(bucket.compute, p.offset * size_of(compute_), p.shape, compute_);
+    if (training) p.gradient = view(bucket.gradient, p.offset * 4, p.shape, DType::f32);
   }
   for (Parameter& state : states_) {
     state_values_.push_back(take(state.shape.elements() * 4));
-    state.value = view(state_values_.back().data(), state.shape, DType::f32);
+    state.value = state.compute = view(state_values_.back(), 0, state.shape, DType::f32);
   }
 }
 
 ParameterStore::Bytes ParameterStore::bytes() const {
   Bytes sum;
   for (const Bucket& b : buckets_) {
-    sum.values += b.value.bytes();
+    sum.values += b.value.bytes() + b.compute.bytes();
     sum.gradients += b.gradient.bytes();
     sum.moments += b.m.bytes() + b.v.bytes();
   }
   for (const Buffer& b : state_values_) sum.values += b.bytes();
   return sum;
+}
+
+void ParameterStore::values_changed() {
+  for (Bucket& bucket : buckets_) bucket.stale = true;
+}
+
+void ParameterStore::refresh_compute(Stream& stream, int bucket) {
+  Bucket& b = buckets_[size_t(bucket)];
+  if (compute_ == DType::f32 || !std::exchange(b.stale, false)) return;
+  run(stream, Cast{.from = view(b.value, 0, {b.padded}, DType::f32),
+                   .to = view(b.compute, 0, {b.padded}, compute_)});
 }
 
 int ParameterStore::bucket_of_block(int block, Axis axis) const {
@@ -149,8 +168,8 @@ int ParameterStore::bucket_of_block(int block, Axis axis) const {
 std::vector<GradientBuckets::Bucket> ParameterStore::buckets() const {
   std::vector<GradientBuckets::Bucket> list;
   for (const Bucket& b : buckets_)
-    list.push_back({.gradient = view(b.gradient.data(), {b.padded}, DType::f32),
-                    .value = view(b.value.data(), {b.padded}, DType::f32),
+    list.push_back({.gradient = view(b.gradient, 0, {b.padded}, DType::f32),
+                    .value = view(b.value, 0, {b.padded}, DType::f32),
                     .group = &group(b.axis),
                     .name = b.name});
   return list;
@@ -159,20 +178,29 @@ std::vector<GradientBuckets::Bucket> ParameterStore::buckets() const {
 Tensor ParameterStore::moments(int bucket, int which) const {
   const Bucket& b = buckets_[size_t(bucket)];
   const Buffer& buffer = which == 0 ? b.m : b.v;
-  return view(buffer.data(), {buffer.bytes() / 4}, DType::f32);
+  return view(buffer, 0, {buffer.bytes() / 4}, DType::f32);
 }
 
-void ParameterStore::initialise(uint64_t seed) {
+// Numbers are a function of their place, so threads may share the work: 2.4 billion of them would
+// keep one busy for minutes.
+void ParameterStore::initialise(uint64_t seed, int threads) {
+  Stream stream = Stream::immediate(threads);
+  HostMirror mirror(groups_.device);
   for (const Parameter& p : parameters_) {
-    if (p.axis == Axis::data) {
-      moemamba::initialise(p.value, p.initial, seed, p.name);
-      continue;
-    }
-    const int64_t rows = p.shape.rows() / p.shape[0];
-    for (int64_t e = 0; e < p.shape[0]; ++e)
-      moemamba::initialise(p.value.row_range(e * rows, (e + 1) * rows), p.initial, seed,
-                           expert_name(p, e));
+    const Tensor host = mirror.blank(p.value);
+    const int64_t tensors = p.axis == Axis::data ? 1 : p.shape[0];
+    const int64_t rows = p.shape.rows() / tensors;
+    const int64_t block = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, p.shape.last()));
+    const int64_t blocks = (rows + block - 1) / block;
+    stream.parallel_for(tensors * blocks, [&](int64_t i) {
+      const int64_t e = i / blocks, first = i % blocks * block;
+      const int64_t end = std::min(rows, first + block);
+      moemamba::initialise(host.row_range(e * rows + first, e * rows + end), p.initial, seed,
+                           p.axis == Axis::data ? p.name : expert_name(p, e), first);
+    });
+    mirror.write_back(host, p.value);
   }
+  values_changed();
 }
 
 std::string ParameterStore::expert_name(const Parameter& p, int64_t local) const {

@@ -35,6 +35,7 @@ struct Parameter {
   int bucket = 0;
   int64_t offset = 0;  // within its bucket, in elements
   Tensor value;        // f32 view of the flat buffer
+  Tensor compute;      // what products and look-ups read: `value`, or its copy in bf16
   Tensor gradient;     // f32 view; valid for the whole micro-batch loop
 };
 
@@ -55,7 +56,9 @@ struct OwnedSlice {
 // order: one bucket for each (block, axis). Every rank owns 1/N of every padded bucket (ZeRO-1).
 class ParameterStore {
  public:
-  explicit ParameterStore(const ProcessGroups& groups) : groups_(groups) {}
+  // compute: bf16 keeps a copy of all values in it, for products. Memory is of groups.device.
+  explicit ParameterStore(const ProcessGroups& groups, DType compute = DType::f32)
+      : groups_(groups), compute_(compute) {}
 
   // Parameters are added in forward order, bucket by bucket, then allocated once.
   void begin_block(const std::string& name);
@@ -71,6 +74,11 @@ class ParameterStore {
   };
   void allocate(Memory memory = Memory::training);
 
+  // Where there is a copy of the values in bf16: all of it is old from here on.
+  void values_changed();
+  // Makes the bucket's copy anew if it is old; behind the stream's earlier work.
+  void refresh_compute(Stream& stream, int bucket);
+
   int bucket_of_block(int block, Axis axis) const;  // -1: the block has no such parameters
   int blocks() const { return int(blocks_.size()); }
   std::vector<GradientBuckets::Bucket> buckets() const;
@@ -83,7 +91,7 @@ class ParameterStore {
   Bytes bytes() const;  // of this rank, padding included
 
   // Fills this rank's values: a pure function of (seed, global name, index).
-  void initialise(uint64_t seed);
+  void initialise(uint64_t seed, int threads = 1);
   // Tensors under global names; experts one by one. `all`: what this rank holds.
   std::vector<NamedTensor> named_tensors() const;
   // Over all ranks every element of every parameter once. In order of the parameters.
@@ -97,7 +105,8 @@ class ParameterStore {
     std::string name;
     Axis axis;
     int64_t elements = 0, padded = 0;
-    Buffer value, gradient, m, v;
+    Buffer value, compute, gradient, m, v;
+    bool stale = true;  // `compute` is older than `value`
   };
   struct Block {
     std::string name;
@@ -107,14 +116,15 @@ class ParameterStore {
     return axis == Axis::data ? *groups_.data : *groups_.expert_data;
   }
   const ProcessGroups& groups_;
+  const DType compute_;
   std::deque<Parameter> parameters_, states_;
   std::vector<Buffer> state_values_;
   std::vector<Bucket> buckets_;
   std::vector<Block> blocks_;
 };
 
-// Fills `value` with the first values of the tensor called `name`.
+// Fills `value` with the first values of the tensor called `name`, from its row `first_row` on.
 void initialise(const Tensor& value, const Initial& initial, uint64_t seed,
-                const std::string& name);
+                const std::string& name, int64_t first_row = 0);
 
 }  // namespace moemamba

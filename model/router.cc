@@ -8,25 +8,6 @@ namespace moemamba {
 
 namespace {
 
-// Reads what the router decided; the host's copy of the facts is f64 and added in layer order.
-void collect(RoutingFacts& facts, int router, const Router::Saved& saved, const Tensor& balance,
-             const Tensor& z, const Tensor& flag) {
-  const int64_t G = saved.counts.rows(), E = saved.counts.cols();
-  double chosen = 0;
-  for (int64_t g = 0; g < G; ++g)
-    for (int64_t e = 0; e < E; ++e) {
-      const double count = saved.counts.row<int32_t>(g)[e];
-      facts.counts[size_t(router * E + e)] += count;
-      chosen += count;
-    }
-  for (int64_t g = 0; g < G; ++g) {
-    facts.balance += balance.as<float>()[g];
-    facts.z += z.as<float>()[g];
-  }
-  facts.dropped += chosen - saved.offsets.as<int32_t>()[E];
-  facts.not_a_number += flag.as<int32_t>()[0];
-}
-
 RouterKind kind_of(const Router& router) {
   return router.sigmoid ? RouterKind::sigmoid : RouterKind::softmax;
 }
@@ -81,7 +62,14 @@ void Router::forward(Step& step, Tensor x, Saved& saved) const {
                          .kind = kind_of(*this),
                          .scale = scale});
   if (step.facts && !step.stream.is_dry() && T > 0)
-    collect(*step.facts, index, saved, balance, z, flag);
+    run(step.stream, CollectRouting{.counts = saved.counts,
+                                    .offsets = saved.offsets,
+                                    .balance = balance,
+                                    .z = z,
+                                    .flag = flag,
+                                    .choices = step.facts->choices.row_range(index, index + 1)
+                                                   .reshaped({E}),
+                                    .sums = step.facts->sums});
 }
 
 void Router::backward(Step& step, Tensor dweight, Tensor dx, const Saved& saved) const {
@@ -108,16 +96,21 @@ void Router::backward(Step& step, Tensor dweight, Tensor dx, const Saved& saved)
   run(step.stream, Matmul{.a = dlogits, .b = weight->value, .out = dx, .accumulate = true});
 }
 
-void Router::balance(const double* counts, float rate) const {
+void Router::balance(Stream& stream, const double* counts, float rate) const {
   if (!bias) return;
   const int64_t E = experts();
   double sum = 0;
   for (int64_t e = 0; e < E; ++e) sum += counts[e];
-  auto* values = bias->value.as<float>();
+  std::vector<float> values(static_cast<size_t>(E));
+  const Tensor host = view(values.data(), {E});
+  copy(stream, bias->value, host);
+  stream.synchronize();
   for (int64_t e = 0; e < E; ++e) {
     const double above = counts[e] * double(E) - sum;  // exact: counts are whole numbers
-    values[e] += above < 0 ? rate : above > 0 ? -rate : 0.f;
+    values[size_t(e)] += above < 0 ? rate : above > 0 ? -rate : 0.f;
   }
+  copy(stream, host, bias->value);
+  stream.synchronize();
 }
 
 }  // namespace moemamba

@@ -29,7 +29,7 @@ struct Router {
   void backward(Step& step, Tensor dweight, Tensor dx, const Saved& saved) const;
   // After a step: the bias grows by `rate` where an expert of `counts` [E] lies below the mean and
   // falls where it lies above.
-  void balance(const double* counts, float rate) const;
+  void balance(Stream& stream, const double* counts, float rate) const;
 };
 
 }  // namespace moemamba

@@ -40,7 +40,7 @@ Tensor SelectiveSsm::part(Tensor proj, int which) const {
 void SelectiveSsm::norm_forward(Step& step, Saved& saved) const {
   saved.normed = saved.proj;
   if (!norms[0]) return;
-  saved.normed = step.arena.take(saved.proj.shape, DType::f32, "mamba norms of dt, B, C");
+  saved.normed = step.arena.take(saved.proj.shape, saved.proj.dtype, "mamba norms of dt, B, C");
   for (int i = 0; i < 3; ++i) {
     saved.rstd[i] = step.arena.take({saved.proj.rows()}, DType::f32, "mamba norm rstd");
     run(step.stream, NormForward{.x = part(saved.proj, i),
@@ -107,15 +107,17 @@ Tensor SelectiveSsm::forward(Step& step, Tensor x, Tensor z, Saved& saved) const
                   .final = step.final ? (*step.final)[size_t(index)].conv : Tensor{},
                   .sequences = B});
   run(step.stream,
-      Matmul{.a = saved.c, .b = x_proj->value, .out = saved.proj, .b_transposed = true});
+      Matmul{.a = saved.c, .b = x_proj->compute, .out = saved.proj, .b_transposed = true});
   norm_forward(step, saved);
   saved.dt = step.arena.take({T, I}, x.dtype, "mamba dt");
-  saved.states =
-      step.arena.take({scan_state_elements(B, B ? T / B : 0, I, N)}, DType::f32, "scan states");
+  saved.states = step.arena.take(
+      {scan_state_elements(B, B ? T / B : 0, I, N, step.stream.device())}, DType::f32,
+      "scan states");
   saved.y = step.arena.take({T, I}, x.dtype, "scan output");
-  run(step.stream,
-      Matmul{
-          .a = part(saved.normed, 0), .b = dt_proj->value, .out = saved.dt, .b_transposed = true});
+  run(step.stream, Matmul{.a = part(saved.normed, 0),
+                          .b = dt_proj->compute,
+                          .out = saved.dt,
+                          .b_transposed = true});
   scan_forward(step, saved);
   return saved.y;
 }
@@ -150,20 +152,20 @@ void SelectiveSsm::scan_backward(Step& step, const ScanGradient& g, const Saved&
 void SelectiveSsm::backward(Step& step, const Gradient& g, const Saved& saved) const {
   const bool add = step.accumulate;
   Frame frame(step.arena);
-  Tensor dc = step.arena.take(saved.c.shape, DType::f32, "mamba gradient of conv output");
-  Tensor ddt = step.arena.take(saved.dt.shape, DType::f32, "mamba gradient of dt");
-  Tensor dproj = step.arena.take(saved.proj.shape, DType::f32, "mamba gradient of dt, B, C");
+  Tensor dc = step.arena.take(saved.c.shape, g.dy.dtype, "mamba gradient of conv output");
+  Tensor ddt = step.arena.take(saved.dt.shape, g.dy.dtype, "mamba gradient of dt");
+  Tensor dproj = step.arena.take(saved.proj.shape, g.dy.dtype, "mamba gradient of dt, B, C");
   scan_backward(step, {.dy = g.dy, .dc = dc, .ddt = ddt, .dproj = dproj, .dz = g.dz}, saved);
   step.weight_work(Matmul{.a = ddt,
                           .b = part(saved.normed, 0),
                           .out = dt_proj->gradient,
                           .a_transposed = true,
                           .accumulate = add});
-  run(step.stream, Matmul{.a = ddt, .b = dt_proj->value, .out = part(dproj, 0)});
+  run(step.stream, Matmul{.a = ddt, .b = dt_proj->compute, .out = part(dproj, 0)});
   norm_backward(step, dproj, saved);
   step.weight_work(Matmul{
       .a = dproj, .b = saved.c, .out = x_proj->gradient, .a_transposed = true, .accumulate = add});
-  run(step.stream, Matmul{.a = dproj, .b = x_proj->value, .out = dc, .accumulate = true});
+  run(step.stream, Matmul{.a = dproj, .b = x_proj->compute, .out = dc, .accumulate = true});
   run(step.stream, ConvBackward{.x = saved.x,
                                 .weight = conv->value,
                                 .bias = conv_bias->value,

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "core/error.h"
 
@@ -53,18 +54,30 @@ void merge_reports(const std::vector<std::string>& reports, CheckpointManifest& 
   }
 }
 
-std::string weights_index(const CheckpointManifest& manifest) {
+namespace {
+
+// Of either form of a manifest.
+template <class AnyManifest>
+std::string index_text(const AnyManifest& manifest) {
   nlohmann::ordered_json index;
   int64_t bytes = 0;
   nlohmann::ordered_json map = nlohmann::ordered_json::object();
   for (const auto& tensor : manifest.tensors()) {
-    if (tensor.value_size() == 0) continue;  // without elements
-    map[tensor.name()] = manifest.files(tensor.value(0).file()).name();
-    for (const auto& piece : tensor.value()) bytes += (piece.end() - piece.begin()) * 4;
+    std::optional<int> file;  // of the first piece; none: without elements
+    for (const auto& piece : tensor.value()) {
+      if (!file) file = piece.file();
+      bytes += (piece.end() - piece.begin()) * 4;
+    }
+    if (file) map[tensor.name()] = manifest.files(*file).name();
   }
   index["metadata"]["total_size"] = bytes;
   index["weight_map"] = map;
   return index.dump(1) + "\n";
 }
+
+}  // namespace
+
+std::string weights_index(const CheckpointManifest& manifest) { return index_text(manifest); }
+std::string weights_index(const Manifest& manifest) { return index_text(manifest); }
 
 }  // namespace moemamba

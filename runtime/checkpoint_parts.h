@@ -2,7 +2,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime/manifest.pb.h"
+#include "runtime/manifest.h"
 
 namespace moemamba {
 
@@ -18,5 +18,6 @@ void merge_reports(const std::vector<std::string>& reports, CheckpointManifest& 
 
 // model.safetensors.index.json, as Hugging Face tools expect it.
 std::string weights_index(const CheckpointManifest& manifest);
+std::string weights_index(const Manifest& manifest);
 
 }  // namespace moemamba

@@ -34,12 +34,6 @@ std::string manifest_bytes(const std::string& path) {
   return bytes;
 }
 
-Shape shape_of(const CheckpointManifest::Tensor& tensor) {
-  Shape shape;
-  for (int64_t extent : tensor.shape()) shape.extents[shape.dims++] = extent;
-  return shape;
-}
-
 // Names and shapes of all tensors of the model, over all ranks.
 std::map<std::string, std::pair<Shape, bool>> tensors_of(const ParameterStore& store) {
   std::map<std::string, std::pair<Shape, bool>> all;  // and whether it has moments
@@ -104,8 +98,8 @@ Checkpoint::Checkpoint(const std::string& path)
   const auto slash = path.find_last_of('/');
   const std::optional<int64_t> step =
       step_of_name(slash == std::string::npos ? path : path.substr(slash + 1));
-  check(!step || *step == manifest_.step(), path, ": the manifest inside is of step ",
-        manifest_.step());
+  check(!step || *step == manifest_.facts().step(), path, ": the manifest inside is of step ",
+        manifest_.facts().step());
   for (const auto& file : manifest_.files()) {
     const InputFile there(join_path(path, file.name()));
     check(there.bytes() == file.bytes(), there.path(), ": ", there.bytes(), " bytes, expected ",
@@ -113,16 +107,13 @@ Checkpoint::Checkpoint(const std::string& path)
   }
 }
 
-const CheckpointManifest::Tensor* Checkpoint::find(const std::string& tensor) const {
-  const auto& all = manifest_.tensors();
-  const auto at = std::lower_bound(all.begin(), all.end(), tensor,
-                                   [](const auto& t, const auto& name) { return t.name() < name; });
-  return at != all.end() && at->name() == tensor ? &*at : nullptr;
+std::optional<Manifest::Tensor> Checkpoint::find(const std::string& tensor) const {
+  return manifest_.find(tensor);
 }
 
 void Checkpoint::verify_files(int first, int stride) const {
   for (int i = first; i < manifest_.files_size(); i += stride) {
-    const auto& file = manifest_.files(i);
+    const Manifest::File file = manifest_.files(i);
     const InputFile there(join_path(path_, file.name()));
     check(there.bytes() == file.bytes() && digest_of(there) == hex_of_bytes(file.sha256()),
           there.path(), ": damaged: its bytes do not have the digest in the manifest");
@@ -133,13 +124,13 @@ std::string Checkpoint::differences(const ParameterStore& store) const {
   std::string text;
   const auto wanted = tensors_of(store);
   for (const auto& [name, kind] : wanted) {
-    const CheckpointManifest::Tensor* stored = find(name);
+    const std::optional<Manifest::Tensor> stored = find(name);
     if (!stored)
       text += concat("\n  ", name, ": missing; the model wants ", to_string(kind.first));
-    else if (!(shape_of(*stored) == kind.first))
-      text += concat("\n  ", name, ": ", to_string(shape_of(*stored)), ", the model wants ",
+    else if (!(stored->shape() == kind.first))
+      text += concat("\n  ", name, ": ", to_string(stored->shape()), ", the model wants ",
                      to_string(kind.first));
-    else if (kind.second != (stored->exp_avg_size() > 0) && kind.first.elements() > 0)
+    else if (kind.second == stored->exp_avg().empty() && kind.first.elements() > 0)
       text += concat("\n  ", name, kind.second ? ": without moments" : ": with moments");
   }
   for (const auto& tensor : manifest_.tensors())
@@ -149,11 +140,11 @@ std::string Checkpoint::differences(const ParameterStore& store) const {
 }
 
 void Checkpoint::read(const StatePiece& piece) const {
-  const CheckpointManifest::Tensor* tensor = find(piece.tensor);
-  check(tensor != nullptr, path_, ": no tensor ", piece.tensor);
-  const auto& stored = piece.kind == StateKind::value     ? tensor->value()
-                       : piece.kind == StateKind::exp_avg ? tensor->exp_avg()
-                                                          : tensor->exp_avg_sq();
+  const std::optional<Manifest::Tensor> tensor = find(piece.tensor);
+  check(tensor.has_value(), path_, ": no tensor ", piece.tensor);
+  const Manifest::Pieces stored = piece.kind == StateKind::value     ? tensor->value()
+                                  : piece.kind == StateKind::exp_avg ? tensor->exp_avg()
+                                                                     : tensor->exp_avg_sq();
   for (const auto& part : stored) {
     const int64_t begin = std::max(part.begin(), piece.begin);
     const int64_t end = std::min(part.end(), piece.end);
@@ -228,7 +219,7 @@ std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& 
     }
     read_all(groups, stream, store, *checkpoint);
     if (groups.rank == 0) set_aside(files, request.run, request.generation, damaged);
-    const CheckpointManifest& m = checkpoint->manifest();
+    const CheckpointManifest& m = checkpoint->manifest().facts();
     say(concat("resumed    ", path, "; ", layout_text(m, groups.layout), "; next sample ",
                m.next_sample(), "; loss was ", m.loss()));
     return m;

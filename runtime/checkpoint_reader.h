@@ -13,9 +13,8 @@ class Checkpoint {
  public:
   explicit Checkpoint(const std::string& path);  // throws an Error that names what is wrong
   const std::string& path() const { return path_; }
-  const CheckpointManifest& manifest() const { return manifest_; }
-  // null: no such tensor.
-  const CheckpointManifest::Tensor* find(const std::string& tensor) const;
+  const Manifest& manifest() const { return manifest_; }
+  std::optional<Manifest::Tensor> find(const std::string& tensor) const;
 
   // Re-reads files first, first + stride, ..: sizes and digests. An Error names the file.
   void verify_files(int first = 0, int stride = 1) const;
@@ -29,7 +28,7 @@ class Checkpoint {
 
  private:
   std::string path_;
-  CheckpointManifest manifest_;
+  Manifest manifest_;
 };
 
 struct LoadRequest {
@@ -39,9 +38,10 @@ struct LoadRequest {
 };
 
 // The newest checkpoint of the run that holds in every file, loaded by all ranks: any layout reads
-// any layout's. Damaged ones are named and, once a good one is found, renamed. None there: nothing.
-// Some there and none good, or the newest whole one of another model or of a format that this
-// program does not read: an Error, and nothing is touched.
+// any layout's. Returns what its manifest says, without files and tensors. Damaged ones are named
+// and, once a good one is found, renamed. None there: nothing. Some there and none good, or the
+// newest whole one of another model or of a format that this program does not read: an Error, and
+// nothing is touched.
 std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& groups,
                                               Stream& stream, const ParameterStore& store,
                                               const LoadRequest& request);

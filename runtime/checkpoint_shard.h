@@ -9,20 +9,32 @@
 
 namespace moemamba {
 
-// One safetensors file of a checkpoint, written from the memory of `pieces`: values under their
-// names and shapes, slices of moments as "exp_avg/NAME[BEGIN:END]", one dim. Digests are taken of
-// the memory, before the system gets it; the file is new, and synced. Adds the file and where its
-// pieces lie to `report`.
-void write_shard(FileSystem& files, const std::string& folder, const std::string& name,
-                 const std::vector<StatePiece>& pieces, const SafetensorsMetadata& metadata,
-                 ShardReport& report);
+// One safetensors file of a checkpoint: values under their names and shapes, slices of moments as
+// "exp_avg/NAME[BEGIN:END]", one dim.
+struct Shard {
+  std::string name;
+  std::vector<StatePiece> pieces;
+  SafetensorsMetadata metadata;
+};
+
+// The files that a rank's pieces go into: values, then moments, and none without a piece.
+std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, int ranks,
+                             const SafetensorsMetadata& metadata);
+
+// Writes shards from the memory of their pieces, which nobody changes meanwhile: one file after the
+// other, in blocks of `block_bytes` (all the memory that it takes; multiples of kDirectBlock go
+// past the page cache), from this thread. Others hash that memory meanwhile, a digest going through
+// its file from end to end: put the longest last. Files are new, and synced. Adds them, where their
+// pieces lie and the hash of the state to `report`.
+constexpr size_t kShardBlock = 2 << 20;
+void write_shards(FileSystem& files, const std::string& folder, const std::vector<Shard>& shards,
+                  size_t block_bytes, ShardReport& report);
 
 // The same file where the elements are not in memory: `read` fills `data` of a part of a piece, at
 // most kPartElements of them, one behind the other.
 using PieceReader = std::function<void(const StatePiece& part)>;
 constexpr int64_t kPartElements = 1 << 18;
-void write_shard(FileSystem& files, const std::string& folder, const std::string& name,
-                 const std::vector<StatePiece>& pieces, const SafetensorsMetadata& metadata,
+void write_shard(FileSystem& files, const std::string& folder, const Shard& shard,
                  const PieceReader& read, ShardReport& report);
 
 // How a piece is called in a file.

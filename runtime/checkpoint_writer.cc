@@ -7,7 +7,6 @@
 #include "parallel/gather_blobs.h"
 #include "runtime/checkpoint_parts.h"
 #include "runtime/manifest.h"
-#include "runtime/state_hash.h"
 
 namespace moemamba {
 
@@ -69,20 +68,15 @@ std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& a
   return "";
 }
 
-ShardReport CheckpointWriter::write_shards(const CheckpointFacts& facts,
-                                           const std::string& attempt) {
+ShardReport CheckpointWriter::write_state(const CheckpointFacts& facts,
+                                          const std::string& attempt) {
   ShardReport report;
-  const int rank = groups_.rank, ranks = groups_.layout.ranks();
-  std::vector<StatePiece> values, moments;
-  for (const StatePiece& piece : staged_)
-    (piece.kind == StateKind::value ? values : moments).push_back(piece);
+  const int rank = groups_.rank;
   try {
-    if (!values.empty())
-      write_shard(files_, attempt, shard_name("model", rank, ranks), values, facts.metadata,
-                  report);
-    if (!moments.empty())
-      write_shard(files_, attempt, shard_name("optimizer", rank, ranks), moments, {}, report);
-    report.set_state_hash(state_hash_of(staged_));
+    write_shards(files_, attempt,
+                 shards_of(staged_.empty() ? sources_ : staged_, rank, groups_.layout.ranks(),
+                           facts.metadata),
+                 options_.block_bytes, report);
   } catch (const std::exception& error) {
     report.set_problem(concat("rank ", rank, ": ", error.what()));
   }
@@ -138,7 +132,7 @@ void CheckpointWriter::publish(const CheckpointFacts& facts, const std::string& 
 // halfway the attempt stays as well: fence_attempts() knows by it what the folder is. It is not
 // deleted here: a name may be another launch's by now.
 void CheckpointWriter::publish_by_links(const std::string& attempt, const std::string& place) {
-  const CheckpointManifest manifest =
+  const Manifest manifest =
       unseal(read_file(join_path(attempt, kManifestName)), join_path(attempt, kManifestName));
   files_.sync_folder(checkpoints_folder(options_.run));  // no half without its attempt
   files_.make_folder(place);
@@ -170,7 +164,8 @@ std::string CheckpointWriter::write(const CheckpointFacts& facts) {
   std::string attempt;
   std::string problem = begin(facts, attempt);
   if (!problem.empty()) return problem;
-  const ShardReport report = write_shards(facts, attempt);
+  const ShardReport report = write_state(facts, attempt);
+  staged_.clear();
   const std::vector<std::string> reports =
       gather_blobs(*groups_.checkpoint, stream_, report.SerializeAsString());
   if (groups_.rank == 0) problem = conclude(facts, attempt, reports);

@@ -20,14 +20,17 @@ struct CheckpointFacts {
 // Writes checkpoints (docs/checkpoint_format.md). Until commit the previous checkpoint is the
 // newest, afterwards this one; a crash at any instant leaves exactly one of the two. Every rank
 // calls the same methods; rank 0 makes folders, writes the manifest, commits.
-//   stage()  copies what this rank writes, so that training may go on
-//   write()  from the copy: shards, votes of all ranks, manifest, one rename
+//   stage()  copies what this rank writes, so that training may go on; may be left out where it
+//            waits
+//   write()  from the copy, else from the state itself: shards, votes of all ranks, manifest, one
+//            rename
 class CheckpointWriter {
  public:
   struct Options {
     std::string run;
-    int64_t generation = 0;           // of the lease
-    std::function<bool()> may_write;  // rank 0: the lease is still ours; empty: always
+    int64_t generation = 0;            // of the lease
+    std::function<bool()> may_write;   // rank 0: the lease is still ours; empty: always
+    size_t block_bytes = kShardBlock;  // memory from which files are written
   };
   CheckpointWriter(FileSystem& files, ProcessGroups& groups, const ParameterStore& store,
                    Options options);
@@ -43,7 +46,7 @@ class CheckpointWriter {
 
  private:
   std::string begin(const CheckpointFacts& facts, std::string& attempt);
-  ShardReport write_shards(const CheckpointFacts& facts, const std::string& attempt);
+  ShardReport write_state(const CheckpointFacts& facts, const std::string& attempt);
   CheckpointManifest merge(const CheckpointFacts& facts, const std::vector<std::string>& reports);
   void write_manifest(const CheckpointFacts& facts, const std::string& attempt,
                       CheckpointManifest manifest);

@@ -84,7 +84,7 @@ void Checkpoints::save(CheckpointFacts facts) {
   const auto start = Clock::now();
   conclude();
   facts_ = std::move(facts);
-  writer_.stage();
+  if (options_.asynchronous) writer_.stage();  // else the state itself stands still
   running_ = true;
   if (options_.asynchronous) {
     thread_ = std::thread([this] { work(); });

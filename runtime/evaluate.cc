@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/pointwise.h"
 #include "runtime/prepare.h"
 
 namespace moemamba {
@@ -51,6 +52,7 @@ Evaluator::Evaluator(Session& session, HeldOut held_out, const EvaluatorOptions&
   const ModelSizes& sizes = session.model.sizes();
   facts_.resize(size_t(1 + sizes.routers() * sizes.E));
   gathered_.resize(facts_.size() * size_t(session.groups.layout.ranks()));
+  device_facts_ = Buffer(session.groups.device, int64_t(facts_.size() + 4) * 8);
 }
 
 void Evaluator::cut_windows(int64_t limit) {
@@ -97,34 +99,39 @@ void Evaluator::fill(const Piece& piece) {
   }
 }
 
-// Sum over the piece's tokens. Every rank calls it equally often, for experts are shared.
-double Evaluator::loss_of(const Piece& piece, RoutingFacts& routing) {
+// Every rank calls it equally often, for experts are shared.
+void Evaluator::add_loss_of(const Piece& piece, RoutingFacts& routing) {
   const int64_t T = piece.windows * piece.length;
   fill(piece);
   Step step = session_.begin(piece.windows, piece.routing_group);
   step.facts = &routing;
-  if (session_.model.sizes().reset_at_documents) step.starts = view(starts_.data(), {T});
+  if (session_.model.sizes().reset_at_documents)
+    step.starts = session_.upload(step, view(starts_.data(), {T}));
+  const Tensor ids = session_.upload(step, view(ids_.data(), {T}));
+  const Tensor targets = session_.upload(step, view(targets_.data(), {T}));
   const Tensor loss = step.arena.take({T}, DType::f32, "loss");
-  session_.model.forward(step, view(ids_.data(), {T}), session_.saved, nullptr);
-  session_.model.loss(step, view(targets_.data(), {T}), loss, 1, false, session_.saved);
-  double sum = 0;
-  for (int64_t t = 0; t < T; ++t) sum += double(loss.as<float>()[t]);
-  return sum;
+  session_.model.forward(step, ids, session_.saved, nullptr);
+  session_.model.loss(step, targets, loss, 1, false, session_.saved);
+  moemamba::run(step.stream, Sum{.x = loss, .sum = loss_sum_, .accumulate = true});
+  session_.compute.synchronize();  // the host's tokens may change now
 }
 
 Evaluation Evaluator::run() {
   const size_t ranks = size_t(session_.groups.layout.ranks()), rank = size_t(session_.groups.rank);
-  RoutingFacts routing;
-  routing.counts.assign(facts_.size() - 1, 0.0);
-  double sum = 0;
+  const ModelSizes& sizes = session_.model.sizes();
+  const int64_t n = int64_t(facts_.size());
+  const Tensor facts = view(device_facts_, 0, {n}, DType::f64);
+  RoutingFacts routing{.choices = {}, .sums = view(device_facts_, n * 8, {4}, DType::f64)};
+  if (n > 1) routing.choices = view(device_facts_, 8, {sizes.routers(), sizes.E}, DType::f64);
+  loss_sum_ = view(device_facts_, 0, {1}, DType::f64);
+  fill_zero(session_.compute, facts);
   for (size_t first = 0; first < pieces_.size(); first += ranks) {
     const bool takes_part = first + rank < pieces_.size();
-    sum += loss_of(takes_part ? pieces_[first + rank] : Piece{0, 0, 1, 1}, routing);
+    add_loss_of(takes_part ? pieces_[first + rank] : Piece{0, 0, 1, 1}, routing);
   }
-  facts_[0] = sum;
-  std::copy(routing.counts.begin(), routing.counts.end(), facts_.begin() + 1);
-  const int64_t n = int64_t(facts_.size());
-  all_reduce_sum(*session_.groups.control, session_.compute, view(facts_.data(), {n}),
+  copy(session_.compute, facts, view(facts_.data(), {n}));
+  session_.compute.synchronize();
+  all_reduce_sum(*session_.groups.control, session_.host, view(facts_.data(), {n}),
                  view(gathered_.data(), {int64_t(ranks), n}));
   session_.exchange.take_seconds();
   Evaluation result;

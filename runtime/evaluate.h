@@ -53,7 +53,7 @@ class Evaluator {
   void cut_windows(int64_t limit);
   void cut_pieces();
   void fill(const Piece& piece);
-  double loss_of(const Piece& piece, RoutingFacts& routing);
+  void add_loss_of(const Piece& piece, RoutingFacts& routing);
 
   Session& session_;
   HeldOut held_out_;
@@ -62,7 +62,9 @@ class Evaluator {
   std::vector<Piece> pieces_;    // number p goes to rank p mod ranks
   std::vector<int32_t> ids_, targets_, line_;
   std::vector<uint8_t> starts_;
-  std::vector<double> facts_, gathered_;
+  std::vector<double> facts_, gathered_;  // the sum of losses, and choices by router and expert
+  Buffer device_facts_;  // the same where the model works, and RoutingFacts::sums
+  Tensor loss_sum_;
   int64_t predicted_ = 0;
 };
 

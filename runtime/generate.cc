@@ -41,20 +41,23 @@ int32_t Sampler::choose(const float* logits, uint64_t index) {
 }
 
 Decoder::Decoder(Session& session, int64_t most_tokens)
-    : session_(session), states_(Arena::measure("state")), most_tokens_(most_tokens) {
+    : session_(session),
+      states_(Arena::measure("state")),
+      most_tokens_(most_tokens),
+      mirror_(session.groups.device) {
   const ModelSizes& sizes = session.model.sizes();
   check(sizes.learned_positions == 0 || most_tokens <= sizes.learned_positions,
         "the model has learned ", sizes.learned_positions, " positions (train.sequence_length), ",
         most_tokens, " tokens are asked for; ask for fewer, or take a model with other positions");
   take_states();
-  states_ = Arena("state", DeviceKind::cpu, states_.peak());
+  states_ = Arena("state", session.groups.device, states_.peak());
   reset();
-  logits_ = Buffer(DeviceKind::cpu, sizes.V * 4);
+  logits_ = Buffer(session.groups.device, sizes.V * 4);
 }
 
 void Decoder::take_states() {
-  before_ = session_.model.take_states(states_, 1);
-  after_ = session_.model.take_states(states_, 1);
+  before_ = session_.model.take_states(session_.compute, states_, 1);
+  after_ = session_.model.take_states(session_.compute, states_, 1);
   caches_ = session_.model.take_caches(states_, 1, most_tokens_);
 }
 
@@ -72,12 +75,14 @@ const float* Decoder::feed_piece(std::span<const int32_t> ids) {
   step.final = &after_;
   step.caches = &caches_;
   step.position = position_;
-  session_.model.forward(step, view(ids_.data(), {T}), session_.saved, nullptr);
-  session_.model.logits(step, session_.saved.x.row_range(T - 1, T),
-                        view(logits_.data(), {1, session_.model.sizes().V}, DType::f32));
+  const Tensor logits = view(logits_, 0, {1, session_.model.sizes().V}, DType::f32);
+  const Tensor tokens = session_.upload(step, view(ids_.data(), {T}));
+  session_.model.forward(step, tokens, session_.saved, nullptr);
+  session_.model.logits(step, session_.saved.x.row_range(T - 1, T), logits);
   std::swap(before_, after_);
   position_ += T;
-  return reinterpret_cast<const float*>(logits_.data());
+  session_.compute.synchronize();
+  return mirror_.read(logits).as<float>();
 }
 
 const float* Decoder::feed(std::span<const int32_t> ids) {
@@ -138,7 +143,7 @@ std::string generate(Session& session, const Tokenizer& tokenizer, std::string_v
   for (int64_t i = 0; i < options.tokens; ++i) {
     // Everybody follows rank 0: rows may be rounded differently where their neighbours differ.
     const int32_t own = sampler.choose(logits, uint64_t(i));
-    control.all_gather(session.compute, &own, tokens.data(), 4);
+    control.all_gather(session.host, &own, tokens.data(), 4);
     const int32_t token = tokens[0];
     if (token == tokenizer.end_of_document()) break;
     text.add(token);

@@ -2,6 +2,7 @@
 #include <functional>
 #include <string>
 
+#include "core/host_mirror.h"
 #include "runtime/session.h"
 #include "runtime/tokenizer.h"
 
@@ -49,6 +50,7 @@ class Decoder {
   int64_t most_tokens_, position_ = 0;
   std::vector<int32_t> ids_;
   Buffer logits_;
+  HostMirror mirror_;
 };
 
 // Text of tokens as they come: every token is decoded once, and what has been shown ends with a

@@ -39,7 +39,7 @@ ListedCheckpoint look_at(const std::string& folder, const std::string& name) {
   if (listed.kind != NameKind::checkpoint) return listed;
   try {
     const Checkpoint checkpoint(path);
-    const CheckpointManifest& m = checkpoint.manifest();
+    const CheckpointManifest& m = checkpoint.manifest().facts();
     listed.ranks = m.ranks();
     listed.expert_ranks = m.expert_ranks();
     listed.experts = m.experts();
@@ -83,14 +83,8 @@ class Comparison {
   std::vector<float> values_a_, values_b_;
 };
 
-Shape shape_of(const CheckpointManifest::Tensor& tensor) {
-  Shape shape;
-  for (int64_t extent : tensor.shape()) shape.extents[shape.dims++] = extent;
-  return shape;
-}
-
-bool has(const CheckpointManifest::Tensor& tensor, StateKind kind) {
-  return kind == StateKind::value || tensor.exp_avg_size() > 0;
+bool has(const Manifest::Tensor& tensor, StateKind kind) {
+  return kind == StateKind::value || !tensor.exp_avg().empty();
 }
 
 }  // namespace
@@ -143,7 +137,7 @@ CheckpointDifference compare_checkpoints(const Checkpoint& a, const Checkpoint& 
     for (const auto& tensor : checkpoint->manifest().tensors()) names.insert(tensor.name());
   Comparison comparison(a, b);
   for (const std::string& name : names) {
-    const auto *of_a = a.find(name), *of_b = b.find(name);
+    const auto of_a = a.find(name), of_b = b.find(name);
     const auto object = [&](StateKind kind, const std::string& problem) {
       difference.tensors.push_back({.name = name, .kind = kind, .problem = problem});
     };
@@ -151,10 +145,10 @@ CheckpointDifference compare_checkpoints(const Checkpoint& a, const Checkpoint& 
       object(StateKind::value, of_a ? "only in A" : "only in B");
       continue;
     }
-    const Shape shape = shape_of(*of_a);
-    if (!(shape == shape_of(*of_b))) {
+    const Shape shape = of_a->shape();
+    if (!(shape == of_b->shape())) {
       object(StateKind::value,
-             concat(to_string(shape), " in A, ", to_string(shape_of(*of_b)), " in B"));
+             concat(to_string(shape), " in A, ", to_string(of_b->shape()), " in B"));
       continue;
     }
     for (StateKind kind : {StateKind::value, StateKind::exp_avg, StateKind::exp_avg_sq}) {

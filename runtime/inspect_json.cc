@@ -19,7 +19,7 @@ Json number(double value) {
   return std::isfinite(value) ? Json(value) : Json(nullptr);
 }
 
-Json pieces_json(const CheckpointManifest& manifest, const auto& pieces) {
+Json pieces_json(const Manifest& manifest, const Manifest::Pieces& pieces) {
   Json list = Json::array();
   for (const auto& piece : pieces)
     list.push_back({{"begin", piece.begin()},
@@ -29,11 +29,11 @@ Json pieces_json(const CheckpointManifest& manifest, const auto& pieces) {
   return list;
 }
 
-Json tensors_json(const CheckpointManifest& manifest) {
+Json tensors_json(const Manifest& manifest) {
   Json list = Json::array();
   for (const auto& tensor : manifest.tensors()) {
     Json shape = Json::array();
-    for (int64_t extent : tensor.shape()) shape.push_back(extent);
+    for (int d = 0; d < tensor.shape().dims; ++d) shape.push_back(tensor.shape()[d]);
     list.push_back({{"name", tensor.name()},
                     {"shape", shape},
                     {"value", pieces_json(manifest, tensor.value())},
@@ -68,9 +68,9 @@ std::string list_json(const std::string& run, const std::vector<ListedCheckpoint
 }
 
 std::string show_json(const Checkpoint& checkpoint, bool tensors) {
-  const CheckpointManifest& m = checkpoint.manifest();
+  const CheckpointManifest& m = checkpoint.manifest().facts();
   Json files = Json::array();
-  for (const auto& file : m.files())
+  for (const auto& file : checkpoint.manifest().files())
     files.push_back(
         {{"name", file.name()}, {"bytes", file.bytes()}, {"sha256", hex_of_bytes(file.sha256())}});
   Json json = {{"path", checkpoint.path()},
@@ -89,8 +89,8 @@ std::string show_json(const Checkpoint& checkpoint, bool tensors) {
                {"build", m.build()},
                {"config", m.config()},
                {"files", files},
-               {"tensor_count", m.tensors_size()}};
-  if (tensors) json["tensors"] = tensors_json(m);
+               {"tensor_count", checkpoint.manifest().tensors_size()}};
+  if (tensors) json["tensors"] = tensors_json(checkpoint.manifest());
   return text_of(json);
 }
 

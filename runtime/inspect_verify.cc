@@ -18,8 +18,6 @@ namespace fs = std::filesystem;
 constexpr size_t kMostProblems = 1000;
 constexpr size_t kChunk = 1 << 20;  // bytes read at once
 
-using Piece = CheckpointManifest::Piece;
-
 // One checkpoint under examination: every step notes its problems and the next one goes on.
 class Examination {
  public:
@@ -67,23 +65,22 @@ class Examination {
     check(file.bytes() <= 64 << 20, path, ": ", file.bytes(), " bytes; a manifest is smaller");
     std::string bytes(size_t(file.bytes()), '\0');
     file.read_at(0, bytes.data(), bytes.size());
-    manifest_ = unseal(bytes, path);
-    verdict_.step = manifest_.step();
+    manifest_ = unseal(std::move(bytes), path);
+    verdict_.step = manifest_.facts().step();
     verdict_.files = manifest_.files_size();
     verdict_.tensors = manifest_.tensors_size();
     verdict_.bytes = file.bytes();
     const auto step = step_of_name(fs::path(verdict_.path).lexically_normal().filename().string());
-    check(!step || *step == manifest_.step(), path, ": is of step ", manifest_.step());
+    check(!step || *step == verdict_.step, path, ": is of step ", verdict_.step);
   }
 
   // The manifest's pieces, by the file in which they lie.
   void cut_pieces() {
     of_file_.resize(size_t(manifest_.files_size()));
     for (const auto& tensor : manifest_.tensors()) {
-      StatePiece piece{.tensor = tensor.name()};
-      for (int64_t extent : tensor.shape()) piece.shape.extents[piece.shape.dims++] = extent;
-      const auto add = [&](StateKind kind, const auto& pieces) {
-        for (const Piece& part : pieces) {
+      StatePiece piece{.tensor = tensor.name(), .shape = tensor.shape()};
+      const auto add = [&](StateKind kind, const Manifest::Pieces& pieces) {
+        for (const Manifest::Piece& part : pieces) {
           piece.kind = kind;
           piece.begin = part.begin();
           piece.end = part.end();
@@ -96,7 +93,7 @@ class Examination {
     }
   }
 
-  void check_bytes(const CheckpointManifest::File& file) {
+  void check_bytes(const Manifest::File& file) {
     const InputFile there(path_of(file.name()));
     check(there.bytes() == file.bytes(), there.path(), ": ", there.bytes(), " bytes, expected ",
           file.bytes());
@@ -116,7 +113,7 @@ class Examination {
 
   // A shard's own header says what the manifest says of it.
   void check_shard(int index) {
-    const auto& file = manifest_.files(index);
+    const Manifest::File file = manifest_.files(index);
     const SafetensorsReader reader(path_of(file.name()));
     const auto& tensors = reader.tensors();
     const int64_t start = file.bytes() - (tensors.empty() ? 0 : tensors.back().end);
@@ -136,7 +133,7 @@ class Examination {
                name_of(expected.dtype), " ", to_string(expected.shape), " at byte ", offset);
     }
     const auto config = reader.metadata().find("config");
-    if (config != reader.metadata().end() && config->second != manifest_.config())
+    if (config != reader.metadata().end() && config->second != manifest_.facts().config())
       object(reader.path(), ": the settings in its header are not the manifest's");
   }
 
@@ -164,8 +161,9 @@ class Examination {
           hash += state_hash_of({part});
         });
     }
-    check(hash == manifest_.state_hash(), verdict_.path, ": its values and moments have the hash ",
-          state_hash_text(hash), ", the manifest says ", state_hash_text(manifest_.state_hash()));
+    const uint64_t said = manifest_.facts().state_hash();
+    check(hash == said, verdict_.path, ": its values and moments have the hash ",
+          state_hash_text(hash), ", the manifest says ", state_hash_text(said));
   }
 
   void note_strangers() {
@@ -173,15 +171,13 @@ class Examination {
     for (fs::directory_iterator at(verdict_.path, error), end; !error && at != end;
          at.increment(error)) {
       const std::string name = at->path().filename().string();
-      const bool known =
-          name == kManifestName ||
-          std::any_of(manifest_.files().begin(), manifest_.files().end(),
-                      [&](const CheckpointManifest::File& file) { return file.name() == name; });
+      bool known = name == kManifestName;
+      for (const auto& file : manifest_.files()) known = known || file.name_view() == name;
       if (!known) verdict_.notes.push_back(concat(path_of(name), ": not in the manifest"));
     }
   }
 
-  CheckpointManifest manifest_;
+  Manifest manifest_;
   CheckpointVerdict verdict_;
   std::vector<std::vector<std::pair<StatePiece, int64_t>>> of_file_;  // with the byte's offset
 };

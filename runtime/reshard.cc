@@ -31,9 +31,9 @@ class PlannedState {
 
 // Of the file that holds the first tensor's values.
 SafetensorsMetadata metadata_of(const Checkpoint& from, const std::string& config) {
-  const CheckpointManifest& m = from.manifest();
-  check(m.tensors_size() > 0 && m.tensors(0).value_size() > 0, from.path(), ": holds no tensors");
-  const std::string& name = m.files(m.tensors(0).value(0).file()).name();
+  const Manifest& m = from.manifest();
+  check(m.tensors_size() > 0 && !m.tensors(0).value().empty(), from.path(), ": holds no tensors");
+  const std::string name = m.files((*m.tensors(0).value().begin()).file()).name();
   SafetensorsMetadata metadata = SafetensorsReader(join_path(from.path(), name)).metadata();
   metadata["config"] = config;
   return metadata;
@@ -83,7 +83,6 @@ int64_t bytes_of(const Checkpoint& checkpoint) {
 std::string write_rank(FileSystem& files, const Checkpoint& from, const ReshardRequest& request,
                        const SafetensorsMetadata& metadata, const std::string& folder, int rank) {
   const PlannedState planned(request, rank);
-  const int ranks = request.layout.ranks();
   if (rank == 0) {
     const std::string other = from.differences(planned.store());
     check(other.empty(), from.path(), ": does not fit its own settings:", other);
@@ -94,13 +93,9 @@ std::string write_rank(FileSystem& files, const Checkpoint& from, const ReshardR
     from.read(part);
     hash += state_hash_of({part});
   };
-  std::vector<StatePiece> values, moments;
-  for (const StatePiece& piece : written_pieces(planned.store()))
-    (piece.kind == StateKind::value ? values : moments).push_back(piece);
-  if (!values.empty())
-    write_shard(files, folder, shard_name("model", rank, ranks), values, metadata, read, report);
-  if (!moments.empty())
-    write_shard(files, folder, shard_name("optimizer", rank, ranks), moments, {}, read, report);
+  for (const Shard& shard :
+       shards_of(written_pieces(planned.store()), rank, request.layout.ranks(), metadata))
+    write_shard(files, folder, shard, read, report);
   report.set_state_hash(hash);
   return report.SerializeAsString();
 }
@@ -110,10 +105,10 @@ void copy_others(FileSystem& files, const Checkpoint& from, const std::string& f
                  ShardReport& report) {
   std::vector<bool> holds_pieces(size_t(from.manifest().files_size()));
   for (const auto& tensor : from.manifest().tensors())
-    for (const auto* pieces : {&tensor.value(), &tensor.exp_avg(), &tensor.exp_avg_sq()})
-      for (const auto& piece : *pieces) holds_pieces[size_t(piece.file())] = true;
+    for (const auto& pieces : {tensor.value(), tensor.exp_avg(), tensor.exp_avg_sq()})
+      for (const auto& piece : pieces) holds_pieces[size_t(piece.file())] = true;
   for (size_t i = 0; i < holds_pieces.size(); ++i) {
-    const std::string& name = from.manifest().files(int(i)).name();
+    const std::string name = from.manifest().files(int(i)).name();
     if (!holds_pieces[i] && name != kIndexName)
       write_small_file(files, folder, name, read_file(join_path(from.path(), name)), report);
   }
@@ -121,8 +116,9 @@ void copy_others(FileSystem& files, const Checkpoint& from, const std::string& f
 
 void check_name(const Checkpoint& from, const std::string& output) {
   const auto step = step_of_name(std::filesystem::path(output).filename().string());
-  check(!step || *step == from.manifest().step(), output, ": is the name of a checkpoint of step ",
-        step.value_or(0), ", this one is of step ", from.manifest().step());
+  const int64_t own = from.manifest().facts().step();
+  check(!step || *step == own, output, ": is the name of a checkpoint of step ", step.value_or(0),
+        ", this one is of step ", own);
 }
 
 }  // namespace
@@ -135,18 +131,16 @@ void reshard(FileSystem& files, const Checkpoint& from, const ReshardRequest& re
   std::vector<std::string> reports;
   for (int rank = 0; rank < request.layout.ranks(); ++rank)
     reports.push_back(write_rank(files, from, request, metadata, folder.path(), rank));
-  CheckpointManifest manifest = from.manifest();
-  manifest.clear_files();
-  manifest.clear_tensors();
+  CheckpointManifest manifest = from.manifest().facts();
   manifest.clear_state_hash();
   manifest.set_format(kManifestFormat);
   manifest.set_ranks(request.layout.ranks());
   manifest.set_expert_ranks(request.layout.expert_size());
   manifest.set_config(request.config);
   merge_reports(reports, manifest);
-  check(manifest.state_hash() == from.manifest().state_hash(), from.path(),
+  check(manifest.state_hash() == from.manifest().facts().state_hash(), from.path(),
         ": what was read has the hash ", state_hash_text(manifest.state_hash()),
-        ", what was saved ", state_hash_text(from.manifest().state_hash()));
+        ", what was saved ", state_hash_text(from.manifest().facts().state_hash()));
   ShardReport small, unused;
   write_small_file(files, folder.path(), kIndexName, weights_index(manifest), small);
   copy_others(files, from, folder.path(), small);
@@ -160,7 +154,7 @@ void reshard(FileSystem& files, const Checkpoint& from, const ReshardRequest& re
 void export_weights(FileSystem& files, const Checkpoint& from, const ReshardRequest& request) {
   from.verify_files();
   SafetensorsMetadata metadata = metadata_of(from, request.config);
-  metadata["step"] = std::to_string(from.manifest().step());
+  metadata["step"] = std::to_string(from.manifest().facts().step());
   metadata["format"] = "pt";
   const PlannedState planned({.output = request.output,
                               .layout = RankLayout(1, 1, request.layout.experts()),
@@ -172,7 +166,8 @@ void export_weights(FileSystem& files, const Checkpoint& from, const ReshardRequ
   NewFolder folder(files, request.output, bytes_of(from) / 3);
   ShardReport unused;
   write_shard(
-      files, folder.path(), "model.safetensors", held_values(planned.store()), metadata,
+      files, folder.path(),
+      {.name = "model.safetensors", .pieces = held_values(planned.store()), .metadata = metadata},
       [&](const StatePiece& part) { from.read(part); }, unused);
   folder.commit();
 }

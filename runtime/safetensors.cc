@@ -3,8 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <numeric>
+#include <tuple>
+#include <utility>
 
 #include "core/error.h"
+#include "runtime/json_reader.h"
 
 namespace moemamba {
 namespace {
@@ -13,6 +17,8 @@ using Json = nlohmann::json;
 
 constexpr int64_t kLargestHeader = 100'000'000;  // as the reference implementation
 constexpr int64_t kAlignment = 64;
+constexpr size_t kLongestName = 1000;  // bytes, of a tensor or of a text of the metadata
+constexpr size_t kMostTexts = 100;     // of the metadata; a map's entry is larger than its text
 
 struct DTypeName {
   DType dtype;
@@ -28,139 +34,91 @@ const char* stored_name(DType dtype) {
   return "?";
 }
 
-DType parse_dtype(const std::string& name, const std::string& where) {
-  for (const auto& entry : kDTypeNames)
-    if (name == entry.name) return entry.dtype;
-  throw Error(
-      concat(where, ": dtype ", name, " is not known; expected F32, BF16, F64, I32, I64, U8"));
-}
-
-// Takes a header apart while it is read (an interface of nlohmann-json): what does not belong there
-// is an Error at once, so that no header can make the reader hold much more than itself.
-class HeaderReader {
+// Takes a header apart. Nothing is kept: whoever asks for entries says what becomes of them.
+class HeaderWalk {
  public:
-  HeaderReader(const std::string& path, std::vector<StoredTensor>& tensors,
-               SafetensorsMetadata& metadata)
-      : path_(path), tensors_(tensors), metadata_(metadata) {}
+  HeaderWalk(std::string_view text, const std::string& path) : path_(path), json_(text, path) {}
 
-  bool start_object(size_t) {
-    if (place_ == Place::outside) return go(Place::root);
-    if (place_ != Place::root) refuse("an object");
-    if (name_ == "__metadata__") return go(Place::metadata);
-    tensor_ = {.name = name_};
-    seen_dtype_ = seen_shape_ = seen_offsets_ = false;
-    return go(Place::tensor);
-  }
-  bool key(std::string& name) {
-    if (place_ == Place::root) {
-      check(name != "__metadata__" || !seen_metadata_, path_,
-            ": damaged header: __metadata__ appears twice");
-      seen_metadata_ = seen_metadata_ || name == "__metadata__";
-      name_ = std::move(name);
-      return true;
-    }
-    key_ = std::move(name);
-    if (place_ == Place::metadata) return true;
-    bool& seen = key_ == "dtype"          ? seen_dtype_
-                 : key_ == "shape"        ? seen_shape_
-                 : key_ == "data_offsets" ? seen_offsets_
-                                          : always_;
-    check(!seen, where(), ": expected dtype, shape and data_offsets, once each, nothing else");
-    seen = true;
-    return true;
-  }
-  bool start_array(size_t) {
-    if (place_ != Place::tensor || key_ == "dtype") refuse("a list");
-    offsets_ = 0;
-    return go(key_ == "shape" ? Place::shape : Place::offsets);
-  }
-  bool number_unsigned(uint64_t value) {
-    check(value < (uint64_t{1} << 62), where(), ": expected an integer from 0 to 2^62 - 1");
-    if (place_ == Place::shape) {
-      check(tensor_.shape.dims < 4, where(), ": expected a shape of at most 4 dims");
-      tensor_.shape.extents[tensor_.shape.dims++] = int64_t(value);
-    } else if (place_ == Place::offsets) {
-      check(offsets_ < 2, where(), ": expected two data_offsets");
-      (offsets_++ == 0 ? tensor_.begin : tensor_.end) = int64_t(value);
-    } else {
-      refuse("a number");
-    }
-    return true;
-  }
-  bool string(std::string& text) {
-    if (place_ == Place::tensor && key_ == "dtype") {
-      tensor_.dtype = parse_dtype(text, where());
-      return true;
-    }
-    if (place_ != Place::metadata) refuse("a text");
-    check(metadata_.emplace(key_, std::move(text)).second, path_, ": __metadata__: ", key_,
-          " appears twice");
-    return true;
-  }
-  bool end_array() {
-    check(place_ == Place::shape || offsets_ == 2, where(), ": expected two data_offsets");
-    return go(Place::tensor);
-  }
-  bool end_object() {
-    if (place_ == Place::tensor) add_tensor();
-    return go(place_ == Place::root ? Place::outside : Place::root);
-  }
-  bool null() { return refuse("null"); }
-  bool boolean(bool) { return refuse("true or false"); }
-  bool number_integer(int64_t) { return refuse("a number below 0"); }
-  bool number_float(double, const std::string&) { return refuse("a fraction"); }
-  bool binary(Json::binary_t&) { return refuse("bytes"); }
-  template <class Problem>
-  bool parse_error(size_t at, const std::string&, const Problem&) {
-    throw Error(concat(path_, ": damaged header: no JSON at its byte ", at));
+  void walk(FunctionRef<void(StoredTensor&&)> tensor,
+            FunctionRef<void(std::string_view key, std::string_view text)> metadata) {
+    bool seen_metadata = false;
+    json_.object([&](std::string_view key) {
+      check(key.size() <= kLongestName, path_, ": damaged header: a name of ", key.size(),
+            " bytes; expected at most ", kLongestName);
+      std::string name = unescaped(key);
+      if (name == "__metadata__") {
+        check(!std::exchange(seen_metadata, true), path_,
+              ": damaged header: __metadata__ appears twice");
+        json_.call(path_ + ": __metadata__");
+        json_.object([&](std::string_view text) { metadata(text, json_.string()); });
+      } else {
+        json_.call(path_ + ": " + name);
+        tensor(read_tensor(std::move(name)));
+      }
+      json_.call(path_);
+    });
+    json_.end();
   }
 
  private:
-  enum class Place { outside, root, metadata, tensor, shape, offsets };
-
-  bool go(Place place) {
-    place_ = place;
-    return true;
+  StoredTensor read_tensor(std::string name) {
+    StoredTensor tensor{.name = std::move(name)};
+    bool seen[3] = {};
+    json_.object([&](std::string_view key) {
+      const int field = key == "dtype" ? 0 : key == "shape" ? 1 : key == "data_offsets" ? 2 : -1;
+      check(field >= 0 && !std::exchange(seen[field], true), path_, ": ", tensor.name,
+            ": expected dtype, shape and data_offsets, once each, nothing else");
+      if (field == 0) tensor.dtype = read_dtype(tensor);
+      if (field == 1) read_shape(tensor);
+      if (field == 2) read_offsets(tensor);
+    });
+    check(seen[0] && seen[1] && seen[2], path_, ": ", tensor.name,
+          ": expected dtype, shape and data_offsets");
+    check_bytes(tensor);
+    return tensor;
   }
-  std::string where() const { return path_ + ": " + name_; }
-  [[noreturn]] bool refuse(const char* found) const {
-    const char* expected = place_ == Place::outside    ? "a JSON object"
-                           : place_ == Place::root     ? "an object"
-                           : place_ == Place::metadata ? "text"
-                           : place_ != Place::tensor   ? "an integer from 0 to 2^62 - 1"
-                           : key_ == "dtype"           ? "a dtype"
-                                                       : "a list of integers";
-    throw Error(concat(where(), ": damaged header: expected ", expected, ", found ", found));
+  DType read_dtype(const StoredTensor& tensor) {
+    const std::string_view name = json_.string();
+    for (const auto& entry : kDTypeNames)
+      if (name == entry.name) return entry.dtype;
+    throw Error(concat(path_, ": ", tensor.name, ": dtype ", name.substr(0, 60),
+                       " is not known; expected F32, BF16, F64, I32, I64, U8"));
   }
-  void add_tensor() {
-    check(seen_dtype_ && seen_shape_ && seen_offsets_, where(),
-          ": expected dtype, shape and data_offsets, nothing else");
-    int64_t bytes = size_of(tensor_.dtype);
-    for (int d = 0; d < tensor_.shape.dims; ++d)
-      check(!__builtin_mul_overflow(bytes, tensor_.shape[d], &bytes), where(),
+  void read_shape(StoredTensor& tensor) {
+    json_.list([&] {
+      check(tensor.shape.dims < 4, path_, ": ", tensor.name, ": expected at most 4 dims");
+      tensor.shape.extents[size_t(tensor.shape.dims++)] = json_.integer();
+    });
+  }
+  void read_offsets(StoredTensor& tensor) {
+    int count = 0;
+    json_.list([&] {
+      const int64_t offset = json_.integer();
+      if (++count <= 2) (count == 1 ? tensor.begin : tensor.end) = offset;
+    });
+    check(count == 2, path_, ": ", tensor.name, ": expected two data_offsets, found ", count);
+  }
+  void check_bytes(const StoredTensor& tensor) const {
+    int64_t bytes = size_of(tensor.dtype);
+    for (int d = 0; d < tensor.shape.dims; ++d)
+      check(!__builtin_mul_overflow(bytes, tensor.shape[d], &bytes), path_, ": ", tensor.name,
             ": the shape is too large");
-    check(tensor_.begin <= tensor_.end && tensor_.end - tensor_.begin == bytes, where(), ": ",
-          stored_name(tensor_.dtype), to_string(tensor_.shape), " has ", bytes,
-          " bytes, its offsets say ", tensor_.begin, " to ", tensor_.end);
-    tensors_.push_back(std::move(tensor_));
+    check(tensor.begin <= tensor.end && tensor.end - tensor.begin == bytes, path_, ": ",
+          tensor.name, ": ", stored_name(tensor.dtype), to_string(tensor.shape), " has ", bytes,
+          " bytes, its offsets say ", tensor.begin, " to ", tensor.end);
   }
 
   const std::string& path_;
-  std::vector<StoredTensor>& tensors_;
-  SafetensorsMetadata& metadata_;
-  Place place_ = Place::outside;
-  std::string name_, key_;  // of the root's member, and within it
-  StoredTensor tensor_;
-  int offsets_ = 0;
-  bool seen_metadata_ = false, seen_dtype_ = false, seen_shape_ = false, seen_offsets_ = false;
-  bool always_ = true;
+  JsonReader json_;
 };
 
 // Sorts by place and checks that nothing overlaps and nothing is left out.
 void check_cover(std::vector<StoredTensor>& tensors, int64_t bytes, const std::string& path) {
-  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) {
-    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
-  });
+  const auto before = [](const StoredTensor& a, const StoredTensor& b) {
+    return std::tie(a.begin, a.end, a.name) < std::tie(b.begin, b.end, b.name);
+  };
+  if (!std::is_sorted(tensors.begin(), tensors.end(), before))  // sorted in place
+    std::sort(tensors.begin(), tensors.end(), before);
   int64_t end = 0;
   for (const StoredTensor& tensor : tensors) {
     check(tensor.begin == end, path, ": ", tensor.name, " begins at byte ", tensor.begin,
@@ -233,7 +191,8 @@ void SafetensorsWriter::commit() {
   file_.commit();
 }
 
-SafetensorsReader::SafetensorsReader(const std::string& path) : file_(path) {
+SafetensorsReader::SafetensorsReader(const std::string& path, Links links)
+    : file_(path, links) {
   const auto bytes = file_.bytes();
   check(bytes.size() >= 8, path, ": expected a safetensors file, found ", bytes.size(), " bytes");
   uint64_t length = 0;
@@ -245,17 +204,45 @@ SafetensorsReader::SafetensorsReader(const std::string& path) : file_(path) {
   start_ = 8 + int64_t(length);
   const std::string_view text = file_.text().substr(8, length);
   check(!text.empty() && text[0] == '{', path, ": damaged header: expected it to begin with {");
-  HeaderReader header(path, tensors_, metadata_);
-  Json::sax_parse(text.begin(), text.end(), &header);
+  read_header(text);
   check_cover(tensors_, int64_t(bytes.size()) - start_, path);
-  for (size_t i = 0; i < tensors_.size(); ++i)
-    check(by_name_.emplace(tensors_[i].name, i).second, path, ": damaged header: the name ",
-          tensors_[i].name, " appears twice");
+  index_names();
+}
+
+// Walks twice, first to count: so no memory is taken before the whole header is known to hold, and
+// then just enough. An entry has 50 bytes at least; in memory it takes 100 and its name.
+void SafetensorsReader::read_header(std::string_view text) {
+  size_t tensors = 0, texts = 0;
+  HeaderWalk(text, path()).walk([&](StoredTensor&&) { ++tensors; },
+                                [&](std::string_view key, std::string_view) {
+                                  check(key.size() <= kLongestName && ++texts <= kMostTexts, path(),
+                                        ": __metadata__: expected at most ", kMostTexts,
+                                        " texts with names of at most ", kLongestName, " bytes");
+                                });
+  tensors_.reserve(tensors);
+  HeaderWalk(text, path())
+      .walk([&](StoredTensor&& tensor) { tensors_.push_back(std::move(tensor)); },
+            [&](std::string_view key, std::string_view value) {
+              check(metadata_.emplace(unescaped(key), unescaped(value)).second, path(),
+                    ": __metadata__: ", key, " appears twice");
+            });
+}
+
+void SafetensorsReader::index_names() {
+  by_name_.resize(tensors_.size());
+  std::iota(by_name_.begin(), by_name_.end(), 0u);
+  std::sort(by_name_.begin(), by_name_.end(),
+            [&](uint32_t a, uint32_t b) { return tensors_[a].name < tensors_[b].name; });
+  for (size_t i = 1; i < by_name_.size(); ++i)
+    check(tensors_[by_name_[i - 1]].name != tensors_[by_name_[i]].name, path(),
+          ": damaged header: the name ", tensors_[by_name_[i]].name, " appears twice");
 }
 
 const StoredTensor* SafetensorsReader::find(const std::string& name) const {
-  const auto found = by_name_.find(name);
-  return found == by_name_.end() ? nullptr : &tensors_[found->second];
+  const auto found =
+      std::lower_bound(by_name_.begin(), by_name_.end(), name,
+                       [&](uint32_t at, const auto& text) { return tensors_[at].name < text; });
+  return found == by_name_.end() || tensors_[*found].name != name ? nullptr : &tensors_[*found];
 }
 
 const std::byte* SafetensorsReader::data(const StoredTensor& tensor) const {

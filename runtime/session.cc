@@ -41,9 +41,10 @@ std::string idle_ranks_warning(int64_t global_batch, int64_t routing_group, int 
 Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
                  int64_t length, double exchange_rows, Memory memory)
     : groups(groups),
-      compute(Stream::immediate(threads)),
-      communication(Stream::worker()),
-      store(groups),
+      compute(groups.device == DeviceKind::cuda ? Stream::cuda() : Stream::immediate(threads)),
+      communication(groups.device == DeviceKind::cuda ? Stream::cuda() : Stream::worker()),
+      host(Stream::immediate()),
+      store(groups, sizes.compute),
       model(sizes, store, groups.layout, groups.rank),
       saved(model.make_saved()),
       sequences(sequences),
@@ -55,7 +56,7 @@ Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, in
   store.allocate(memory);
   activation_bytes = measure(memory != Memory::values);
   if (memory != Memory::planned_training)
-    arena = Arena("activation", DeviceKind::cpu, activation_bytes);
+    arena = Arena("activation", groups.device, activation_bytes);
 }
 
 Step Session::begin(int64_t sequences, int64_t routing_group) {
@@ -67,8 +68,15 @@ Step Session::begin(int64_t sequences, int64_t routing_group) {
               .routing_groups = std::max<int64_t>(1, sequences / routing_group)};
 }
 
+Tensor Session::upload(Step& step, const Tensor& host) {
+  if (groups.device == DeviceKind::cpu) return host;
+  const Tensor there = step.arena.take(host.shape, host.dtype, "tokens");
+  copy(step.stream, host, there);
+  return there;
+}
+
 int64_t Session::measure(bool training) {
-  Stream dry = Stream::dry();
+  Stream dry = Stream::dry(groups.device);
   // Every sequence a routing group of its own: the most that the router's tables can take.
   Step step{.stream = dry,
             .arena = arena,
@@ -78,7 +86,11 @@ int64_t Session::measure(bool training) {
   const int64_t T = sequences * length;
   const Tensor ids = arena.take({T}, DType::i32);
   step.starts = arena.take({T}, DType::u8);
-  arena.give_back(0);  // these two live in buffers of their own
+  // A trainer has buffers for these, and so has the host; upload() takes them, and the targets.
+  if (training || groups.device == DeviceKind::cpu)
+    arena.give_back(0);
+  else
+    arena.take({T}, DType::i32);
   const Tensor loss = arena.take({T});
   model.forward(step, ids, saved, nullptr);
   model.loss(step, ids, loss, 1, training, saved);

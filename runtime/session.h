@@ -15,9 +15,12 @@ struct Session {
 
   // An empty step of `sequences` sequences over the arena, whose memory is free again.
   Step begin(int64_t sequences, int64_t routing_group);
+  // A host's tensor where the step's stream works, in memory of the arena: itself on the CPU.
+  Tensor upload(Step& step, const Tensor& host);
 
   ProcessGroups& groups;
   Stream compute, communication;
+  Stream host;  // runs at once: what `control` has to say, between tensors of the host
   ParameterStore store;
   LanguageModel model;
   LanguageModel::Saved saved;

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cmath>
 
+#include "kernels/pointwise.h"
+
 namespace moemamba {
 
 namespace {
@@ -14,7 +16,11 @@ double since(Clock::time_point start) {
 }
 
 // Facts of a step that all ranks add up, in this order; the choices per router and expert follow.
+// Balance to NaN are RoutingFacts::sums.
 enum Fact { kLoss, kBalance, kZ, kDropped, kNotANumber, kSquares, kStop, kFacts };
+
+// The host's side of a micro-batch: ids, targets, starts.
+int64_t slot_bytes(const StepBuffers& b) { return b.ids + b.targets + (b.starts + 15) / 16 * 16; }
 
 }  // namespace
 
@@ -80,19 +86,27 @@ Trainer::Trainer(ProcessGroups& groups, const TrainerOptions& options)
       optimizer_(options.optimizer, session_.store, buckets_),
       data_(options.data) {
   const int64_t choices = options.sizes.routers() * options.sizes.E;
+  const DeviceKind device = groups.device;
   const StepBuffers b = step_buffers(options, share_.micro_batch, groups.layout.ranks());
-  ids_ = Buffer(DeviceKind::cpu, b.ids);
-  targets_ = Buffer(DeviceKind::cpu, b.targets);
-  starts_ = Buffer(DeviceKind::cpu, b.starts);
-  facts_buffer_ = Buffer(DeviceKind::cpu, b.facts);
+  ids_ = Buffer(device, b.ids);
+  targets_ = Buffer(device, b.targets);
+  starts_ = Buffer(device, b.starts);
+  facts_buffer_ = Buffer(device, b.facts);
   gather_buffer_ = Buffer(DeviceKind::cpu, b.gathered);
-  small_ = Buffer(DeviceKind::cpu, b.small);
-  facts_tensor_ = view(facts_buffer_.data(), {kFacts + choices}, DType::f64);
-  verdict_ = view(small_.data(), {2}, DType::f32);
-  squares_ = view(small_.data() + 16, {1}, DType::f64);
-  facts_.counts.resize(size_t(choices));
+  small_ = Buffer(device, b.small);
+  facts_tensor_ = host_facts_ = view(facts_buffer_, 0, {kFacts + choices}, DType::f64);
+  verdict_ = host_verdict_ = view(small_, 0, {2}, DType::f32);
+  if (device == DeviceKind::cuda) {
+    staging_ = Buffer::staging(device, b.facts + 16 + 2 * slot_bytes(b));
+    host_facts_ = view(staging_.data(), {kFacts + choices}, DType::f64);
+    host_verdict_ = view(staging_.data() + b.facts, {2}, DType::f32);
+  }
+  routing_.sums = view(facts_buffer_, kBalance * 8, {4}, DType::f64);
+  if (choices > 0)
+    routing_.choices = view(facts_buffer_, kFacts * 8, {options.sizes.routers(), options.sizes.E},
+                            DType::f64);
   counts_.resize(size_t(choices));
-  session_.store.initialise(options.seed);
+  session_.store.initialise(options.seed, options.threads);
 }
 
 Trainer::~Trainer() {
@@ -103,6 +117,37 @@ Trainer::~Trainer() {
   }
 }
 
+Trainer::Tokens Trainer::device_tokens(int64_t tokens) const {
+  return {view(ids_, 0, {tokens}, DType::i32), view(targets_, 0, {tokens}, DType::i32),
+          view(starts_, 0, {tokens}, DType::u8)};
+}
+
+Trainer::Tokens Trainer::host_tokens(int64_t tokens, int slot) const {
+  if (!staging_.data()) return device_tokens(tokens);
+  const StepBuffers b =
+      step_buffers(options_, share_.micro_batch, session_.groups.layout.ranks());
+  std::byte* at = staging_.data() + b.facts + 16 + slot * slot_bytes(b);
+  return {view(at, {tokens}, DType::i32), view(at + b.ids, {tokens}, DType::i32),
+          view(at + b.ids + b.targets, {tokens}, DType::u8)};
+}
+
+// On a GPU the copies run behind the work before; a slot is filled again when its copy is done.
+Trainer::Tokens Trainer::fill_tokens(int64_t k, int64_t index, int64_t count) {
+  const int64_t tokens = count * options_.data.sequence_length;
+  const int64_t first = share_.first + index * share_.micro_batch;
+  const int slot = int((k * share_.micro_batches + index) % 2);
+  Stream::wait_on_host(uploaded_[slot]);
+  const Tokens host = host_tokens(tokens, slot), device = device_tokens(tokens);
+  data_.fill(k, first, count, host.ids.as<int32_t>(), host.targets.as<int32_t>(),
+             host.starts.as<uint8_t>());
+  if (!staging_.data()) return device;
+  copy(session_.compute, host.ids, device.ids);
+  copy(session_.compute, host.targets, device.targets);
+  copy(session_.compute, host.starts, device.starts);
+  uploaded_[slot] = session_.compute.record();
+  return device;
+}
+
 void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const int64_t L = options_.data.sequence_length;
   const int64_t before = index * share_.micro_batch;
@@ -111,49 +156,47 @@ void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const double groups = double(options_.data.global_batch / options_.routing_group);
   const double routers = double(std::max<int64_t>(1, options_.sizes.routers()));
   auto start = Clock::now();
-  auto* ids = reinterpret_cast<int32_t*>(ids_.data());
-  auto* targets = reinterpret_cast<int32_t*>(targets_.data());
-  auto* starts = reinterpret_cast<uint8_t*>(starts_.data());
-  data_.fill(k, share_.first + before, count, ids, targets, starts);
+  const Tokens tokens = fill_tokens(k, index, count);
   seconds.data += since(start);
 
   start = Clock::now();
   Step step = session_.begin(count, options_.routing_group);
-  step.facts = &facts_;
+  step.facts = &routing_;
   step.accumulate = index > 0;
-  if (options_.sizes.reset_at_documents) step.starts = view(starts, {count * L});
+  if (options_.sizes.reset_at_documents) step.starts = tokens.starts;
   step.balance_scale = float(options_.sizes.balance_loss / (groups * routers));
   step.z_scale = float(options_.sizes.z_loss / (groups * routers));
   const Tensor loss = step.arena.take({count * L}, DType::f32, "loss");
-  const Tensor id_tensor = view(ids, {count * L});
-  session_.model.forward(step, id_tensor, session_.saved, &buckets_);
-  session_.model.loss(step, view(targets, {count * L}), loss, float(1 / global_tokens), true,
-                      session_.saved);
-  for (int64_t t = 0; t < count * L; ++t) loss_sum_ += double(loss.as<float>()[t]);
+  session_.model.forward(step, tokens.ids, session_.saved, &buckets_);
+  session_.model.loss(step, tokens.targets, loss, float(1 / global_tokens), true, session_.saved);
+  run(step.stream, Sum{.x = loss, .sum = fact(kLoss), .accumulate = true});
   const double forward_exchange = session_.exchange.take_seconds();
   seconds.forward += since(start) - forward_exchange;
 
   start = Clock::now();
   const bool last = index + 1 == share_.micro_batches;
-  session_.model.backward(step, id_tensor, session_.saved, last ? &buckets_ : nullptr);
+  session_.model.backward(step, tokens.ids, session_.saved, last ? &buckets_ : nullptr);
   const double backward_exchange = session_.exchange.take_seconds();
   seconds.backward += since(start) - backward_exchange;
   seconds.exchange += forward_exchange + backward_exchange;
 }
 
+Tensor Trainer::fact(int which) const {
+  return view(facts_buffer_, which * 8, {1}, DType::f64);
+}
+
+// The one place where the host waits for a step's work: the facts of all ranks decide what the
+// optimizer does.
 void Trainer::share_facts(StepRecord& record) {
-  double* facts = facts_tensor_.as<double>();
-  facts[kLoss] = loss_sum_;
-  facts[kBalance] = facts_.balance;
-  facts[kZ] = facts_.z;
-  facts[kDropped] = facts_.dropped;
-  facts[kNotANumber] = facts_.not_a_number;
-  optimizer_.sum_of_squares(session_.compute, squares_);
-  facts[kSquares] = squares_.as<double>()[0];
+  optimizer_.sum_of_squares(session_.compute, fact(kSquares));
+  if (staging_.data()) {
+    copy(session_.compute, facts_tensor_, host_facts_);
+    session_.compute.synchronize();
+  }
+  double* facts = host_facts_.as<double>();
   facts[kStop] = stop_wanted_;
-  std::copy(facts_.counts.begin(), facts_.counts.end(), facts + kFacts);
-  all_reduce_sum(*session_.groups.control, session_.compute, facts_tensor_,
-                 view(gather_buffer_.data(), {session_.groups.layout.ranks(), facts_tensor_.cols()},
+  all_reduce_sum(*session_.groups.control, session_.host, host_facts_,
+                 view(gather_buffer_.data(), {session_.groups.layout.ranks(), host_facts_.cols()},
                       DType::f64));
   const double groups = double(options_.data.global_batch / options_.routing_group);
   const double routers = double(std::max<int64_t>(1, options_.sizes.routers()));
@@ -171,10 +214,11 @@ void Trainer::share_facts(StepRecord& record) {
 void Trainer::judge(StepRecord& record) {
   const double clip = options_.optimizer.grad_clip;
   const bool finite = std::isfinite(record.loss) && std::isfinite(record.grad_norm) &&
-                      facts_tensor_.as<double>()[kNotANumber] == 0;
-  float* verdict = verdict_.as<float>();
+                      host_facts_.as<double>()[kNotANumber] == 0;
+  float* verdict = host_verdict_.as<float>();
   verdict[0] = clip > 0 && record.grad_norm > clip ? float(clip / record.grad_norm) : 1.f;
   verdict[1] = finite ? 1.f : 0.f;
+  if (staging_.data()) copy(session_.compute, host_verdict_, verdict_);
   skipped_ = !finite;
 }
 
@@ -192,9 +236,7 @@ StepRecord Trainer::take_step(int64_t k) {
   StepRecord record;
   record.step = k;
   record.lr = learning_rate(options_.optimizer, k);
-  loss_sum_ = 0;
-  std::fill(facts_.counts.begin(), facts_.counts.end(), 0.0);
-  facts_.balance = facts_.z = facts_.dropped = facts_.not_a_number = 0;
+  fill_zero(session_.compute, facts_tensor_);
   for (int64_t i = 0; i < share_.micro_batches; ++i) micro_batch(k, i, record.seconds);
 
   auto phase = Clock::now();
@@ -204,7 +246,8 @@ StepRecord Trainer::take_step(int64_t k) {
   share_facts(record);
   judge(record);
   optimizer_.update(session_.compute, verdict_, k);
-  if (!skipped_) session_.model.balance_routers(counts_);
+  if (!skipped_) session_.model.balance_routers(session_.compute, counts_);
+  session_.store.values_changed();
   buckets_.gather_weights(session_.compute);
   record.seconds.optimizer = since(phase);
   record.tokens_per_second =

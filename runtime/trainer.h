@@ -63,7 +63,15 @@ class Trainer {
 
  private:
   StepRecord take_step(int64_t k);
+  // A micro-batch where the host writes it, and where the model reads it: the same on the CPU.
+  struct Tokens {
+    Tensor ids, targets, starts;
+  };
+  Tokens device_tokens(int64_t tokens) const;
+  Tokens host_tokens(int64_t tokens, int slot) const;
+  Tokens fill_tokens(int64_t k, int64_t index, int64_t count);
   void micro_batch(int64_t k, int64_t index, StepSeconds& seconds);
+  Tensor fact(int which) const;  // [1] f64, where the model works
   void share_facts(StepRecord& record);
   void judge(StepRecord& record);
 
@@ -74,9 +82,10 @@ class Trainer {
   Optimizer optimizer_;
   Batches data_;
   Buffer ids_, targets_, starts_, facts_buffer_, gather_buffer_, small_;
-  Tensor facts_tensor_, verdict_, squares_;
-  RoutingFacts facts_;
-  double loss_sum_ = 0;
+  Buffer staging_;  // of a GPU's trainer: the host's side of two micro-batches, facts and verdict
+  Event uploaded_[2];
+  Tensor facts_tensor_, host_facts_, verdict_, host_verdict_;
+  RoutingFacts routing_;
   std::vector<double> counts_;
   bool skipped_ = false, stop_wanted_ = false, stopping_ = false;
 };

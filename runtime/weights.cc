@@ -7,8 +7,10 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include "runtime/checkpoint_folder.h"
+#include "core/host_mirror.h"
+#include "runtime/checkpoint_parts.h"
 #include "runtime/safetensors.h"
+#include "runtime/weights_files.h"
 
 namespace moemamba {
 
@@ -21,7 +23,7 @@ std::string fresh_name(const std::string& folder) {
   return folder + ".tmp";
 }
 std::string old_name(const std::string& folder) {
-  return folder + ".old";
+  return old_weights(folder);
 }
 
 std::string shard_name(int shard, int shards) {
@@ -40,12 +42,13 @@ std::vector<NamedTensor> own_tensors(const ParameterStore& store, bool first) {
 }
 
 void write_shard(FileSystem& files, const std::string& path, const std::vector<NamedTensor>& own,
-                 const WeightsMetadata& metadata) {
+                 const WeightsMetadata& metadata, DeviceKind device) {
   std::vector<StoredTensor> stored;
   for (const NamedTensor& t : own)
     stored.push_back({.name = t.name, .dtype = DType::f32, .shape = t.value.shape});
   SafetensorsWriter writer(files, path, stored, metadata);
-  for (const NamedTensor& t : own) writer.write(t.value);
+  HostMirror mirror(device);
+  for (const NamedTensor& t : own) writer.write(mirror.read(t.value));
   writer.commit();
 }
 
@@ -62,50 +65,7 @@ void write_index(FileSystem& files, const std::string& folder, int shards) {
   nlohmann::ordered_json index;
   index["metadata"]["total_size"] = bytes;
   index["weight_map"] = map;
-  write_file(files, join_path(folder, "model.safetensors.index.json"), index.dump(1) + "\n");
-}
-
-// A crash between the two renames of save_weights leaves the weights before under their old name.
-std::string whole_folder(const std::string& folder) {
-  const std::string old = old_name(folder);
-  return !fs::exists(folder) && fs::is_directory(old) ? old : folder;
-}
-
-// The folder's files: a folder of weights, a run's folder, or one file.
-std::vector<SafetensorsReader> open_all(const std::string& path) {
-  std::vector<SafetensorsReader> readers;
-  if (fs::is_regular_file(path)) {
-    readers.emplace_back(path);
-    return readers;
-  }
-  const std::string inner = whole_folder(join_path(path, "weights"));
-  const std::vector<CheckpointPlace> checkpoints = list_checkpoints(path);
-  // A run that has not ended has its weights in checkpoints alone.
-  const std::string folder = fs::is_directory(inner) ? inner
-                             : !checkpoints.empty()  ? checkpoints.front().path
-                                                     : whole_folder(path);
-  const std::string index = join_path(folder, "model.safetensors.index.json");
-  if (!file_exists(index)) {
-    const std::string single = join_path(folder, "model.safetensors");
-    check(file_exists(single), path,
-          ": no weights here; expected a run's folder, a folder with "
-          "model.safetensors or model.safetensors.index.json, or a .safetensors file");
-    readers.emplace_back(single);
-    return readers;
-  }
-  std::map<std::string, bool> names;
-  const auto json = nlohmann::json::parse(read_file(index), nullptr, false);
-  check(json.is_object() && json.contains("weight_map") && json["weight_map"].is_object(), index,
-        ": not an index of safetensors files (no \"weight_map\")");
-  for (const auto& [tensor, file] : json["weight_map"].items()) {
-    check(file.is_string(), index, ": ", tensor, " has no file name");
-    names[file.get<std::string>()] = true;
-  }
-  for (const auto& [name, unused] : names) {
-    check(name.find('/') == std::string::npos, index, ": ", name, " leaves the folder");
-    readers.emplace_back(join_path(folder, name));
-  }
-  return readers;
+  write_file(files, join_path(folder, kIndexName), index.dump(1) + "\n");
 }
 
 using Found = std::map<std::string, std::pair<const SafetensorsReader*, const StoredTensor*>>;
@@ -210,7 +170,7 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
   const auto write_own = [&] {
     if (writes)
       write_shard(files, join_path(fresh, shard_name(shard, shards)),
-                  own_tensors(store, shard == 0), metadata);
+                  own_tensors(store, shard == 0), metadata, groups.device);
   };
   const auto finish = [&] {
     if (groups.rank != 0) return;
@@ -223,12 +183,12 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
 }
 
 WeightsMetadata read_weights_metadata(const std::string& path) {
-  return open_all(path).front().metadata();
+  return open_weights(path).front().metadata();
 }
 
 void load_weights(const std::string& path, const ParameterStore& store,
                   const ProcessGroups& groups) {
-  const std::vector<SafetensorsReader> readers = open_all(path);
+  const std::vector<SafetensorsReader> readers = open_weights(path);
   Found found;
   for (const SafetensorsReader& reader : readers)
     for (const StoredTensor& tensor : reader.tensors()) found[tensor.name] = {&reader, &tensor};
@@ -237,11 +197,14 @@ void load_weights(const std::string& path, const ParameterStore& store,
   if (text.size() > kMost) text = text.substr(0, text.rfind('\n', kMost)) + "\n  ... and more";
   check(text.empty(), path, ": these weights belong to another model:", text,
         "\nset model.* to the values in the config.textproto of the run that wrote them");
+  HostMirror mirror(groups.device);
   for (const NamedTensor& tensor : store.named_tensors()) {
     const auto& [reader, stored] = found.at(tensor.name);
-    Tensor value = tensor.value;
+    Tensor value = mirror.blank(tensor.value);
     value.shape = stored->shape;
     reader->read(*stored, value);
+    value.shape = tensor.value.shape;
+    mirror.write_back(value, tensor.value);
   }
 }
 

@@ -127,31 +127,34 @@ TEST(DiskError, AtAnySystemCallIsContained) {
   MemoryFolder folder("crash-faults");
   const std::string run = folder / "run";
   int64_t cases = 0, kept = 0;
-  for (const Fault& fault : kFaults)
-    for (int victim : {0, 1})
-      for (bool sticky : {false, true}) {
-        if (sticky && soak_seconds() == 0 && fault.error != ENOSPC) continue;
-        if (sticky && fault.error == EINTR) continue;  // no signal interrupts for ever
-        for (int64_t at = 0; at < 400 && !HasFailure(); ++at, ++cases) {
-          SCOPED_TRACE(concat(fault.name, " at call ", at, " of rank ", victim,
-                              sticky ? " and all later ones" : ""));
-          new_run(run);
-          injection.calls = 0, injection.at = at, injection.error = fault.error;
-          injection.sticky = sticky;
-          const auto verdicts = save({.run = run, .step = 2, .disks = [&](int rank) -> FileSystem& {
-                                        if (rank == victim)
-                                          injection.subject = std::this_thread::get_id();
-                                        injection.armed = true;
-                                        return plain_disk();
-                                      }});
-          injection.armed = false;
-          const bool reached = injection.calls > at;
-          EXPECT_TRUE((reached && fault.error != 0) || verdicts[0].empty()) << verdicts[0];
-          if (reached && fault.error == EINTR && verdicts[0].empty()) ++kept;
-          expect_contained(run, verdicts);
-          if (!reached) break;
+  // Whole blocks, and parts of them, which are written through the page cache.
+  for (size_t block : {kDirectBlock, kDirectBlock / 8})
+    for (const Fault& fault : kFaults)
+      for (int victim : {0, 1})
+        for (bool sticky : {false, true}) {
+          if (sticky && soak_seconds() == 0 && fault.error != ENOSPC) continue;
+          if (sticky && fault.error == EINTR) continue;  // no signal interrupts for ever
+          for (int64_t at = 0; at < 400 && !HasFailure(); ++at, ++cases) {
+            SCOPED_TRACE(concat(fault.name, " at call ", at, " of rank ", victim,
+                                sticky ? " and all later ones" : ""));
+            new_run(run);
+            injection.calls = 0, injection.at = at, injection.error = fault.error;
+            injection.sticky = sticky;
+            const auto disks = [&](int rank) -> FileSystem& {
+              if (rank == victim) injection.subject = std::this_thread::get_id();
+              injection.armed = true;
+              return plain_disk();
+            };
+            const auto verdicts =
+                save({.run = run, .step = 2, .disks = disks, .block_bytes = block});
+            injection.armed = false;
+            const bool reached = injection.calls > at;
+            EXPECT_TRUE((reached && fault.error != 0) || verdicts[0].empty()) << verdicts[0];
+            if (reached && fault.error == EINTR && verdicts[0].empty()) ++kept;
+            expect_contained(run, verdicts);
+            if (!reached) break;
+          }
         }
-      }
   EXPECT_GT(cases, 300);
   EXPECT_GT(kept, 0) << "no interrupted write went on";
   std::printf("P4: %lld faults at system calls (%lld interrupted ones went on)\n",

@@ -294,8 +294,9 @@ TEST(Kill, OfOneRankLeavesTheOldOrTheNewCheckpoint) {
             in_world(RankLayout(ranks, 1, kStateExperts), [&, victim = victim](ProcessGroups& g) {
               StateHolder holder(g);
               holder.fill(2);
-              CheckpointWriter writer(*disks[size_t(g.rank)], g, holder.store,
-                                      {.run = run, .generation = 0, .may_write = {}});
+              CheckpointWriter writer(
+                  *disks[size_t(g.rank)], g, holder.store,
+                  {.run = run, .generation = 0, .may_write = {}, .block_bytes = kDirectBlock});
               writer.stage();
               try {
                 EXPECT_EQ(writer.write(facts_of(2)), "");

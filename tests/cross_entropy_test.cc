@@ -18,12 +18,13 @@ struct Size {
 // One, primes, a whole number of vectors, more tokens than a tile (1024 at V = 50) and two tiles.
 constexpr Size kSizes[] = {{1, 1, 1}, {3, 7, 5}, {33, 64, 16}, {40, 257, 31}, {2049, 50, 7}};
 
-HeadCrossEntropy make(Case& c, Size s, bool gradients, bool accumulate = false) {
-  return {.x = c.normal({s.T, s.D}),
-          .weight = c.normal({s.V, s.D}),
+HeadCrossEntropy make(Case& c, Size s, bool gradients, bool accumulate = false,
+                      DType dtype = DType::f32) {
+  return {.x = c.normal({s.T, s.D}, 1, dtype),
+          .weight = c.normal({s.V, s.D}, 1, dtype),
           .targets = c.integers({s.T}, -1, s.V - 1),
           .loss = c.empty({s.T}),
-          .dx = gradients ? c.empty({s.T, s.D}) : Tensor{},
+          .dx = gradients ? c.empty({s.T, s.D}, dtype) : Tensor{},
           .dweight = !gradients   ? Tensor{}
                      : accumulate ? c.normal({s.V, s.D})
                                   : c.empty({s.V, s.D}),
@@ -63,6 +64,25 @@ TEST(HeadCrossEntropy, GivesTheSameLossWithoutGradients) {
     run(stream, with);
     run(stream, without);
     expect_same_bits(with.name, 0, without.loss, with.loss);
+  }
+}
+
+// Vocabularies on both sides of where the GPU takes larger blocks, whole packs of four and not; rows
+// on 16-byte borders (29 and 5, with gaps of 3 elements) and not.
+TEST(HeadCrossEntropy, BackendsAgree) {
+  for (Size s : {Size{3, 7, 5}, Size{7, 64, 16}, Size{40, 257, 31}, Size{372, 50, 7},
+                 Size{1134, 129, 29}, Size{5, 5003, 29}, Size{130, 4096, 64}, Size{9, 4100, 5}})
+    for (DType dtype : {DType::f32, DType::bf16})
+      for (int flags = 0; flags < 3; ++flags) {
+        Case c(10);
+        expect_backends_agree(make(c, s, flags > 0, flags > 1, dtype));
+      }
+}
+
+TEST(HeadCrossEntropy, BackendsAgreeOnMoreTokensThanAChunk) {
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    Case c(11);
+    expect_backends_agree(make(c, {1300, 50304, 5}, true, true, dtype));
   }
 }
 

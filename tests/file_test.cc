@@ -2,6 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <vector>
+
+#include "tests/support/checkpoint_cases.h"
 #include "tests/support/faulty_files.h"
 #include "tests/support/temporary_folder.h"
 
@@ -62,6 +66,51 @@ TEST(File, AppendsAndCutsBack) {
   file->write("3\n", 2);
   file->close();
   EXPECT_EQ(read_file(folder / "a"), "one\ntwo\n3\n");
+}
+
+// Memory that begins on a border of blocks.
+struct Aligned {
+  static constexpr size_t kBytes = 8 * kDirectBlock;
+  Aligned() : data(static_cast<char*>(std::aligned_alloc(kDirectBlock, kBytes))) {
+    for (size_t i = 0; i < kBytes; ++i) data[i] = char(i * 2654435761u >> 13);
+  }
+  ~Aligned() { std::free(data); }
+  char* data;
+};
+
+void expect_direct_files_are_the_same(const std::string& folder) {
+  const Aligned memory;
+  PosixFileSystem files;
+  // Lengths of the writes: whole blocks, a rest, then bytes that no longer lie on a border.
+  const std::vector<std::vector<size_t>> kinds = {{4 * kDirectBlock},
+                                                  {kDirectBlock, 2 * kDirectBlock},
+                                                  {1},
+                                                  {kDirectBlock + 1},
+                                                  {2 * kDirectBlock, 64},
+                                                  {64, 2 * kDirectBlock},
+                                                  {2 * kDirectBlock + 512, 7},
+                                                  {kDirectBlock - 1, 1, 2 * kDirectBlock}};
+  for (const std::vector<size_t>& kind : kinds) {
+    const std::string path = concat(folder, "/", &kind - kinds.data());
+    const auto file = files.open(path, OpenMode::create_direct);
+    size_t at = 0;
+    for (size_t bytes : kind) {
+      file->write(memory.data + at, bytes);
+      at += bytes;
+    }
+    file->sync();
+    file->close();
+    EXPECT_TRUE(read_file(path) == std::string_view(memory.data, at)) << path;
+    EXPECT_NE(message_of([&] { files.open(path, OpenMode::create_direct); }).find("exists"),
+              std::string::npos);
+  }
+}
+
+TEST(File, IsTheSamePastThePageCacheOrNot) {
+  const TemporaryFolder folder;
+  expect_direct_files_are_the_same(folder.path());
+  const MemoryFolder memory("file-test");  // where there is nothing else but the cache
+  expect_direct_files_are_the_same(memory.path());
 }
 
 TEST(File, SaysWhichFileAndWhy) {

@@ -32,6 +32,11 @@ Matmul make(Case& c, Size s, bool a_transposed, bool b_transposed, bool accumula
           .accumulate = accumulate};
 }
 
+// Normal numbers without gaps between the rows, so that rows begin where their width says.
+Tensor dense(Case& c, Shape shape, DType dtype) {
+  return c.normal({shape.elements()}, 1, dtype).reshaped(shape);
+}
+
 std::vector<double> sum_of(std::vector<double> a, const std::vector<double>& b) {
   for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
   return a;
@@ -48,6 +53,45 @@ TEST(Matmul, MatchesItsDefinition) {
       expect_backends_agree(op);
       expect_close("out", op.out, expected);
     }
+}
+
+// Of a, b and out: all alike; gradients of weights; the router's three products.
+constexpr DType kMixes[][3] = {{DType::bf16, DType::bf16, DType::bf16},
+                               {DType::bf16, DType::bf16, DType::f32},
+                               {DType::bf16, DType::f32, DType::f32},
+                               {DType::f32, DType::bf16, DType::f32},
+                               {DType::f32, DType::f32, DType::bf16}};
+
+TEST(Matmul, BackendsAgreeInEveryMixOfDTypes) {
+  for (Size s : kSizes)
+    for (const auto& [a, b, out] : kMixes)
+      for (int flags = 0; flags < 8; ++flags) {
+        Case c(10);
+        const bool a_transposed = flags & 1, b_transposed = flags & 2, accumulate = flags & 4;
+        expect_backends_agree(
+            Matmul{.a = c.normal(a_transposed ? Shape{s.K, s.M} : Shape{s.M, s.K}, 1, a),
+                   .b = c.normal(b_transposed ? Shape{s.N, s.K} : Shape{s.K, s.N}, 1, b),
+                   .out = accumulate ? c.normal({s.M, s.N}, 1, out) : c.empty({s.M, s.N}, out),
+                   .a_transposed = a_transposed,
+                   .b_transposed = b_transposed,
+                   .accumulate = accumulate});
+      }
+}
+
+// Lengths of sequences, and widths that are whole numbers of 16 bytes or not.
+TEST(Matmul, BackendsAgreeOnDenseRows) {
+  for (Size s : {Size{7, 64, 32}, Size{372, 96, 64}, Size{1134, 48, 341}, Size{64, 341, 8}})
+    for (DType dtype : {DType::f32, DType::bf16})
+      for (bool transposed : {false, true}) {
+        Case c(11);
+        expect_backends_agree(
+            Matmul{.a = dense(c, transposed ? Shape{s.K, s.M} : Shape{s.M, s.K}, dtype),
+                   .b = dense(c, transposed ? Shape{s.K, s.N} : Shape{s.N, s.K}, dtype),
+                   .out = dense(c, {s.M, s.N}, dtype),
+                   .a_transposed = transposed,
+                   .b_transposed = !transposed,
+                   .accumulate = transposed});
+      }
 }
 
 TEST(Matmul, ThreadsDoNotChangeBits) {
@@ -144,6 +188,65 @@ TEST(GroupedOuter, MatchesItsDefinition) {
       expect_threads_agree(op);
       expect_close("out", op.out, expected);
     }
+}
+
+// Fewer and more than a tile of the GPU's (128 x 256 x 64, 128 x 128 x 16), with and without rows
+// on 16-byte borders: gaps of 3 elements make 5 and 13 whole, and 64 odd.
+constexpr Size kWidths[] = {{1, 1, 1},   {0, 37, 11},   {130, 257, 13},
+                            {64, 64, 64}, {128, 264, 5}, {200, 513, 141}};
+
+TEST(GroupedMatmul, BackendsAgree) {
+  for (const Groups& groups : kGroups)
+    for (auto [unused, N, K] : kWidths)
+      for (DType dtype : {DType::f32, DType::bf16})
+        for (int flags = 0; flags < 4; ++flags) {
+          Case c(12);
+          const int64_t E = int64_t(groups.offsets.size()) - 1;
+          const bool b_transposed = flags & 1, gaps = flags & 2;
+          const Shape b = b_transposed ? Shape{E, N, K} : Shape{E, K, N};
+          expect_backends_agree(GroupedMatmul{
+              .a = gaps ? c.normal({groups.rows, K}, 1, dtype) : dense(c, {groups.rows, K}, dtype),
+              .b = gaps ? c.normal(b, 1, dtype) : dense(c, b, dtype),
+              .offsets = c.values({E + 1}, groups.offsets, DType::i32),
+              .out = c.zeros({groups.rows, N}, dtype),  // those past the end stay zeros
+              .b_transposed = b_transposed});
+        }
+}
+
+TEST(GroupedOuter, BackendsAgree) {
+  for (const Groups& groups : kGroups)
+    for (auto [M, N, unused] : kWidths)
+      for (DType dtype : {DType::f32, DType::bf16})
+        for (int flags = 0; flags < 4; ++flags) {
+          Case c(13);
+          const int64_t E = int64_t(groups.offsets.size()) - 1;
+          const bool accumulate = flags & 1, gaps = flags & 2;
+          const Shape a = {groups.rows, M}, b = {groups.rows, N};
+          expect_backends_agree(
+              GroupedOuter{.a = gaps ? c.normal(a, 1, dtype) : dense(c, a, dtype),
+                           .b = gaps ? c.normal(b, 1, dtype) : dense(c, b, dtype),
+                           .offsets = c.values({E + 1}, groups.offsets, DType::i32),
+                           .out = accumulate ? c.normal({E, M, N}) : c.empty({E, M, N}),
+                           .accumulate = accumulate});
+        }
+}
+
+// More groups than a block has threads, most of them of other sizes than their neighbours.
+TEST(GroupedMatmul, BackendsAgreeOnAThousandGroups) {
+  std::vector<double> offsets = {0};
+  for (int e = 0; e < 1024; ++e) offsets.push_back(offsets.back() + (e == 700 ? 300 : e % 4));
+  const auto R = int64_t(offsets.back());
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    Case c(14);
+    const Tensor groups = c.values({1025}, offsets, DType::i32);
+    const Tensor a = dense(c, {R, 16}, dtype), b = dense(c, {R, 24}, dtype);
+    expect_backends_agree(GroupedMatmul{.a = a,
+                                        .b = dense(c, {1024, 16, 24}, dtype),
+                                        .offsets = groups,
+                                        .out = c.zeros({R, 24}, dtype)});
+    expect_backends_agree(
+        GroupedOuter{.a = a, .b = b, .offsets = groups, .out = c.empty({1024, 16, 24})});
+  }
 }
 
 TEST(GroupedOuter, DefinitionIsTheGradientOfGroupedMatmul) {

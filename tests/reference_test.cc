@@ -8,9 +8,10 @@
 #include <filesystem>
 #include <fstream>
 
+#include "core/host_mirror.h"
 #include "runtime/safetensors.h"
 #include "runtime/trainer.h"
-#include "tests/support/cases.h"
+#include "tests/support/harness.h"
 #include "tests/support/in_world.h"
 #include "tests/support/temporary_folder.h"
 
@@ -108,7 +109,8 @@ std::map<std::string, Tensor> tensors_of(const ParameterStore& store, bool gradi
   return tensors;
 }
 
-void set_weights(const Fixture& fixture, const ParameterStore& store) {
+void set_weights(const Fixture& fixture, ParameterStore& store) {
+  HostMirror mirror(store.groups().device);
   const auto tensors = tensors_of(store, false);
   std::vector<std::string> own;
   for (const auto& [name, tensor] : tensors) own.push_back(name);
@@ -118,15 +120,19 @@ void set_weights(const Fixture& fixture, const ParameterStore& store) {
   for (const auto& [name, tensor] : tensors) {
     const std::vector<float> values = fixture.values<float>("init/" + name);
     ASSERT_EQ(int64_t(values.size()), tensor.elements()) << name;
-    std::copy(values.begin(), values.end(), static_cast<float*>(tensor.data));
+    const Tensor host = mirror.blank(tensor);
+    std::copy(values.begin(), values.end(), static_cast<float*>(host.data));
+    mirror.write_back(host, tensor);
   }
+  store.values_changed();
 }
 
 // The gradients of step 0, which the optimizer leaves alone on a single rank.
 void expect_gradients(const Fixture& fixture, const ParameterStore& store) {
+  HostMirror mirror(store.groups().device);
   for (const auto& [name, tensor] : tensors_of(store, true)) {
     const std::vector<float> expected = fixture.values<float>("grad/" + name);
-    const auto* found = static_cast<const float*>(tensor.data);
+    const auto* found = static_cast<const float*>(mirror.read(tensor).data);
     double norm = 0, difference = 0;
     for (size_t i = 0; i < expected.size(); ++i) {
       norm += double(expected[i]) * expected[i];
@@ -155,29 +161,34 @@ int64_t expect_choices(const Fixture& fixture, const LanguageModel::Saved& saved
   const std::vector<float> margins = fixture.values<float>("margins");
   int64_t compared = 0;
   const int64_t T = int64_t(margins.size()) / sizes.routers();
-  for (size_t r = 0; r < routers.size(); ++r)
+  HostMirror mirror(routers.empty() ? DeviceKind::cpu : routers[0]->expert.device);
+  for (size_t r = 0; r < routers.size(); ++r) {
+    const Tensor chosen = mirror.read(routers[r]->expert);
     for (int64_t t = 0; t < T; ++t) {
       if (margins[r * size_t(T) + size_t(t)] < kMargin) continue;
       ++compared;
       for (int64_t k = 0; k < sizes.K; ++k)
-        EXPECT_EQ(routers[r]->expert.row<int32_t>(t)[k],
+        EXPECT_EQ(chosen.row<int32_t>(t)[k],
                   expected[(r * size_t(T) + size_t(t)) * size_t(sizes.K) + size_t(k)])
             << "router " << r << ", token " << t << ", choice " << k;
     }
+  }
   return compared;
 }
 
-void expect_as_the_reference(const fs::path& path) {
+void expect_as_the_reference(const fs::path& path, DeviceKind device) {
   const Fixture fixture(path);
   TemporaryFolder folder;
   const TrainerOptions options = options_of(fixture, write_tokens(folder, fixture));
   in_world(RankLayout(1, 1, int(options.sizes.E)), [&](ProcessGroups& groups) {
+    groups.device = device;
     Trainer trainer(groups, options);
     ASSERT_NO_FATAL_FAILURE(set_weights(fixture, trainer.session().store));
     const std::vector<double> first = fixture.values<double>("loss0");
     const std::vector<double> losses = fixture.values<double>("losses");
     for (int64_t k = 0; k < int64_t(losses.size()); ++k) {
       const StepRecord record = trainer.step(k);
+      trainer.session().compute.synchronize();
       EXPECT_FALSE(trainer.skipped()) << "step " << k;
       if (k > 0) {
         EXPECT_NEAR(record.loss, losses[size_t(k)], kLossBound * losses[size_t(k)]) << "step " << k;
@@ -199,11 +210,20 @@ TEST(Reference, EverySystemTrainsAsPyTorchComputesIt) {
   int64_t count = 0;
   for (const fs::path& path : fixtures()) {
     SCOPED_TRACE(path.stem().string());
-    expect_as_the_reference(path);
+    expect_as_the_reference(path, DeviceKind::cpu);
     ++count;
   }
   EXPECT_GE(count, 30);
   RecordProperty("fixtures", int(count));
+}
+
+TEST(Reference, EverySystemTrainsOnTheGpuAsPyTorchComputesIt) {
+  if (!other_backend()) return;  // the last line says that nothing was compared
+  for (const fs::path& path : fixtures()) {
+    SCOPED_TRACE(path.stem().string());
+    expect_as_the_reference(path, DeviceKind::cuda);
+    count_comparison();
+  }
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ void load_at(const std::string& run, const ModelSizes& sizes, Place at, uint64_t
 int64_t expect_exact_cover(const std::string& path, uint64_t seed) {
   const Checkpoint checkpoint(path);
   checkpoint.verify_files();
-  const CheckpointManifest& m = checkpoint.manifest();
+  const Manifest& m = checkpoint.manifest();
   std::map<std::string, SafetensorsReader> shards;
   for (const auto& file : m.files())
     if (file.name().ends_with(".safetensors"))
@@ -134,8 +134,7 @@ int64_t expect_exact_cover(const std::string& path, uint64_t seed) {
   int64_t pieces = 0;
   std::set<std::pair<std::string, std::string>> used;
   for (const auto& tensor : m.tensors()) {
-    int64_t elements = 1;
-    for (int64_t extent : tensor.shape()) elements *= extent;
+    const int64_t elements = tensor.shape().elements();
     const auto cover = [&](const auto& list, StateKind kind) {
       std::vector<char> seen(static_cast<size_t>(elements));
       for (const auto& piece : list) {
@@ -160,7 +159,7 @@ int64_t expect_exact_cover(const std::string& path, uint64_t seed) {
       EXPECT_EQ(std::count(seen.begin(), seen.end(), 1), elements) << tensor.name();
     };
     cover(tensor.value(), StateKind::value);
-    if (tensor.exp_avg_size() == 0) continue;  // a state
+    if (tensor.exp_avg().empty()) continue;  // a state
     cover(tensor.exp_avg(), StateKind::exp_avg);
     cover(tensor.exp_avg_sq(), StateKind::exp_avg_sq);
   }
@@ -301,7 +300,7 @@ TEST(Reshard, AsynchronousSavesAreSynchronousOnesByteForByte) {
         for (const auto& entry : fs::directory_iterator(place.path)) {
           std::string content = read_file(entry.path().string());
           if (entry.path().filename() == kManifestName) {
-            CheckpointManifest manifest = unseal(content, "manifest");
+            CheckpointManifest manifest = whole_manifest(content);
             manifest.clear_run_id();  // of another run
             content = seal(manifest);
           }

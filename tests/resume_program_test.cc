@@ -59,7 +59,7 @@ TEST_F(Resume, AnotherFormatIsRefusedAndLeftAlone) {
   ASSERT_EQ(shell(train).code, 0);
   const std::string place = list_checkpoints(run()).front().path + "/" + kManifestName;
   const std::string content = read_file(place);
-  CheckpointManifest manifest = unseal(content, place);
+  CheckpointManifest manifest = whole_manifest(content);
   for (const auto& [format, text] :
        {std::pair(2,
                   "MANIFEST.pb: written in format 2, this program reads up to 1; take a newer "
@@ -87,7 +87,7 @@ TEST_F(Resume, TheCheckpointOfEveryFormatIsRead) {
   };
   const Checkpoint checkpoint(place);
   checkpoint.verify_files();
-  const CheckpointManifest& manifest = checkpoint.manifest();
+  const CheckpointManifest& manifest = checkpoint.manifest().facts();
   EXPECT_EQ(manifest.format(), 1);
   EXPECT_EQ(state_hash_text(hash_of_files(place)), value_of("state hash"));
   EXPECT_EQ(state_hash_text(manifest.state_hash()), value_of("state hash"));

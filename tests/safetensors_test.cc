@@ -155,6 +155,66 @@ TEST(Safetensors, RefusesHostileHeaders) {
             std::string::npos);
 }
 
+TEST(Safetensors, SaysWhatIsWrongWithAHeader) {
+  TemporaryFolder folder;
+  const auto entry = [](const std::string& name, const std::string& rest) {
+    return "{\"" + name + "\":{" + rest + "}}";
+  };
+  const std::string good = R"("dtype":"U8","shape":[10],"data_offsets":[0,10])";
+  std::string texts;
+  for (int i = 0; i <= 100; ++i) texts += concat(i ? "," : "", "\"", i, "\":\"\"");
+  const std::pair<std::string, std::string> cases[] = {
+      {entry("a", R"("dtype":"F99")"),
+       ": a: dtype F99 is not known; expected F32, BF16, F64, I32, I64, U8"},
+      {entry("a", R"("dtype":7)"), ": a: damaged: expected a text in quotes at byte 14, found '7'"},
+      {entry("a", R"("shape":[-1])"),
+       ": a: damaged: expected an integer from 0 to 2^62 - 1 at byte 15, found '-'"},
+      {entry("a", R"("shape":[1.5])"),
+       ": a: damaged: expected an integer from 0 to 2^62 - 1 at byte 15, found '1'"},
+      {entry("a", R"("shape":[1,1,1,1,1])"), ": a: expected at most 4 dims"},
+      {entry("a", R"("data_offsets":[1])"), ": a: expected two data_offsets, found 1"},
+      {entry("a", R"("more":1)"),
+       ": a: expected dtype, shape and data_offsets, once each, nothing else"},
+      {entry("a", R"("dtype":"U8")"), ": a: expected dtype, shape and data_offsets"},
+      {entry("a", R"("dtype":"U8","shape":[9],"data_offsets":[0,10])"),
+       ": a: U8[9] has 9 bytes, its offsets say 0 to 10"},
+      {entry(std::string(1001, 'n'), good), "a name of 1001 bytes; expected at most 1000"},
+      {"{\"__metadata__\":{" + texts + "}}",
+       ": __metadata__: expected at most 100 texts with names of at most 1000 bytes"},
+      {R"({"__metadata__":{},"__metadata__":{}})", "__metadata__ appears twice"},
+      {"{\"a\\uD800\":1}", ": damaged: expected two halves of a character after \\u at byte 3"},
+      {"{\"\xFF\":1}", ": damaged: expected UTF-8 at byte 2, found a byte 255"},
+      {entry("a", good) + "x", ": damaged: expected nothing more at byte 55, found 'x'"}};
+  for (const auto& [header, expected] : cases) {
+    const std::string path = folder.put("w", file_of(header, std::string(10, 'v')));
+    const std::string message = message_of([&] { SafetensorsReader reader(path); });
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+    EXPECT_EQ(message.find(path), 0u) << message;
+  }
+}
+
+TEST(Safetensors, ReadsEveryEscapeOfJson) {
+  TemporaryFolder folder;
+  const std::string path = folder.put(
+      "w", file_of(R"({"__metadata__":{"k\u0065y":"\"\\\/\b\f\n\r\t\u20AC\ud83d\ude00"},)"
+                   R"("\u0061":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
+                   "v"));
+  const SafetensorsReader reader(path);
+  EXPECT_NE(reader.find("a"), nullptr);
+  EXPECT_EQ(reader.metadata().at("key"), "\"\\/\b\f\n\r\t\xE2\x82\xAC\xF0\x9F\x98\x80");
+}
+
+TEST(Safetensors, FollowsALinkOnlyWhereItMay) {
+  TemporaryFolder folder;
+  folder.put("w", file_of(kTwo, std::string(10, 'v')));
+  std::filesystem::create_symlink("w", folder / "link");
+  EXPECT_NO_THROW(SafetensorsReader(folder / "link"));
+  EXPECT_NE(message_of([&] {
+              SafetensorsReader(folder / "link", Links::refused);
+            }).find("link: is a symlink; expected the file itself: copy what it points to (cp -L)"),
+            std::string::npos);
+}
+
 // Whatever happens to a byte of the header: an Error or a file whose tensors can be read.
 TEST(Safetensors, SurvivesDamageAnywhere) {
   TemporaryFolder folder;

@@ -11,6 +11,7 @@
 #include "core/random.h"
 #include "core/schema_parts.h"
 #include "launcher/run_config.pb.h"
+#include "tests/support/temporary_folder.h"
 
 namespace moemamba {
 namespace {
@@ -252,6 +253,30 @@ TEST(Schema, ResolvedTextReadsBackToItself) {
 }
 
 // Defaults obey the ranges beside them: what resolved_text() prints is legal.
+TEST(Schema, FilesThatAreNoSettingsAreNotReadWhole) {
+  TemporaryFolder folder;
+  RunConfig config;
+  Settings settings(config);
+  settings.read_file(folder.put("large", std::string((1 << 20) + 1, '#')));
+  settings.read_file(folder.put("full", std::string(1 << 20, '#')));
+  settings.read_file(folder.put("empty", ""));
+  ASSERT_EQ(settings.problems().size(), 1u);
+  EXPECT_EQ(settings.problems()[0],
+            folder / "large" + ": more than 1048576 bytes; is this the path of a settings file?");
+}
+
+// What reading keeps is as long as the text, not twice that.
+TEST(Schema, LongWordsAndTextsAreReadToTheirEnds) {
+  const std::string many(100000, 'x');
+  RunConfig config;
+  Settings settings(config);
+  settings.read_text("f", "run: \"" + many + "\\\"\" 'y'  init_from: \"a\\\\\"\n" + many + ": 1");
+  EXPECT_EQ(config.run(), many + "\"y");
+  EXPECT_EQ(config.init_from(), "a\\");
+  ASSERT_EQ(settings.problems().size(), 1u);
+  EXPECT_EQ(settings.problems()[0].substr(0, 8), "f:2:1: x");
+}
+
 TEST(Schema, DefaultsAreInRange) { EXPECT_NO_THROW(read(resolved_text(RunConfig()))); }
 
 TEST(Schema, PresetsAreValid) {

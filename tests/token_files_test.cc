@@ -157,6 +157,16 @@ TEST(TokenFiles, SurviveEveryChangedByteOfAnIndex) {
   }
 }
 
+// Users name these files, and link to data elsewhere; the files name no others.
+TEST(TokenFiles, MayBeLinks) {
+  TemporaryFolder folder;
+  folder.put("real.idx", kOldIndex);
+  folder.put("real.bin", kOldTokens);
+  for (const char* end : {".idx", ".bin"})
+    std::filesystem::create_symlink(std::string("real") + end, folder / (std::string("a") + end));
+  EXPECT_EQ(all_tokens(TokenFile(folder / "a")), (std::vector<int32_t>{1, 2, 3, 258}));
+}
+
 TEST(TokenFiles, WriterRefusesIdsOutsideTheVocabulary) {
   TemporaryFolder folder;
   PosixFileSystem files;

@@ -252,6 +252,33 @@ TEST(Weights, ThatAreNotThereOrNotWholeAreRefused) {
   EXPECT_NE(refusal(folder / "w", sizes).find("not an index"), std::string::npos);
 }
 
+TEST(Weights, OfAnIndexAreFilesOfItsFolder) {
+  TemporaryFolder folder;
+  const ModelSizes sizes = sizes_of(4);
+  save(folder / "w", sizes, 1, 1);
+  fs::rename(folder / "w/model.safetensors", folder / "outside");
+  fs::create_symlink("../outside", folder / "w/link");
+  const std::pair<const char*, const char*> cases[] = {
+      {"../outside", "the file ../outside leaves the folder; expected files beside the index"},
+      {"/etc/passwd", "leaves the folder"},
+      {"link", "w/link: is a symlink; expected the file itself: copy what it points to (cp -L)"},
+      {"..", "a file is called \"..\"; expected letters, digits, '.', '_' and '-', at most 128"},
+      {"link\\u0000", "a file is called"},
+      {"", "a file is called \"\""}};
+  for (const auto& [name, expected] : cases) {
+    folder.put("w/model.safetensors.index.json",
+               concat("{\"weight_map\": {\"a\": \"", name, "\"}}"));
+    const std::string message = refusal(folder / "w", sizes);
+    EXPECT_NE(message.find(expected), std::string::npos) << message;
+  }
+  folder.put("w/model.safetensors.index.json", "{\"weight_map\": {}}");
+  EXPECT_NE(refusal(folder / "w", sizes).find("expected \"weight_map\": {TENSOR: FILE, ...}"),
+            std::string::npos);
+  fs::remove(folder / "w/model.safetensors.index.json");  // what the user names may be a link
+  fs::create_symlink("../outside", folder / "w/model.safetensors");
+  EXPECT_NO_THROW(read_weights_metadata(folder / "w"));
+}
+
 // The disk fails at every operation in turn: what is then found is the old or the new weights.
 void expect_all_or_nothing(int ranks, int expert, bool replace) {
   const ModelSizes sizes = sizes_of(4);

@@ -22,7 +22,7 @@ Sizes check_inputs(const Op& op) {
   check(B >= 1 ? T % B == 0 : B == 0 && T == 0, "sequences must divide the T = ", T,
         " tokens, found ", B);
   check(W >= 1 && W <= kConvWidth, "weight[D, W]: W must be 1 .. ", kConvWidth, ", found ", W);
-  expect("x[T, D]", op.x, {T, D});
+  expect_real("x[T, D]", op.x);
   expect("weight[D, W]", op.weight, {D, W});
   expect("bias[D]", op.bias, {D});
   if (op.starts) expect("starts[T]", op.starts, {T}, DType::u8);
@@ -70,20 +70,20 @@ const ConvKernels& conv_kernels(SimdLevel level) {
 
 void ConvForward::check() const {
   const Sizes s = check_inputs(*this);
-  if (initial) expect("initial[B, W - 1, D]", initial, {s.B, s.W - 1, s.D});
-  expect("y[T, D]", y, {s.T, s.D});
-  if (final) expect("final[B, W - 1, D]", final, {s.B, s.W - 1, s.D});
+  if (initial) expect("initial[B, W - 1, D]", initial, {s.B, s.W - 1, s.D}, x.dtype);
+  expect("y[T, D]", y, {s.T, s.D}, x.dtype);
+  if (final) expect("final[B, W - 1, D]", final, {s.B, s.W - 1, s.D}, x.dtype);
 }
 
 void ConvBackward::check() const {
   const Sizes s = check_inputs(*this);
-  if (initial) expect("initial[B, W - 1, D]", initial, {s.B, s.W - 1, s.D});
-  expect("dy[T, D]", dy, {s.T, s.D});
-  if (dfinal) expect("dfinal[B, W - 1, D]", dfinal, {s.B, s.W - 1, s.D});
-  expect("dx[T, D]", dx, {s.T, s.D});
+  if (initial) expect("initial[B, W - 1, D]", initial, {s.B, s.W - 1, s.D}, x.dtype);
+  expect("dy[T, D]", dy, {s.T, s.D}, x.dtype);
+  if (dfinal) expect("dfinal[B, W - 1, D]", dfinal, {s.B, s.W - 1, s.D}, x.dtype);
+  expect("dx[T, D]", dx, {s.T, s.D}, x.dtype);
   expect("dweight[D, W]", dweight, {s.D, s.W});
   expect("dbias[D]", dbias, {s.D});
-  if (dinitial) expect("dinitial[B, W - 1, D]", dinitial, {s.B, s.W - 1, s.D});
+  if (dinitial) expect("dinitial[B, W - 1, D]", dinitial, {s.B, s.W - 1, s.D}, x.dtype);
 }
 
 void run_cpu(Stream& stream, const ConvForward& op, SimdLevel level) {

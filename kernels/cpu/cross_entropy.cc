@@ -93,6 +93,7 @@ void run_tile(Stream& stream, const HeadCrossEntropy& op, const Tile& tile, bool
 void HeadCrossEntropy::check() const {
   const auto [T, D] = dims<2>("x[T, D]", x);
   const auto [V, weight_cols] = dims<2>("weight[V, D]", weight);
+  expect_real("x[T, D]", x);
   expect("weight[V, D]", weight, {V, D}, x.dtype);
   expect("targets[T]", targets, {T}, DType::i32);
   expect("loss[T]", loss, {T});

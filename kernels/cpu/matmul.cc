@@ -73,8 +73,11 @@ void Matmul::check() const {
   const auto [b_rows, b_cols] = dims<2>("b[K, N]", b);
   const int64_t M = a_transposed ? a_cols : a_rows, K = a_transposed ? a_rows : a_cols;
   const int64_t N = b_transposed ? b_rows : b_cols;
-  expect("b[K, N]", b, b_transposed ? Shape{N, K} : Shape{K, N}, a.dtype);
+  expect("b[K, N]", b, b_transposed ? Shape{N, K} : Shape{K, N}, b.dtype);
   expect("out[M, N]", out, {M, N}, out.dtype);
+  expect_real("a[M, K]", a);
+  expect_real("b[K, N]", b);
+  expect_real("out[M, N]", out);
 }
 
 void run_cpu(Stream& stream, const Matmul& op) {
@@ -102,6 +105,7 @@ void GroupedMatmul::check() const {
   const auto [R, K] = dims<2>("a[R, K]", a);
   const auto [E, b_rows, b_cols] = dims<3>("b[E, K, N]", b);
   const int64_t N = b_transposed ? b_rows : b_cols;
+  expect_real("a[R, K]", a);
   expect("b[E, K, N]", b, b_transposed ? Shape{E, N, K} : Shape{E, K, N}, a.dtype);
   expect("offsets[E + 1]", offsets, {E + 1}, DType::i32);
   expect("out[R, N]", out, {R, N}, a.dtype);
@@ -139,6 +143,7 @@ void GroupedOuter::check() const {
   const auto [R, M] = dims<2>("a[R, M]", a);
   const auto [E, out_rows, out_cols] = dims<3>("out[E, M, N]", out);
   const auto [b_rows, N] = dims<2>("b[R, N]", b);
+  expect_real("a[R, M]", a);
   expect("b[R, N]", b, {R, N}, a.dtype);
   expect("offsets[E + 1]", offsets, {E + 1}, DType::i32);
   expect("out[E, M, N]", out, {E, M, N});

@@ -172,6 +172,7 @@ void Permute::check() const {
   moemamba::check(top_k >= 1, "top_k must be at least 1, found ", top_k);
   moemamba::check(offsets.shape.dims == 1 && offsets.cols() >= 1,
                   "offsets[E + 1] must have one dim, found ", to_string(offsets.shape));
+  expect_real("x[T, D]", x);
   expect("source[R]", source, {R}, DType::i32);
   expect("offsets[E + 1]", offsets, offsets.shape, DType::i32);
   expect("rows[R, D]", rows, {R, D}, x.dtype);
@@ -220,7 +221,7 @@ void PermuteBackward::check() const {
   const auto [R, D] = dims<2>("drows[R, D]", drows);
   const auto [T, K] = dims<2>("position[T, K]", position);
   expect("position[T, K]", position, {T, K}, DType::i32);
-  expect("drows[R, D]", drows, {R, D}, drows.dtype);
+  expect_real("drows[R, D]", drows);
   expect("dx[T, D]", dx, {T, D}, drows.dtype);
 }
 
@@ -236,7 +237,7 @@ void run_cpu(Stream& stream, const PermuteBackward& op) {
 void Unpermute::check() const {
   const auto [R, D] = dims<2>("rows[R, D]", rows);
   const auto [T, K] = dims<2>("position[T, K]", position);
-  expect("rows[R, D]", rows, {R, D}, rows.dtype);
+  expect_real("rows[R, D]", rows);
   expect("position[T, K]", position, {T, K}, DType::i32);
   expect("weight[T, K]", weight, {T, K});
   expect("y[T, D]", y, {T, D}, rows.dtype);
@@ -255,7 +256,7 @@ void UnpermuteBackward::check() const {
   const auto [R, D] = dims<2>("rows[R, D]", rows);
   const auto [T, K] = dims<2>("position[T, K]", position);
   expect("dy[T, D]", dy, {T, D}, rows.dtype);
-  expect("rows[R, D]", rows, {R, D}, rows.dtype);
+  expect_real("rows[R, D]", rows);
   expect("position[T, K]", position, {T, K}, DType::i32);
   expect("weight[T, K]", weight, {T, K});
   expect("drows[R, D]", drows, {R, D}, rows.dtype);
@@ -279,6 +280,34 @@ void run_cpu(Stream& stream, const UnpermuteBackward& op) {
       }
     }
   });
+}
+
+void CollectRouting::check() const {
+  const auto [G, E] = dims<2>("counts[G, E]", counts);
+  expect("counts[G, E]", counts, {G, E}, DType::i32);
+  expect("offsets[E + 1]", offsets, {E + 1}, DType::i32);
+  expect("balance[G]", balance, {G});
+  expect("z[G]", z, {G});
+  expect("flag[1]", flag, {1}, DType::i32);
+  expect("choices[E]", choices, {E}, DType::f64);
+  expect("sums[4]", sums, {4}, DType::f64);
+}
+
+void run_cpu(Stream&, const CollectRouting& op) {
+  const int64_t G = op.counts.rows(), E = op.counts.cols();
+  double* sums = op.sums.as<double>();
+  double chosen = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    for (int64_t e = 0; e < E; ++e) {
+      const double count = op.counts.row<int32_t>(g)[e];
+      op.choices.as<double>()[e] += count;
+      chosen += count;
+    }
+    sums[0] += op.balance.as<float>()[g];
+    sums[1] += op.z.as<float>()[g];
+  }
+  sums[2] += chosen - op.offsets.as<int32_t>()[E];
+  sums[3] += op.flag.as<int32_t>()[0];
 }
 
 }  // namespace moemamba

@@ -30,14 +30,15 @@ Sizes check_inputs(const Op& op) {
   check(B >= 1 ? T % B == 0 : B == 0 && T == 0, "sequences must divide the T = ", T,
         " tokens, found ", B);
   check(N >= 1 && N <= kScanStates, "a_log[D, N]: N must be 1 .. ", kScanStates, ", found ", N);
-  expect("u[T, D]", op.u, {T, D});
-  expect("dt[T, D]", op.dt, {T, D});
+  const DType dtype = op.u.dtype;
+  expect_real("u[T, D]", op.u);
+  expect("dt[T, D]", op.dt, {T, D}, dtype);
   expect("dt_bias[D]", op.dt_bias, {D});
   expect("a_log[D, N]", op.a_log, {D, N});
-  expect("b[T, N]", op.b, {T, N});
-  expect("c[T, N]", op.c, {T, N});
+  expect("b[T, N]", op.b, {T, N}, dtype);
+  expect("c[T, N]", op.c, {T, N}, dtype);
   expect("skip[D]", op.skip, {D});
-  if (op.z) expect("z[T, D]", op.z, {T, D});
+  if (op.z) expect("z[T, D]", op.z, {T, D}, dtype);
   if (op.initial) expect("initial[B, D, N]", op.initial, {B, D, N});
   if (op.starts) expect("starts[T]", op.starts, {T}, DType::u8);
   return {B, B ? T / B : 0, D, N};
@@ -165,31 +166,45 @@ const ScanKernels& scan_kernels(SimdLevel level) {
   return level == SimdLevel::avx512 ? avx512::scan_kernels : avx2::scan_kernels;
 }
 
-int64_t scan_state_elements(int64_t B, int64_t L, int64_t D, int64_t N) {
-  return B * ceil_div(L, kScanChunk) * ceil_div(D, kScanLanes) * kScanLanes * N;
+int64_t scan_state_elements(int64_t B, int64_t L, int64_t D, int64_t N, DeviceKind device) {
+  if (device == DeviceKind::cpu)
+    return B * ceil_div(L, kScanChunk) * ceil_div(D, kScanLanes) * kScanLanes * N;
+  int64_t padded = 8;
+  while (padded < N) padded *= 2;
+  return B * ceil_div(L, kScanTile) * ceil_div(D, 1024 / padded) * 1024;
+}
+
+int64_t ScanForward::private_elements(DeviceKind device) const {
+  const int64_t L = sequences ? u.rows() / sequences : 0;
+  return scan_state_elements(sequences, L, u.cols(), a_log.cols(), device);
+}
+
+int64_t ScanBackward::private_elements(DeviceKind device) const {
+  const int64_t L = sequences ? u.rows() / sequences : 0;
+  return scan_state_elements(sequences, L, u.cols(), a_log.cols(), device);
 }
 
 void ScanForward::check() const {
   const Sizes s = check_inputs(*this);
-  expect("y[T, D]", y, {s.B * s.L, s.D});
+  expect("y[T, D]", y, {s.B * s.L, s.D}, u.dtype);
   if (initial) expect("initial[B, D, N]", initial, {s.B, s.D, s.N});
   if (states)
-    expect("states[scan_state_elements()]", states, {scan_state_elements(s.B, s.L, s.D, s.N)});
+    expect("states[scan_state_elements()]", states, {private_elements(states.device)});
   if (final) expect("final[B, D, N]", final, {s.B, s.D, s.N});
 }
 
 void ScanBackward::check() const {
   const Sizes s = check_inputs(*this);
   const int64_t T = s.B * s.L;
-  expect("states[scan_state_elements()]", states, {scan_state_elements(s.B, s.L, s.D, s.N)});
-  expect("dy[T, D]", dy, {T, s.D});
+  expect("states[scan_state_elements()]", states, {private_elements(states.device)});
+  expect("dy[T, D]", dy, {T, s.D}, u.dtype);
   if (initial) expect("initial[B, D, N]", initial, {s.B, s.D, s.N});
   if (dfinal) expect("dfinal[B, D, N]", dfinal, {s.B, s.D, s.N});
-  expect("du[T, D]", du, {T, s.D});
-  expect("ddt[T, D]", ddt, {T, s.D});
-  expect("db[T, N]", db, {T, s.N});
-  expect("dc[T, N]", dc, {T, s.N});
-  if (z) expect("dz[T, D], needed with z", dz, {T, s.D});
+  expect("du[T, D]", du, {T, s.D}, u.dtype);
+  expect("ddt[T, D]", ddt, {T, s.D}, u.dtype);
+  expect("db[T, N]", db, {T, s.N}, u.dtype);
+  expect("dc[T, N]", dc, {T, s.N}, u.dtype);
+  if (z) expect("dz[T, D], needed with z", dz, {T, s.D}, u.dtype);
   expect("da_log[D, N]", da_log, {s.D, s.N});
   expect("ddt_bias[D]", ddt_bias, {s.D});
   expect("dskip[D]", dskip, {s.D});

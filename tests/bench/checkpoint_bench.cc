@@ -1,9 +1,11 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <thread>
+#include <vector>
 
 #include "core/schema.h"
 #include "launcher/run_config.pb.h"
@@ -103,7 +105,8 @@ void forget(const std::string& folder) {
 
 struct Figures {
   double bytes = 0, save = 0, load = 0, hash = 0, write = 0, read = 0;
-  double first_block = 0, block = 0;  // of an asynchronous save: the first, a later one
+  double save_ratio = 0, load_ratio = 0;  // to the ceilings of the same moment
+  double first_block = 0, block = 0;      // of an asynchronous save: the first, a later one
 };
 
 // One rank's model with its moments, without the rest of a session.
@@ -133,9 +136,7 @@ void measure_rank(ProcessGroups& groups, const ModelSizes& sizes, const std::str
   };
   CheckpointFacts facts{.step = 1, .chain = std::string(64, '0'), .run_id = "bench"};
   CheckpointWriter writer(files, groups, state.store, {.run = run, .may_write = {}});
-  writer.stage();
   timed(figures.save, [&] {
-    writer.stage();
     const std::string problem = writer.write(facts);
     check(problem.empty(), problem);
   });
@@ -168,25 +169,34 @@ Figures measure(int ranks, const ModelSizes& sizes) {
   return figures;
 }
 
+// One figure of all repetitions: the median, for anything may have disturbed one of them.
+double median(const std::vector<Figures>& all, double Figures::*figure) {
+  std::vector<double> sorted;
+  for (const Figures& one : all) sorted.push_back(one.*figure);
+  std::sort(sorted.begin(), sorted.end());
+  return sorted[sorted.size() / 2];
+}
+
 void run(benchmark::State& state, const ModelSizes& sizes) {
-  Figures sum;
+  std::vector<Figures> all;
   for (auto _ : state) {
-    const Figures f = measure(int(state.range(0)), sizes);
+    all.push_back(measure(int(state.range(0)), sizes));
+    Figures& f = all.back();
+    f.save_ratio = f.save / std::max(f.hash, f.write);
+    f.load_ratio = f.load / std::max(f.hash, f.read);
     state.SetIterationTime(f.save);
-    sum.bytes += f.bytes, sum.save += f.save, sum.load += f.load;
-    sum.hash += f.hash, sum.write += f.write, sum.read += f.read;
-    sum.first_block += f.first_block, sum.block += f.block;
   }
-  const double count = double(state.iterations());
-  state.counters["MiB"] = sum.bytes / count / (1 << 20);
-  state.counters["hash_ms"] = sum.hash / count * 1e3;
-  state.counters["write_ms"] = sum.write / count * 1e3;
-  state.counters["read_ms"] = sum.read / count * 1e3;
-  state.counters["load_ms"] = sum.load / count * 1e3;
-  state.counters["save_over_ceiling"] = sum.save / std::max(sum.hash, sum.write);
-  state.counters["load_over_ceiling"] = sum.load / std::max(sum.hash, sum.read);
-  state.counters["blocked_first_ms"] = sum.first_block / count * 1e3;
-  state.counters["blocked_ms"] = sum.block / count * 1e3;
+  const auto ms = [&](double Figures::*figure) { return median(all, figure) * 1e3; };
+  state.counters["MiB"] = median(all, &Figures::bytes) / (1 << 20);
+  state.counters["hash_ms"] = ms(&Figures::hash);
+  state.counters["write_ms"] = ms(&Figures::write);
+  state.counters["read_ms"] = ms(&Figures::read);
+  state.counters["save_ms"] = ms(&Figures::save);
+  state.counters["load_ms"] = ms(&Figures::load);
+  state.counters["save_over_ceiling"] = median(all, &Figures::save_ratio);
+  state.counters["load_over_ceiling"] = median(all, &Figures::load_ratio);
+  state.counters["blocked_first_ms"] = ms(&Figures::first_block);
+  state.counters["blocked_ms"] = ms(&Figures::block);
 }
 
 }  // namespace
@@ -197,7 +207,7 @@ void add_checkpoint_benchmarks() {
       ->ArgName("ranks")
       ->Arg(1)
       ->Arg(2)
-      ->Iterations(5)
+      ->Iterations(9)
       ->UseManualTime()
       ->Unit(benchmark::kMillisecond);
 }

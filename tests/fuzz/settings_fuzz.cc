@@ -1,5 +1,9 @@
 // A settings file, and each of its lines as an option of the command line.
 #include "core/schema.h"
+
+#include <optional>
+#include <vector>
+
 #include "launcher/run_config.pb.h"
 #include "model/config.h"
 #include "tests/fuzz/fuzz.h"
@@ -17,24 +21,65 @@ void expect_same_again(const RunConfig& config) {
   require(resolved_text(again) == text, "resolved settings resolve to themselves");
 }
 
-void read(std::string_view text) {
-  RunConfig config;
-  Settings settings(config);
-  settings.read_text("file", text);
+// The bound: twice the text, and 64 bytes for each element of a list. A text in a list may be three
+// bytes, "", and is 32 of std::string behind up to three of protobuf's pointers. More: a hundred
+// problems, and one note of its place for each setting there is.
+constexpr int64_t kMore = 96 << 10;
+
+int64_t bytes_of_lists(const RunConfig& config) {
+  return 64 * int64_t(config.model().pattern_size() + config.model().projections_size() +
+                      config.data().train_size() + config.data().validation_size());
+}
+
+void check_settings(const Settings& settings, const RunConfig& config) {
   if (settings.problems().empty()) expect_same_again(config);
   model_problems(config.model());
 }
 
-void read_options(std::string_view text) {
+void read(const FuzzFolder& folder, std::string_view text) {
+  folder.put("file", text);
+  std::optional<AllocationLimit> limit(std::in_place, text.size(), 2, kMore);
   RunConfig config;
   Settings settings(config);
+  settings.read_file(folder / "file");
+  limit->allow(bytes_of_lists(config));
+  limit.reset();
+  check_settings(settings, config);
+}
+
+void read_options(std::string_view text) {
+  std::vector<std::string> options;
   for (size_t at = 0; at < text.size();) {
     const size_t end = std::min(text.find('\n', at), text.size());
-    settings.read_option(std::string(text.substr(at, end - at)));
+    options.emplace_back(text.substr(at, end - at));
     at = end + 1;
   }
-  if (settings.problems().empty()) expect_same_again(config);
-  model_problems(config.model());
+  std::optional<AllocationLimit> limit(std::in_place, text.size(), 3, kMore);
+  RunConfig config;
+  Settings settings(config);
+  for (const std::string& option : options) settings.read_option(option);
+  limit->allow(bytes_of_lists(config));
+  limit.reset();
+  check_settings(settings, config);
+}
+
+// Texts that ask for as much as they can: the inputs of libFuzzer are short, and of those the
+// bound's constant part is the larger one.
+bool read_greedy(const FuzzFolder& folder) {
+  const std::string long_one(100000, 'x');
+  std::string lists = "data { train: [\"\"", enums = "model { projections: [CONV", strange, option;
+  for (int i = 0; i < 30000; ++i) lists += ",\"\"", enums += ",CONV", strange += "a ";
+  for (int i = 0; i < 8000; ++i) option += "--data.train=\n";
+  for (const std::string& text :
+       {lists + "] }", enums + "] }", strange, "run: \"" + long_one + "\"",
+        "data { train: [\"" + long_one + "\", \"" + long_one + "\"] }", long_one,
+        long_one + ": 1", "run: " + long_one, "model { width: " + long_one + " }",
+        "run: \"" + long_one, "--run=" + long_one, option, std::string(1 << 18, '{'),
+        std::string(1 << 18, '\n') + "x"}) {
+    read(folder, text);
+    read_options(text);
+  }
+  return true;
 }
 
 }  // namespace
@@ -42,9 +87,14 @@ void read_options(std::string_view text) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace moemamba;
+  // protobuf makes its descriptors, and what they say of ranges, once in a process.
+  static const std::string made = resolved_text(RunConfig());
+  static const FuzzFolder folder;
+  static const bool greedy = read_greedy(folder);
+  require(greedy && !made.empty(), "greedy settings were read");
   const std::string_view text(reinterpret_cast<const char*>(data), size);
   try {
-    read(text);
+    read(folder, text);
     read_options(text);
   } catch (const Error&) {
   }

@@ -24,12 +24,35 @@ void read_all(const std::string& path) {
             "documents begin within the file");
 }
 
+bool read(const FuzzFolder& folder, size_t size) {
+  try {
+    const AllocationLimit limit(size);
+    read_all(folder / "tokens");
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+// Many documents, for libFuzzer's inputs are short.
+bool read_greedy(const FuzzFolder& folder) {
+  PosixFileSystem files;
+  TokenWriter writer(files, folder / "tokens", TokenFormat::megatron, 256);
+  for (const int32_t id : std::array<int32_t, 3>{1, 2, 3})
+    for (int i = 0; i < 10000; ++i) writer.add_document({&id, 1});
+  writer.commit();
+  require(read(folder, 30000 * 22), "a long pair is taken");
+  return true;
+}
+
 }  // namespace
 }  // namespace moemamba
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace moemamba;
   static const FuzzFolder folder;
+  static const bool greedy = read_greedy(folder);
+  require(greedy, "long token files were read");
   std::string_view rest(reinterpret_cast<const char*>(data), size);
   if (rest.size() < 3) return 0;
   const bool megatron = rest[0] == 'M';
@@ -43,10 +66,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::filesystem::remove(folder / "tokens.idx");
   }
   folder.put("tokens.bin", rest);
-  try {
-    const AllocationLimit limit(size, 2);
-    read_all(folder / "tokens");
-  } catch (const Error&) {
-  }
+  read(folder, size);
   return 0;
 }

@@ -98,9 +98,11 @@ std::vector<std::string> save(const SaveCase& c) {
         StateHolder holder(groups);
         holder.fill(uint64_t(c.step));
         FileSystem& files = c.disks ? c.disks(groups.rank) : plain_disk();
-        CheckpointWriter writer(
-            files, groups, holder.store,
-            {.run = c.run, .generation = c.generation, .may_write = c.may_write});
+        CheckpointWriter writer(files, groups, holder.store,
+                                {.run = c.run,
+                                 .generation = c.generation,
+                                 .may_write = c.may_write,
+                                 .block_bytes = c.block_bytes});
         writer.stage();
         std::string& verdict = verdicts[size_t(groups.rank)];
         try {
@@ -162,12 +164,14 @@ LaunchResult launch(const LaunchCase& c) {
             << c.run << ": a mix was loaded as step " << loaded;
       }
     }
-    Checkpoints::Options options{
-        .writer = {.run = c.run, .generation = generation, .may_write = {}},
-        .asynchronous = false,
-        .retention = c.retention,
-        .max_failed = 100,
-        .say = {}};
+    Checkpoints::Options options{.writer = {.run = c.run,
+                                            .generation = generation,
+                                            .may_write = {},
+                                            .block_bytes = kDirectBlock},
+                                 .asynchronous = false,
+                                 .retention = c.retention,
+                                 .max_failed = 100,
+                                 .say = {}};
     options.retention.always = loaded > 0 ? loaded : -1;
     if (groups.rank == 0) {
       result.loaded = loaded;

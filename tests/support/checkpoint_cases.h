@@ -36,6 +36,7 @@ struct SaveCase {
   int64_t generation = 1;
   std::function<bool()> may_write;
   std::chrono::milliseconds deadline = std::chrono::seconds(60);
+  size_t block_bytes = kDirectBlock;  // small, as the state is: several writes a file
 };
 // What write() said on every rank; "lost: ..." where it threw PeerLost.
 std::vector<std::string> save(const SaveCase& c);

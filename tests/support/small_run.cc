@@ -35,10 +35,9 @@ void merge(const char* text, Message* message) {
   check(google::protobuf::TextFormat::MergeFromString(text, message), "not settings: ", text);
 }
 
-StatePiece whole_piece(const CheckpointManifest::Tensor& tensor, StateKind kind,
+StatePiece whole_piece(const Manifest::Tensor& tensor, StateKind kind,
                        std::vector<float>& values) {
-  StatePiece piece{.tensor = tensor.name(), .kind = kind};
-  for (int64_t extent : tensor.shape()) piece.shape.extents[piece.shape.dims++] = extent;
+  StatePiece piece{.tensor = tensor.name(), .shape = tensor.shape(), .kind = kind};
   piece.end = piece.shape.elements();
   values.resize(size_t(piece.end));
   piece.data = values.data();
@@ -50,7 +49,7 @@ void for_each_tensor(const std::string& path, Work&& work) {
   const Checkpoint checkpoint(path);
   for (const auto& tensor : checkpoint.manifest().tensors())
     for (StateKind kind : {StateKind::value, StateKind::exp_avg, StateKind::exp_avg_sq}) {
-      if (kind != StateKind::value && tensor.exp_avg_size() == 0) continue;
+      if (kind != StateKind::value && tensor.exp_avg().empty()) continue;
       std::vector<float> values;
       const StatePiece piece = whole_piece(tensor, kind, values);
       checkpoint.read(piece);
@@ -126,7 +125,15 @@ CheckpointManifest newest_manifest(const std::string& run) {
   check(!places.empty(), run, ": no checkpoint");
   const Checkpoint checkpoint(places.front().path);
   checkpoint.verify_files();
-  return checkpoint.manifest();
+  return checkpoint.manifest().facts();
+}
+
+CheckpointManifest whole_manifest(const std::string& sealed) {
+  unseal(sealed, "manifest");
+  SealedManifest outer;
+  CheckpointManifest inner;
+  check(outer.ParseFromString(sealed) && inner.ParseFromString(outer.manifest()), "no manifest");
+  return inner;
 }
 
 std::map<std::string, std::vector<float>> whole_state(const std::string& checkpoint) {

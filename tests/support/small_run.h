@@ -35,8 +35,10 @@ TrainRequest request_of(const SmallRun& run);
 
 // The lines of metrics.jsonl without what clocks say, in order.
 std::vector<std::string> steps_of(const std::string& run);
-// Of the run's newest checkpoint.
+// Of the run's newest checkpoint, without files and tensors.
 CheckpointManifest newest_manifest(const std::string& run);
+// Of a MANIFEST.pb that holds, all of it.
+CheckpointManifest whole_manifest(const std::string& sealed);
 
 // All values and moments of a checkpoint by "kind/name", whole tensors.
 std::map<std::string, std::vector<float>> whole_state(const std::string& checkpoint);

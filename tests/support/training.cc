@@ -90,6 +90,7 @@ TrainingResult train(const TrainingCase& c, int ranks, int expert, const Trainin
   const TrainerOptions options = trainer_options(c);
   std::vector<TrainingResult> results(static_cast<size_t>(ranks));
   in_world(RankLayout(ranks, expert, int(c.experts)), [&](ProcessGroups& groups) {
+    groups.device = c.device;
     if (hooks.wire) hooks.wire(groups);
     Trainer trainer(groups, options);
     if (hooks.start) hooks.start(trainer);

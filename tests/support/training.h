@@ -19,6 +19,7 @@ struct TrainingCase {
   int64_t steps = 20;
   int threads = 1;
   float z_loss = 0;
+  DeviceKind device = DeviceKind::cpu;
   const char* model = "";  // further fields of ModelConfig, as text; they win
 };
 TrainerOptions trainer_options(const TrainingCase& c);
