@@ -16,8 +16,8 @@ struct EmbeddingForward {
   void check() const;
 };
 
-// dtable[v] = sum of dy[t] over ids[t] == v in token order (+ dtable[v]); on a GPU over fixed pieces
-// of the tokens sorted by id, in order.
+// dtable[v] = sum of dy[t] over ids[t] == v in token order (+ dtable[v]); on a GPU over fixed
+// pieces of the tokens sorted by id, in order.
 struct EmbeddingBackward {
   static constexpr auto name = "embedding_backward";
   Tensor ids;     // [T] i32 read

@@ -199,20 +199,63 @@ TEST(Attention, RefusesWhatDoesNotFit) {
   });
 }
 
-TEST(Attention, SameBitsForAnyThreadsAndOnBothBackends) {
+TEST(Attention, SameBitsForAnyThreads) {
   for (const Sizes& s : kSizes)
     for (double starts : {0.0, 0.1}) {
       AttentionCase test(8, s, starts);
       expect_threads_agree(test.forward);
-      expect_backends_agree(test.forward);
       expect_threads_agree(test.backward);
-      expect_backends_agree(test.backward);
       test.forward.cache = test.c.normal({s.B, s.L + 5, 2 * s.Hkv * s.dh});
       test.forward.first = test.c.integers({s.B}, 0, 4);
       test.forward.filled = 4;
       expect_threads_agree(test.forward);
-      test.forward.first = test.c.integers({s.B}, 0, 4);
-      expect_backends_agree(test.forward);
+    }
+}
+
+// Heads as wide as a GPU's kernels and one past them; lengths past its tiles of queries.
+constexpr Sizes kDeviceSizes[] = {{2, 64, 2, 1, 32},  {1, 130, 4, 2, 33}, {2, 16, 2, 2, 64},
+                                  {1, 17, 3, 3, 128}, {1, 99, 2, 1, 256}, {1, 1134, 2, 1, 12}};
+
+TEST(Attention, BothBackendsAgree) {
+  std::vector<Sizes> sizes(std::begin(kSizes), std::end(kSizes));
+  sizes.insert(sizes.end(), std::begin(kDeviceSizes), std::end(kDeviceSizes));
+  for (const Sizes& s : sizes)
+    for (double starts : {0.0, 0.02, 0.3})
+      for (DType dtype : {DType::f32, DType::bf16}) {
+        SCOPED_TRACE(concat(to_string(s), " starts ", starts, " ", name_of(dtype)));
+        AttentionCase test(10, s, starts);
+        Stream stream = Stream::immediate();
+        run(stream, test.forward);
+        auto& [c, forward, backward] = test;
+        const bool aligned = dtype == DType::bf16;
+        for (Tensor* tensor : {&forward.qkv, &forward.y, &backward.dy, &backward.dqkv})
+          *tensor = c.copy_as(*tensor, dtype, aligned);
+        backward.qkv = forward.qkv;
+        backward.y = forward.y;
+        expect_backends_agree(backward);
+        expect_backends_agree(forward);
+        forward.cache = c.normal({s.B, s.L + 5, 2 * s.Hkv * s.dh}, 1, dtype);
+        forward.first = c.integers({s.B}, 0, 4);
+        forward.filled = 4;
+        forward.lse = {};
+        expect_backends_agree(forward);
+      }
+}
+
+// One token after many, as in decoding, without and with document starts.
+TEST(Attention, BothBackendsAgreeWhenDecoding) {
+  for (DType dtype : {DType::f32, DType::bf16})
+    for (double starts : {0.0, 0.5}) {
+      Case c(11);
+      expect_backends_agree(AttentionForward{.qkv = c.normal({3, 8 * 20}, 1, dtype),
+                                             .starts = starts > 0 ? c.bytes({3}, starts) : Tensor(),
+                                             .y = c.empty({3, 4 * 20}, dtype),
+                                             .cache = c.normal({3, 300, 4 * 20}, 1, dtype),
+                                             .first = c.integers({3}, 0, 250),
+                                             .sequences = 3,
+                                             .heads = 4,
+                                             .kv_heads = 2,
+                                             .filled = 299});
     }
 }
 

@@ -185,15 +185,68 @@ TEST(Norm, RefusesABiasOfTheRmsNormAndAMissingSum) {
   EXPECT_THROW(run(stream, make(c, NormKind::layer, 2, 0).forward), Error);
 }
 
-TEST(Norm, SameBitsForAnyThreadsAndOnBothBackends) {
+TEST(Norm, SameBitsForAnyThreads) {
   for (auto [T, D] : kShapes)
     for (NormKind kind : kKinds) {
       Case c(8);
       const auto [forward, backward] = make(c, kind, T, D);
       expect_threads_agree(forward);
-      expect_backends_agree(forward);
       expect_threads_agree(backward);
+    }
+}
+
+// Both operators after a forward run on the CPU, in another dtype and layout.
+Operators make_like(Case& c, Operators ops, DType dtype, bool aligned) {
+  Stream stream = Stream::immediate();
+  run(stream, ops.forward);
+  auto& [forward, backward] = ops;
+  backward.x = forward.sum;
+  for (Tensor* tensor : {&forward.x, &forward.residual, &forward.sum, &forward.y, &backward.dy,
+                         &backward.x, &backward.dsum, &backward.dx})
+    if (*tensor) *tensor = c.copy_as(*tensor, dtype, aligned);
+  return ops;
+}
+
+// Past each width to which a GPU's kernels change, and rows past its blocks'.
+constexpr std::pair<int64_t, int64_t> kDeviceShapes[] = {
+    {10, 512}, {7, 520}, {3, 1024}, {3, 1031}, {2, 8192}, {2200, 24}, {1134, 37}, {372, 341}};
+
+TEST(Norm, BothBackendsAgree) {
+  std::vector<std::pair<int64_t, int64_t>> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.insert(shapes.end(), std::begin(kDeviceShapes), std::end(kDeviceShapes));
+  for (auto [T, D] : shapes)
+    for (NormKind kind : kKinds)
+      for (DType dtype : {DType::f32, DType::bf16})
+        for (bool aligned : {false, true}) {
+          SCOPED_TRACE(concat("T ", T, " D ", D, " kind ", int(kind), " ", name_of(dtype),
+                              aligned ? " aligned" : ""));
+          Case c(10);
+          const auto [forward, backward] = make_like(c, make(c, kind, T, D), dtype, aligned);
+          expect_backends_agree(forward);
+          expect_backends_agree(backward);
+        }
+}
+
+TEST(Norm, BothBackendsAgreeInPlaceAndWithoutWhatIsOptional) {
+  for (NormKind kind : kKinds)
+    for (DType dtype : {DType::f32, DType::bf16}) {
+      Case c(11);
+      auto [forward, backward] = make_like(c, make(c, kind, 70, 48), dtype, true);
+      NormBackward to_dy = backward, to_dsum = backward;
+      backward.dsum = {};
+      backward.accumulate = true;
+      backward.dweight = c.normal({48});
+      if (kind == NormKind::layer) backward.dbias = c.normal({48});
       expect_backends_agree(backward);
+      to_dy.dy = c.copy_as(to_dy.dy, dtype, true);
+      to_dy.dx = to_dy.dy;
+      expect_backends_agree(to_dy);
+      to_dsum.dx = to_dsum.dsum;
+      expect_backends_agree(to_dsum);
+      forward.sum = forward.x;
+      expect_backends_agree(forward);
+      forward.residual = forward.sum = {};
+      expect_backends_agree(forward);
     }
 }
 

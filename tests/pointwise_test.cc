@@ -119,6 +119,8 @@ TEST(Activation, NamesTheTensorOfAWrongShape) {
   }
 }
 
+constexpr DType kReals[] = {DType::f32, DType::bf16};
+
 TEST(Activation, SameBitsForAnyThreadsAndOnBothBackends) {
   for (auto [T, F] : kShapes)
     for (Activation kind : kActivations) {
@@ -128,8 +130,33 @@ TEST(Activation, SameBitsForAnyThreadsAndOnBothBackends) {
           .x = forward.x, .dy = c.normal({T, F}), .dx = c.empty({T, F}), .kind = kind};
       expect_threads_agree(forward);
       expect_threads_agree(backward);
-      expect_backends_agree(forward);
-      expect_backends_agree(backward);
+      for (DType dtype : kReals)
+        for (bool aligned : {false, true}) {
+          const auto as = [&](const Tensor& tensor) { return c.copy_as(tensor, dtype, aligned); };
+          ActivationForward there{.x = as(forward.x), .y = as(forward.y), .kind = kind};
+          expect_backends_agree(there);
+          expect_backends_agree(ActivationBackward{
+              .x = as(forward.x), .dy = as(backward.dy), .dx = as(backward.dx), .kind = kind});
+          there.x = there.y = as(backward.x);
+          expect_backends_agree(there);
+        }
+    }
+}
+
+TEST(Activation, BothBackendsTouchOnlyTheRowsThatCount) {
+  for (DType dtype : kReals)
+    for (int64_t rows : {0, 1, 40, 69, 70}) {
+      Case c(15);
+      const auto make = [&](double size) { return c.normal({70, 40}, size, dtype); };
+      const Tensor x = make(1), up = make(1), dy = make(1), limit = c.integers({1}, rows, rows);
+      const auto kind = Activation::silu;
+      const Tensor y = make(0), dx = make(0), other = make(0);
+      expect_backends_agree(ActivationForward{.x = x, .rows = limit, .y = y, .kind = kind});
+      expect_backends_agree(
+          ActivationBackward{.x = x, .dy = dy, .rows = limit, .dx = dx, .kind = kind});
+      expect_backends_agree(SwiGluForward{.gate = x, .up = up, .rows = limit, .y = other});
+      expect_backends_agree(SwiGluBackward{
+          .gate = x, .up = up, .dy = dy, .rows = limit, .dgate = make(0), .dup = make(0)});
     }
 }
 
@@ -193,8 +220,17 @@ TEST(SwiGlu, SameBitsForAnyThreadsAndOnBothBackends) {
                                   .dup = c.empty({T, F})};
     expect_threads_agree(forward);
     expect_threads_agree(backward);
-    expect_backends_agree(forward);
-    expect_backends_agree(backward);
+    for (DType dtype : kReals)
+      for (bool aligned : {false, true}) {
+        const auto as = [&](const Tensor& tensor) { return c.copy_as(tensor, dtype, aligned); };
+        expect_backends_agree(
+            SwiGluForward{.gate = as(gate), .up = as(up), .y = as(forward.y)});
+        expect_backends_agree(SwiGluBackward{.gate = as(gate),
+                                             .up = as(up),
+                                             .dy = as(backward.dy),
+                                             .dgate = as(backward.dgate),
+                                             .dup = as(backward.dup)});
+      }
   }
 }
 
@@ -207,10 +243,61 @@ TEST(Add, AddsAlsoInPlace) {
     const std::vector<double> other = to_doubles(b);
     for (size_t i = 0; i < expected.size(); ++i) expected[i] += other[i];
     expect_threads_agree(Add{.a = a, .b = b, .out = out});
-    expect_backends_agree(Add{.a = a, .b = b, .out = out});
+    for (DType dtype : kReals)
+      for (bool aligned : {false, true}) {
+        const auto as = [&](const Tensor& tensor) { return c.copy_as(tensor, dtype, aligned); };
+        expect_backends_agree(Add{.a = as(a), .b = as(b), .out = as(out)});
+      }
     expect_close("out", out, expected);
     run(stream, Add{.a = a, .b = b, .out = a});
     expect_close("out = a", a, expected);
+  }
+}
+
+// One, a prime, two packs of bf16, past a block of threads and of sums.
+constexpr int64_t kFlat[] = {0, 1, 7, 16, 257, 16384, 40009};
+
+TEST(Cast, RoundsToTheNearestAndHalvesToEvenOnAGpu) {
+  Case c(16);
+  const double step = 1.0 / 128;  // of bf16 between 1 and 2
+  const Tensor from = c.values({8}, {1, 1 + step / 2, 1 + 1.5 * step, 1 + 0.51 * step,
+                                     -1 - 2.5 * step, 3e38, 0, 1 + 2.25 * step});
+  const Tensor expected =
+      c.values({8}, {1, 1, 1 + 2 * step, 1 + step, -1 - 2 * step, 3e38, 0, 1 + 2 * step},
+               DType::bf16);
+  const Cast op{.from = from, .to = c.empty({8}, DType::bf16)};
+  Stream cpu = Stream::immediate();
+  EXPECT_THROW(run(cpu, op), Error);  // it computes in f32
+  std::optional<Stream> other = other_backend();
+  if (!other) return;
+  const Replica<Cast> there(*other, op);
+  run(*other, there.op());
+  expect_same_bits("to", 0, to_host(*other, there.op().to, c), expected);
+}
+
+TEST(Cast, IsACopyInF32AndTheSameOnBothBackends) {
+  Stream stream = Stream::immediate();
+  for (int64_t P : kFlat) {
+    Case c(17);
+    const Tensor from = c.normal({P}), to = c.empty({P});
+    run(stream, Cast{.from = from, .to = to});
+    expect_same_bits("to", 0, to, from);
+    for (DType dtype : kReals)
+      expect_backends_agree(Cast{.from = from, .to = c.empty({P}, dtype)});
+  }
+}
+
+TEST(Sum, AddsInTheOrderOfTheTokens) {
+  Stream stream = Stream::immediate();
+  for (int64_t T : kFlat) {
+    Case c(18);
+    const Tensor x = c.uniform({T}, 0, 12), sum = c.values({1}, {0.1}, DType::f64);
+    double expected = 0.1;
+    for (double value : to_doubles(x)) expected += value;
+    run(stream, Sum{.x = x, .sum = sum, .accumulate = true});
+    EXPECT_EQ(*sum.as<double>(), expected);  // bit by bit
+    expect_backends_agree(Sum{.x = x, .sum = sum});
+    expect_backends_agree(Sum{.x = x, .sum = sum, .accumulate = true});
   }
 }
 

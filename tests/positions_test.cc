@@ -80,7 +80,25 @@ TEST(Rope, SameBitsForAnyThreadsAndOnBothBackends) {
       const Rope op = make_rope(c, s, starts, 70);
       expect_threads_agree(op);
       expect_backends_agree(op);
+      Rope there = op;
+      there.x = c.copy_as(op.x, DType::bf16);
+      there.y = c.copy_as(op.y, DType::bf16, true);
+      expect_backends_agree(there);
+      there.y = there.x;
+      there.first_position = 1000000;
+      there.inverse = true;
+      expect_backends_agree(there);
+      there.x = op.x;
+      there.y = op.y;
+      expect_backends_agree(there);
     }
+}
+
+TEST(Rope, BothBackendsKnowTheDocumentsOfALongSequence) {
+  for (double starts : {0.0005, 0.01}) {
+    Case c(12);
+    expect_backends_agree(make_rope(c, {2, 2500, 1, 4}, starts, 0));
+  }
 }
 
 TEST(RopeKernels, BothInstructionSetsGiveTheSameBits) {
@@ -194,18 +212,45 @@ TEST(Positions, SayHowLongTheTableMustBe) {
 }
 
 TEST(Positions, SameBitsForAnyThreadsAndOnBothBackends) {
-  const auto check_op = [](const auto& op) {
-    expect_threads_agree(op);
-    expect_backends_agree(op);
-  };
   for (auto [T, F] : kShapes) {
     Case c(11);
     const Tensor x = c.normal({T, F}), y = c.empty({T, F}), table = c.normal({T + 1, F});
-    check_op(AddBias{.x = x, .bias = c.normal({F}), .y = y});
-    check_op(BiasBackward{.dy = x, .dbias = c.empty({F})});
-    check_op(AddPositions{.x = x, .table = table, .y = y, .sequences = T > 0});
-    check_op(PositionsBackward{.dy = x, .dtable = table, .sequences = T > 0});
+    expect_threads_agree(AddBias{.x = x, .bias = c.normal({F}), .y = y});
+    expect_threads_agree(BiasBackward{.dy = x, .dbias = c.empty({F})});
+    expect_threads_agree(AddPositions{.x = x, .table = table, .y = y, .sequences = T > 0});
+    expect_threads_agree(PositionsBackward{.dy = x, .dtable = table, .sequences = T > 0});
   }
+}
+
+// Rows past the GPU's parts of sums; whole packs, and widths that end within one.
+constexpr std::pair<int64_t, int64_t> kDeviceShapes[] = {
+    {40, 512}, {1134, 341}, {17000, 3}, {372, 264}};
+
+TEST(Positions, BothBackendsAgree) {
+  std::vector<std::pair<int64_t, int64_t>> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.insert(shapes.end(), std::begin(kDeviceShapes), std::end(kDeviceShapes));
+  for (auto [T, F] : shapes)
+    for (DType dtype : {DType::f32, DType::bf16})
+      for (bool aligned : {false, true}) {
+        SCOPED_TRACE(concat("T ", T, " F ", F, " ", name_of(dtype), aligned ? " aligned" : ""));
+        Case c(13);
+        const int64_t B = T % 2 ? T > 0 : T > 0 ? 2 : 0;
+        const Tensor x = c.copy_as(c.normal({T, F}), dtype, aligned);
+        const Tensor y = c.copy_as(c.zeros({T, F}), dtype, aligned);
+        const Tensor table = c.copy_as(c.normal({T + 1, F}), DType::f32, aligned);
+        expect_backends_agree(AddBias{.x = x, .bias = c.normal({F}), .y = y});
+        expect_backends_agree(
+            BiasBackward{.dy = x, .dbias = c.normal({F}), .accumulate = aligned});
+        AddPositions add{
+            .x = x, .table = table, .y = y, .sequences = B, .first_position = T > 0};
+        expect_backends_agree(add);
+        add.table = c.copy_as(table, DType::bf16, aligned);
+        expect_backends_agree(add);
+        PositionsBackward backward{.dy = x, .dtable = table, .sequences = B};
+        expect_backends_agree(backward);
+        backward.accumulate = true;
+        expect_backends_agree(backward);
+      }
 }
 
 }  // namespace

@@ -29,14 +29,16 @@ __device__ __forceinline__ void load_row(const Real* row, int D, int lane,
     if (column + kCount <= D)
       packs[k] = *reinterpret_cast<const Pack<Real, kCount>*>(row + column);
   }
-  if (kCount == 1 || D % kCount == 0) return;
+  if constexpr (kCount > 1) {
+    if (D % kCount == 0) return;
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int column = (lane + k * kLanes) * kCount;
-    if (column >= D || column + kCount <= D) continue;
+    for (int k = 0; k < kHeld; ++k) {
+      const int column = (lane + k * kLanes) * kCount;
+      if (column >= D || column + kCount <= D) continue;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (column + i < D) packs[k].at[i] = row[column + i];
+      for (int i = 0; i < kCount; ++i)
+        if (column + i < D) packs[k].at[i] = row[column + i];
+    }
   }
 }
 

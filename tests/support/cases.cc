@@ -51,7 +51,7 @@ double as_double(T value) {
 
 // What memory holds that no test has written: NaN, or a number that is no valid index.
 template <class T>
-T unwritten() {
+T unwritten_of() {
   if constexpr (std::is_integral_v<T>)
     return std::numeric_limits<T>::max();
   else
@@ -60,16 +60,27 @@ T unwritten() {
 
 }  // namespace
 
-Tensor Case::empty(Shape shape, DType dtype) {
-  const bool padded = shape.dims > 1 && shape.rows() > 1;
-  const int64_t stride = shape.last() + (padded ? kPadding : 0);
+Tensor Case::unwritten(Shape shape, DType dtype, int64_t stride) {
   const int64_t count = stride * shape.rows();
   buffers_.emplace_back(DeviceKind::cpu, std::max<int64_t>(count, 1) * size_of(dtype));
   void* data = buffers_.back().data();
-  visit(dtype, [&]<class T>() { std::fill_n(static_cast<T*>(data), count, unwritten<T>()); });
+  visit(dtype, [&]<class T>() { std::fill_n(static_cast<T*>(data), count, unwritten_of<T>()); });
   Tensor tensor = view(data, shape, dtype);
   tensor.stride = stride;
   return tensor;
+}
+
+Tensor Case::empty(Shape shape, DType dtype) {
+  const bool padded = shape.dims > 1 && shape.rows() > 1;
+  return unwritten(shape, dtype, shape.last() + (padded ? kPadding : 0));
+}
+
+Tensor Case::copy_as(const Tensor& tensor, DType dtype, bool aligned) {
+  const int64_t pack = 16 / size_of(dtype), cols = tensor.cols();
+  const Tensor copy = aligned ? unwritten(tensor.shape, dtype, (cols + pack - 1) / pack * pack)
+                              : empty(tensor.shape, dtype);
+  from_doubles(to_doubles(tensor), copy);
+  return copy;
 }
 
 Tensor Case::values(Shape shape, const std::vector<double>& values, DType dtype) {

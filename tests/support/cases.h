@@ -20,8 +20,12 @@ class Case {
   Tensor empty(Shape shape, DType dtype = DType::f32);
   Tensor zeros(Shape shape, DType dtype = DType::f32);
   Tensor copy_of(const Tensor& tensor);
+  // The same values in `dtype`; rows as empty() lays them out, or, aligned, on 16-byte borders as
+  // an Arena does.
+  Tensor copy_as(const Tensor& tensor, DType dtype, bool aligned = false);
 
  private:
+  Tensor unwritten(Shape shape, DType dtype, int64_t stride);
   std::deque<Buffer> buffers_;
   Random random_;
   uint64_t next_ = 0;
