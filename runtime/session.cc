@@ -51,7 +51,8 @@ Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, in
       length(length),
       exchange(*groups.expert, groups.layout,
                exchange_capacity(sizes, sequences * length, exchange_rows, groups.expert->size()),
-               std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K))),
+               std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K)),
+               groups.device),
       arena(Arena::measure("activation")) {
   store.allocate(memory);
   activation_bytes = measure(memory != Memory::values);
