@@ -5,6 +5,7 @@
 #include "core/gpu.h"
 #include "core/schema.h"
 #include "launcher/build_facts.h"
+#include "launcher/gpu_environment.h"
 #include "launcher/launch.h"
 #include "launcher/machine.h"
 #include "model/config.h"
@@ -48,8 +49,11 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
   world.agree(facts, deadline);
   const RankLayout layout(world.size(), config.parallel().expert(),
                           has_routers(config.model()) ? config.model().experts() : 0);
-  ProcessGroups groups = world.make_groups(layout, deadline);
-  groups.device = device;
+  if (device == DeviceKind::cuda) {
+    prepare_nccl_environment();
+    choose_gpu(world);
+  }
+  ProcessGroups groups = world.make_groups(layout, deadline, device, kExitRestart);
   const int threads =
       config.train().threads() > 0 ? config.train().threads() : threads_per_rank(world.node_size());
   Rank rank{world, groups, threads};

@@ -91,6 +91,7 @@ Tensor Experts::forward(Step& step, Tensor x, const Router::Saved& routing, Save
   ExpertExchange& exchange = *step.exchange;
   saved.x = x;
   exchange.plan(step.stream, routing.offsets);
+  exchange.keep(saved.plan);
   saved.first = take_chunk(step);
   saved.returned = step.arena.take({T * K, out()}, x.dtype, "exchange rows returned");
   Tensor y = step.arena.take({T, out()}, x.dtype, "MoE output");
@@ -199,7 +200,7 @@ void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routi
   ExpertExchange& exchange = *step.exchange;
   Frame frame(step.arena);
   return_gradients(step, g, routing, saved);
-  exchange.plan(step.stream, routing.offsets);
+  exchange.use(saved.plan);
   const int64_t C = exchange.capacity();
   Tensor rows = step.arena.take({T * K, in()}, dtype, "exchange gradients returned");
   Tensor sent;

@@ -24,6 +24,7 @@ struct Experts {
   };
   struct Saved {
     Tensor x;  // [T, Din]
+    ExpertExchange::Plan plan;
     Chunk first;
     Tensor returned;  // [S, Dout] the experts' outputs
   };

@@ -13,8 +13,9 @@ void sum_gathered(Communicator& group, Stream& stream, const Tensor& values, voi
                                .ranks = group.size(),
                                .rank = group.rank(),
                                .own = values.as<Number>(),
-                               .count = values.elements()};
-  stream.submit([sum] { ordered_sum(sum); });
+                               .count = values.elements(),
+                               .device = values.device};
+  ordered_sum(stream, sum);
 }
 
 }  // namespace

@@ -12,8 +12,12 @@ namespace moemamba {
 // One rank's seat in one group. Every member makes the same calls in the same order, each on a
 // stream; a call is enqueued and does not wait for the others. A group of one copies. Every wait
 // has a deadline and throws PeerLost{group, rank if known}; a member that fails calls abort(), and
-// all others throw PeerLost instead of waiting. Threads are the reference implementation; MPI (and
-// later NCCL) pass the same suite.
+// all others throw PeerLost instead of waiting. Threads are the reference implementation; MPI and
+// NCCL pass the same suite.
+//
+// On a CUDA stream: groups of threads take memory of the GPU and of the host; NCCL's of the GPU
+// alone; MPI's of the host alone, and since a task of a CUDA stream runs on the host at once, what
+// they send must be there by then, and the host waits in the call.
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -24,7 +28,8 @@ class Communicator {
   // Rank r gets send_bytes[r] bytes at send + send_offsets[r]; what it sends lands at
   // recv + recv_offsets[r], recv_bytes[r] bytes. Counts must match on both sides (checked: an Error
   // naming both ranks and counts). Pointers and the four arrays (size() each) must stay valid until
-  // the call is done. What is sent and what is received must not overlap.
+  // the call is done. What is sent and what is received must not overlap. (Not checked by NCCL:
+  // there a mismatch ends at the deadline. The exchange of rows agrees on its counts beforehand.)
   struct AllToAll {
     const void* send;
     const int64_t* send_offsets;
@@ -38,13 +43,18 @@ class Communicator {
   // recv[r * bytes ..) = rank r's `bytes` at send. In place: send == recv + rank() * bytes.
   virtual void all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) = 0;
 
+  // Throws PeerLost where a member is known to be lost or a call is late; cheap, from any thread.
+  // A host that waits for a CUDA stream polls the groups whose work that stream may hold
+  // (Stream::watch); on other streams the calls themselves throw.
+  virtual void poll() {}
+
   // This rank failed: wakes all the others. Called once, from any thread.
   virtual void abort(const std::string& why) noexcept = 0;
 };
 
 // Sums over the ranks in rank order: the same bits on every member and for every implementation.
 // values[i] of all ranks are added; on return (of the stream) each rank holds the sums.
-// `workspace`: size() * bytes. f32, f64 or i64.
+// `workspace`: size() * bytes. f32, f64 or i64; both tensors where the group's memory is.
 void all_reduce_sum(Communicator& group, Stream& stream, const Tensor& values, Tensor workspace);
 
 // Everybody reached this point.

@@ -82,6 +82,7 @@ class MpiCommunicator final : public Communicator {
     stream.submit(
         [this, send, recv, bytes] { exchange(gather_.fill(send, recv, bytes)); });
   }
+  void poll() override;
   void abort(const std::string& why) noexcept override;
 
  private:
@@ -93,7 +94,7 @@ class MpiCommunicator final : public Communicator {
 
   void exchange(const AllToAll& call);
   void start(const AllToAll& call);
-  bool poll(const AllToAll& call);  // true: something was done
+  bool advance(const AllToAll& call);  // true: something was done
   void take_header(const AllToAll& call, int peer);
   void move_data(Kind kind, int peer, void* data, int64_t bytes);
   void add(Kind kind, int peer, MPI_Request request);
@@ -177,7 +178,7 @@ void MpiCommunicator::exchange(const AllToAll& call) {
       const auto now = Clock::now();
       {
         std::lock_guard lock(*mpi_);
-        const bool moved = poll(call);
+        const bool moved = advance(call);
         if (pending_ == 0) return;
         if (moved) back_off.progress(headers_missing_ == 0);
         else if (now >= deadline) miss();
@@ -219,7 +220,16 @@ void MpiCommunicator::start(const AllToAll& call) {
   }
 }
 
-bool MpiCommunicator::poll(const AllToAll& call) {
+// Between calls, or beside one of another thread: listens for an abort alone.
+void MpiCommunicator::poll() {
+  std::lock_guard lock(*mpi_);
+  if (lost_) throw PeerLost(*lost_);
+  int aborted = 0;
+  require(MPI_Test(&requests_[0], &aborted, MPI_STATUS_IGNORE));
+  if (aborted) take_abort();
+}
+
+bool MpiCommunicator::advance(const AllToAll& call) {
   if (lost_) throw PeerLost(*lost_);
   if (indices_.size() < requests_.size()) {
     indices_.resize(requests_.size());

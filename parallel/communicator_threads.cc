@@ -36,7 +36,11 @@ class Meeting {
   const std::string& name() const { return name_; }
   int size() const { return int(world_ranks_.size()); }
 
-  void exchange(int rank, const Communicator::AllToAll& call) {
+  // On a CUDA stream the host waits for the memory that is exchanged, before and after; but a group
+  // of one enqueues its copy.
+  void exchange(int rank, Stream& stream, const Communicator::AllToAll& call) {
+    const bool on_device = stream.device() == DeviceKind::cuda;
+    if (on_device && size() > 1) stream.synchronize();
     const auto deadline = Clock::now() + deadline_;
     std::unique_lock lock(mutex_);
     calls_[size_t(rank)] = call;
@@ -46,12 +50,18 @@ class Meeting {
     wait(lock, rank, deadline, posted_, round);
     ++copying_;
     lock.unlock();
-    copy_for(rank);
+    copy_for(rank, on_device ? &stream : nullptr);
+    if (on_device && size() > 1) stream.synchronize();
     lock.lock();
     --copying_;
     copied_[size_t(rank)] = round;
     changed_.notify_all();
     wait(lock, rank, deadline, copied_, round);
+  }
+
+  void poll() {
+    std::lock_guard lock(mutex_);
+    if (failure_) throw PeerLost(name_, failure_->world_rank, failure_->why);
   }
 
   void abort(int rank, const std::string& why) {
@@ -81,14 +91,21 @@ class Meeting {
     }
   }
 
-  void copy_for(int rank) const {
+  // stream: of a GPU, whose memory it may be; null: the host's.
+  void copy_for(int rank, Stream* stream) const {
     const Communicator::AllToAll& mine = calls_[size_t(rank)];
     for (int from = 0; from < size(); ++from) {
       const Communicator::AllToAll& theirs = calls_[size_t(from)];
       if (mine.recv_bytes[from] == 0) continue;
       const char* source = static_cast<const char*>(theirs.send) + theirs.send_offsets[rank];
       char* target = static_cast<char*>(mine.recv) + mine.recv_offsets[from];
-      if (source != target) std::memcpy(target, source, size_t(mine.recv_bytes[from]));
+      const int64_t bytes = mine.recv_bytes[from];
+      if (source == target) continue;
+      if (stream)
+        copy(*stream, view(const_cast<char*>(source), {bytes}, DType::u8),
+             view(target, {bytes}, DType::u8));
+      else
+        std::memcpy(target, source, size_t(bytes));
     }
   }
 
@@ -141,12 +158,14 @@ class ThreadCommunicator final : public Communicator {
   const std::string& name() const override { return meeting_->name(); }
 
   void all_to_all(Stream& stream, const AllToAll& call) override {
-    stream.submit([this, call] { meeting_->exchange(rank_, call); });
+    stream.submit([this, &stream, call] { meeting_->exchange(rank_, stream, call); });
   }
   void all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) override {
-    stream.submit(
-        [this, send, recv, bytes] { meeting_->exchange(rank_, gather_.fill(send, recv, bytes)); });
+    stream.submit([this, &stream, send, recv, bytes] {
+      meeting_->exchange(rank_, stream, gather_.fill(send, recv, bytes));
+    });
   }
+  void poll() override { meeting_->poll(); }
   void abort(const std::string& why) noexcept override { meeting_->abort(rank_, why); }
 
  private:

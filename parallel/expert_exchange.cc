@@ -24,6 +24,13 @@ struct Block {
         width(tensor.cols() * size_of(tensor.dtype)) {}
   char* row(int64_t r) const { return data + r * stride; }
   int64_t bytes(int64_t rows) const { return rows == 0 ? 0 : (rows - 1) * stride + width; }
+  Tensor rows_on_device(int64_t rows) const {
+    return {.data = data,
+            .shape = {rows, width},
+            .stride = stride,
+            .dtype = DType::u8,
+            .device = DeviceKind::cuda};
+  }
 };
 
 }  // namespace
@@ -39,8 +46,12 @@ struct ExpertExchange::Move {
 };
 
 ExpertExchange::ExpertExchange(Communicator& group, const RankLayout& layout, int64_t capacity,
-                               int64_t max_rows)
-    : group_(group), layout_(layout), capacity_(capacity), max_rows_(max_rows) {
+                               int64_t max_rows, DeviceKind device)
+    : group_(group),
+      layout_(layout),
+      capacity_(capacity),
+      max_rows_(max_rows),
+      device_(device) {
   const auto M = size_t(group.size()), E = size_t(layout.experts());
   check(layout.expert_size() == group.size(), "expert exchange: the layout has ",
         layout.expert_size(), " ranks that share experts, the group has ", group.size());
@@ -51,6 +62,11 @@ ExpertExchange::ExpertExchange(Communicator& group, const RankLayout& layout, in
   sent_.resize(M);
   staged_.resize(M);
   for (auto* list : {&sent_places_, &sent_bytes_, &staged_places_, &staged_bytes_}) list->resize(M);
+  const auto local = size_t(layout.experts_of(group.rank()));
+  begins_.resize(local + 1);
+  if (device == DeviceKind::cpu) return;
+  own_segments_.reserve(local);
+  staged_segments_.reserve(local * M);
 }
 
 int64_t ExpertExchange::most_chunks() const {
@@ -70,22 +86,70 @@ ExpertExchange::Interval ExpertExchange::within(int64_t chunk, int64_t source,
   return {begin, std::clamp<int64_t>((chunk + 1) * capacity_ - first, begin, rows)};
 }
 
+bool ExpertExchange::asks_nobody() const {
+  return device_ == DeviceKind::cuda && group_.size() == 1 && capacity_ >= max_rows_;
+}
+
 void ExpertExchange::plan(Stream& stream, const Tensor& offsets) {
   const int64_t E = layout_.experts();
   expect("offsets[E + 1]", offsets, {E + 1}, DType::i32);
+  own_offsets_ = offsets;
   if (stream.is_dry()) {
     chunks_ = std::min<int64_t>(2, most_chunks());
     received_ = chunks_ * capacity_;
     return;
   }
+  check(stream.device() == device_, "expert exchange: made for streams of the ",
+        device_ == DeviceKind::cpu ? "CPU" : "GPU");
+  if (asks_nobody()) {
+    chunks_ = 1;
+    received_ = max_rows_;
+    return;
+  }
   const Observed observed(stream, "exchange");
+  gather_offsets(stream, offsets);
+  number_rows();
+}
+
+// Into offsets_; the host waits (house.md, decision 13).
+void ExpertExchange::gather_offsets(Stream& stream, const Tensor& offsets) {
+  if (device_ == DeviceKind::cuda) {
+    const auto count = int64_t(offsets_.size()), bytes = count * int64_t(sizeof(int32_t));
+    if (!gathered_.data()) {
+      gathered_ = Buffer(DeviceKind::cuda, bytes);
+      staging_ = Buffer::staging(DeviceKind::cuda, bytes);
+    }
+    group_.all_gather(stream, offsets.data, gathered_.data(), offsets.bytes());
+    const Tensor host = view(staging_.data(), {count}, DType::i32);
+    copy(stream, view(gathered_, 0, {count}, DType::i32), host);
+    stream.synchronize();
+    std::copy_n(host.as<int32_t>(), count, offsets_.begin());
+    return;
+  }
   stream.submit([this] { started_ = Clock::now(); });
   group_.all_gather(stream, offsets.data, offsets_.data(), offsets.bytes());
   stream.submit([this] {
     nanoseconds_ += std::chrono::nanoseconds(Clock::now() - started_).count();
   });
   stream.synchronize();
-  number_rows();
+}
+
+void ExpertExchange::keep(Plan& plan) const {
+  plan.offsets = own_offsets_;
+  plan.chunks = chunks_;
+  plan.received = received_;
+  if (!asks_nobody()) plan.all_offsets.assign(offsets_.begin(), offsets_.end());
+}
+
+void ExpertExchange::use(const Plan& plan) {
+  own_offsets_ = plan.offsets;
+  if (!plan.all_offsets.empty() && plan.all_offsets != offsets_) {
+    check(plan.all_offsets.size() == offsets_.size(), "expert exchange: a plan of another one");
+    std::ranges::copy(plan.all_offsets, offsets_.begin());
+    number_rows();
+  }
+  chunks_ = plan.chunks;
+  received_ = plan.received;
 }
 
 // Numbers by (expert, source, row) at every receiver, so that all ranks know every chunk of all.
@@ -144,31 +208,69 @@ void ExpertExchange::place(const Move& move) const {
   }
 }
 
+// Where an expert of this rank, or what comes behind the last one, begins within the chunk.
+int64_t ExpertExchange::begin_of(int64_t chunk, int64_t expert) const {
+  const bool behind = expert == layout_.first_expert(group_.rank() + 1);
+  const int64_t at = behind ? received_ : number(0, expert);
+  return std::clamp<int64_t>(at - chunk * capacity_, 0, capacity_);
+}
+
+// Calls body(waiting, at, rows) for what one source sends to each expert of this rank: rows of
+// staging (or of this rank's own rows) from `waiting`, rows of the chunk from `at`.
+template <class Body>
+void ExpertExchange::for_parts(const Move& move, int64_t source, Body body) const {
+  const int me = group_.rank();
+  int64_t waiting = (source == me ? sent_ : staged_)[size_t(source)].begin;
+  for (int64_t e = layout_.first_expert(me); e < layout_.first_expert(me + 1); ++e) {
+    const Interval part = within(move.chunk, source, e);
+    const int64_t rows = part.end - part.begin;
+    if (rows == 0) continue;
+    body(waiting, number(source, e) + part.begin - move.chunk * capacity_, rows);
+    waiting += rows;
+  }
+}
+
 // Rows between the chunk and where they wait: staging, or this rank's own rows.
 void ExpertExchange::copy_chunk(Stream& stream, const Move& move) const {
-  const int64_t M = group_.size(), me = group_.rank();
-  const int64_t first = layout_.first_expert(int(me)), experts = layout_.experts_of(int(me));
-  const auto begins = [&](int64_t e) {  // where expert e begins within the chunk
-    const int64_t at = e == first + experts ? received_ : number(0, e);
-    return std::clamp<int64_t>(at - move.chunk * capacity_, 0, capacity_);
-  };
+  const int64_t me = group_.rank(), first = layout_.first_expert(int(me));
   if (move.out)
-    for (int64_t e = 0; e <= experts; ++e) move.offsets[e] = int32_t(begins(first + e));
-
-  stream.parallel_for(M, [&](int64_t source) {
-    const bool own = source == me;
-    const Block& waiting = own ? move.rows : move.staging;
-    int64_t at = own ? sent_[size_t(source)].begin : staged_[size_t(source)].begin;
-    for (int64_t e = first; e < first + experts; ++e) {
-      const Interval part = within(move.chunk, source, e);
-      const int64_t rows = part.end - part.begin;
-      if (rows == 0) continue;
-      char* chunk = move.local.row(number(source, e) + part.begin - move.chunk * capacity_);
-      char* wait = waiting.row(at);
-      std::memcpy(move.out ? chunk : wait, move.out ? wait : chunk, size_t(waiting.bytes(rows)));
-      at += rows;
-    }
+    for (size_t e = 0; e < begins_.size(); ++e)
+      begins_[e] = int32_t(begin_of(move.chunk, first + int64_t(e)));
+  if (device_ == DeviceKind::cuda) return copy_on_device(stream, move);
+  if (move.out) std::ranges::copy(begins_, move.offsets);
+  stream.parallel_for(group_.size(), [&](int64_t source) {
+    const Block& from = source == me ? move.rows : move.staging;
+    for_parts(move, source, [&](int64_t waiting, int64_t at, int64_t rows) {
+      char *chunk = move.local.row(at), *wait = from.row(waiting);
+      std::memcpy(move.out ? chunk : wait, move.out ? wait : chunk, size_t(from.bytes(rows)));
+    });
   });
+}
+
+// The same as two kernels over tables of segments; neighbours on both sides become one.
+void ExpertExchange::copy_on_device(Stream& stream, const Move& move) const {
+  own_segments_.clear();
+  staged_segments_.clear();
+  for (int source = 0; source < group_.size(); ++source) {
+    auto& list = source == group_.rank() ? own_segments_ : staged_segments_;
+    for_parts(move, source, [&](int64_t waiting, int64_t at, int64_t rows) {
+      const auto from = int32_t(move.out ? waiting : at), to = int32_t(move.out ? at : waiting);
+      const bool follows = !list.empty() && list.back().from + list.back().rows == from &&
+                           list.back().to + list.back().rows == to;
+      if (follows)
+        list.back().rows += int32_t(rows);
+      else
+        list.push_back({from, to, int32_t(rows)});
+    });
+  }
+  if (move.out) device_work::write_integers(stream, begins_, move.offsets);
+  const Tensor chunk = move.local.rows_on_device(capacity_);
+  const auto copy_between = [&](const auto& segments, const Tensor& waiting) {
+    device_work::copy_segments(stream, segments, move.out ? waiting : chunk,
+                               move.out ? chunk : waiting);
+  };
+  copy_between(own_segments_, move.rows.rows_on_device(max_rows_));
+  copy_between(staged_segments_, move.staging.rows_on_device(capacity_));
 }
 
 void ExpertExchange::exchange(Stream& stream, const Move& move) const {
@@ -196,7 +298,8 @@ void ExpertExchange::exchange(Stream& stream, const Move& move) const {
   }
   stream.submit([this, &stream, move] {
     if (move.out) copy_chunk(stream, move);
-    nanoseconds_ += std::chrono::nanoseconds(Clock::now() - started_).count();
+    if (device_ == DeviceKind::cpu)  // a GPU's work goes on
+      nanoseconds_ += std::chrono::nanoseconds(Clock::now() - started_).count();
   });
 }
 
@@ -205,6 +308,12 @@ void ExpertExchange::dispatch(Stream& stream, int64_t chunk, const Tensor& rows,
   check_move(chunk, rows, out.values, staging);
   expect("out.offsets[E' + 1]", out.offsets, {layout_.experts_of(group_.rank()) + 1}, DType::i32);
   if (stream.is_dry()) return;
+  if (asks_nobody()) {
+    const Observed observed(stream, "exchange");
+    const int32_t* count = own_offsets_.as<int32_t>() + layout_.experts();
+    device_work::copy_first_rows(stream, rows, count, out.values);
+    return copy(stream, own_offsets_, out.offsets);
+  }
   exchange(stream, {.chunk = chunk,
                     .rows = Block(rows),
                     .staging = Block(staging),
@@ -217,6 +326,11 @@ void ExpertExchange::combine(Stream& stream, int64_t chunk, const Rows& rows, co
                              const Tensor& staging) const {
   check_move(chunk, out, rows.values, staging);
   if (stream.is_dry()) return;
+  if (asks_nobody()) {
+    const Observed observed(stream, "exchange");
+    const int32_t* count = own_offsets_.as<int32_t>() + layout_.experts();
+    return device_work::copy_first_rows(stream, rows.values, count, out);
+  }
   exchange(stream, {.chunk = chunk,
                     .rows = Block(out),
                     .staging = Block(staging),

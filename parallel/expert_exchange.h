@@ -4,6 +4,7 @@
 
 #include "core/arena.h"
 #include "parallel/communicator.h"
+#include "parallel/device_work.h"
 #include "parallel/layout.h"
 
 namespace moemamba {
@@ -15,18 +16,31 @@ namespace moemamba {
 // C rows whatever the routing; more rows mean more chunks, agreed by the group (the maximum).
 class ExpertExchange {
  public:
-  // capacity: C >= 1. max_rows: S. Everything that plan() writes is allocated here.
-  ExpertExchange(Communicator& group, const RankLayout& layout, int64_t capacity, int64_t max_rows);
+  // capacity: C >= 1. max_rows: S. Everything that plan() writes is allocated here, a GPU's memory
+  // by the first plan(). device: where the streams of all calls work (dry ones aside).
+  ExpertExchange(Communicator& group, const RankLayout& layout, int64_t capacity, int64_t max_rows,
+                 DeviceKind device = DeviceKind::cpu);
 
   int64_t capacity() const { return capacity_; }
   // Chunks that a plan may need at most: ceil(M S / C) (what a dry run assumes is min(2, this)).
   int64_t most_chunks() const;
 
-  // Shares offsets (i32 [E + 1], this rank's sorted rows) with the group. Host waits here. On a dry
-  // stream: as if min(2, most_chunks()) chunks were full.
+  // Shares offsets (i32 [E + 1], this rank's sorted rows) with the group. Host waits here; but not
+  // on a GPU that has all experts and room for all rows: there nobody needs to know. `offsets` must
+  // stay as they are for as long as the plan is used. On a dry stream: as if min(2, most_chunks())
+  // chunks were full.
   void plan(Stream& stream, const Tensor& offsets);
+  // What plan() has learnt, so that a backward pass needs not ask again.
+  struct Plan {
+    std::vector<int32_t> all_offsets;  // [M, E + 1]; none where nobody asked
+    Tensor offsets;                    // what plan() was given
+    int64_t chunks = 1, received = 0;
+  };
+  void keep(Plan& plan) const;  // the latest plan
+  void use(const Plan& plan);   // is the latest plan again
   int64_t chunks() const { return chunks_; }       // of the latest plan; at least 1; same on all
-  int64_t received_rows() const { return received_; }  // over all chunks
+  // Over all chunks; all that could come where nobody asked.
+  int64_t received_rows() const { return received_; }
 
   // rows[S, D] (sorted by expert) -> out.values[C, D], out.offsets[E' + 1] of chunk `chunk`.
   // staging: [C, D].
@@ -36,7 +50,8 @@ class ExpertExchange {
   // not touched).
   void combine(Stream& stream, int64_t chunk, const Rows& rows, const Tensor& out,
                const Tensor& staging) const;
-  double take_seconds();  // spent in exchanges since the last call
+  // Spent in exchanges since the last call; 0 on CUDA streams, whose work the host does not see.
+  double take_seconds();
 
  private:
   // Rows of this rank that one receiver gets, or rows of staging that one source fills.
@@ -54,18 +69,29 @@ class ExpertExchange {
   void check_move(int64_t chunk, const Tensor& rows, const Tensor& local,
                   const Tensor& staging) const;
   void place(const Move& move) const;
+  bool asks_nobody() const;
+  void gather_offsets(Stream& stream, const Tensor& offsets);
   void exchange(Stream& stream, const Move& move) const;
+  int64_t begin_of(int64_t chunk, int64_t expert) const;
   void copy_chunk(Stream& stream, const Move& move) const;
+  void copy_on_device(Stream& stream, const Move& move) const;
+  template <class Body>
+  void for_parts(const Move& move, int64_t source, Body body) const;
 
   Communicator& group_;
   const RankLayout& layout_;
   int64_t capacity_, max_rows_, chunks_ = 1, received_ = 0;
+  DeviceKind device_;
+  Tensor own_offsets_;            // as given to plan()
+  Buffer gathered_, staging_;     // of a GPU: all ranks' offsets, and on their way to the host
   std::vector<int32_t> offsets_;  // [M, E + 1] of all ranks' sorted rows
   std::vector<int64_t> numbers_;  // [M, E] where they stand among their receiver's rows
   // Of the chunk that the stream is working on; [M] each. sent: this rank's rows, by receiver;
   // staged: rows of staging, by source. The bytes of the own rank are 0: its rows are copied once.
   mutable std::vector<Interval> sent_, staged_;
   mutable std::vector<int64_t> sent_places_, sent_bytes_, staged_places_, staged_bytes_;
+  mutable std::vector<device_work::Segment> own_segments_, staged_segments_;
+  mutable std::vector<int32_t> begins_;  // [E' + 1] where experts begin within the chunk
   mutable std::chrono::steady_clock::time_point started_;  // touched by the stream's work alone
   mutable std::atomic<int64_t> nanoseconds_{0};
 };

@@ -34,7 +34,8 @@ GradientBuckets::GradientBuckets(std::vector<Bucket> buckets, Stream& communicat
     }
     places_.push_back(std::move(places));
   }
-  receive_ = Buffer(DeviceKind::cpu, buffer_bytes(buckets_));
+  const DeviceKind device = communication.is_dry() ? DeviceKind::cpu : communication.device();
+  receive_ = Buffer(device, buffer_bytes(buckets_));
 }
 
 int64_t GradientBuckets::buffer_bytes(const std::vector<Bucket>& buckets) {
@@ -72,8 +73,9 @@ void GradientBuckets::ready(int64_t i, Stream& compute) {
                               .ranks = bucket.group->size(),
                               .rank = bucket.group->rank(),
                               .own = owned_gradient(i).as<float>(),
-                              .count = slice};
-  communication_.submit([sum] { ordered_sum(sum); });
+                              .count = slice,
+                              .device = bucket.gradient.device};
+  ordered_sum(communication_, sum);
   stop_clock();
   last_ = communication_.record();
 }
@@ -98,10 +100,12 @@ void GradientBuckets::wait_weights(int64_t i, Stream& compute) {
 }
 
 void GradientBuckets::start_clock() {
+  if (communication_.device() == DeviceKind::cuda) return;  // its tasks run ahead of its work
   communication_.submit([this] { started_ = Clock::now(); });
 }
 
 void GradientBuckets::stop_clock() {
+  if (communication_.device() == DeviceKind::cuda) return;
   communication_.submit([this] {
     nanoseconds_ += std::chrono::nanoseconds(Clock::now() - started_).count();
   });

@@ -38,7 +38,8 @@ class GradientBuckets {
   // compute waits until bucket i's new values are there (no wait before the first gather).
   void wait_weights(int64_t i, Stream& compute);
   int64_t buffer_bytes() const { return receive_.bytes(); }
-  // Seconds that the communication stream spent in reductions and gathers since the last call.
+  // Seconds that the communication stream spent in reductions and gathers since the last call; 0 on
+  // a CUDA stream, whose work the host does not see.
   double take_seconds();
 
  private:

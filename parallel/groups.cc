@@ -4,9 +4,20 @@
 
 namespace moemamba {
 
+void ProcessGroups::poll() {
+  try {
+    for (Communicator* group : {control.get(), data.get(), expert_data.get(), expert.get()})
+      if (group) group->poll();
+  } catch (const std::exception& error) {
+    abort(error.what());
+    throw;
+  }
+}
+
+// The small groups first: nothing of a GPU can keep them from telling.
 void ProcessGroups::abort(const std::string& why) noexcept {
   for (Communicator* group :
-       {data.get(), expert_data.get(), expert.get(), control.get(), checkpoint.get()})
+       {control.get(), checkpoint.get(), data.get(), expert_data.get(), expert.get()})
     if (group) group->abort(why);
 }
 

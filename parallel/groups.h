@@ -15,6 +15,11 @@ struct ProcessGroups {
   std::unique_ptr<Communicator> expert;          // token exchange
   std::unique_ptr<Communicator> control;         // all ranks: small facts (losses, verdicts)
   std::unique_ptr<Communicator> checkpoint;      // all ranks: votes of a save behind the steps
+  // While the host waits for a CUDA stream, which cannot throw by itself:
+  //   stream.watch([&groups] { groups.poll(); });
+  // Throws PeerLost where a member of a group of the step is lost, after it has told all others, so
+  // that no stream hangs on its way out.
+  void poll();
   void abort(const std::string& why) noexcept;   // of all five
 };
 

@@ -2,15 +2,16 @@
 
 #include <algorithm>
 
+#include "parallel/device_work.h"
+
 namespace moemamba {
 
 namespace {
 // Sums of a block stay in the first-level cache while the parts stream by.
 constexpr int64_t kBlock = 1024;
-}  // namespace
 
 template <class Number>
-void ordered_sum(const OrderedSum<Number>& sum) {
+void add_up(const OrderedSum<Number>& sum) {
   Number total[kBlock];
   for (int64_t begin = 0; begin < sum.count; begin += kBlock) {
     const int64_t length = std::min(kBlock, sum.count - begin);
@@ -28,8 +29,17 @@ void ordered_sum(const OrderedSum<Number>& sum) {
   }
 }
 
-template void ordered_sum(const OrderedSum<float>&);
-template void ordered_sum(const OrderedSum<double>&);
-template void ordered_sum(const OrderedSum<int64_t>&);
+}  // namespace
+
+template <class Number>
+void ordered_sum(Stream& stream, const OrderedSum<Number>& sum) {
+  if (sum.device == DeviceKind::cuda && !stream.is_dry())
+    return device_work::ordered_sum(stream, sum);
+  stream.submit([sum] { add_up(sum); });
+}
+
+template void ordered_sum(Stream&, const OrderedSum<float>&);
+template void ordered_sum(Stream&, const OrderedSum<double>&);
+template void ordered_sum(Stream&, const OrderedSum<int64_t>&);
 
 }  // namespace moemamba

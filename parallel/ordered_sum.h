@@ -1,5 +1,5 @@
 #pragma once
-#include <cstdint>
+#include "core/device.h"
 
 namespace moemamba {  // letters: N ranks, n elements
 
@@ -13,9 +13,11 @@ struct OrderedSum {
   int rank;      // of `own`
   Number* own;   // [n] read and written
   int64_t count; // n
+  DeviceKind device = DeviceKind::cpu;  // where all of them lie
 };
 
+// Enqueued; of f32, f64 and i64 (float, double, int64_t). cuda: on a CUDA stream.
 template <class Number>
-void ordered_sum(const OrderedSum<Number>& sum);  // f32, f64 and i64 (float, double, int64_t)
+void ordered_sum(Stream& stream, const OrderedSum<Number>& sum);
 
 }  // namespace moemamba

@@ -11,7 +11,9 @@
 #include <numeric>
 #include <thread>
 
+#include "core/gpu.h"
 #include "parallel/communicator_mpi.h"
+#include "parallel/communicator_nccl.h"
 
 namespace moemamba {
 
@@ -128,15 +130,31 @@ std::unique_ptr<Communicator> World::make_group(const char* name, std::vector<in
   return make_mpi_communicator(mpi_, std::move(members), name, deadline);
 }
 
-ProcessGroups World::make_groups(const RankLayout& layout, std::chrono::milliseconds deadline) {
+// The group of the host's memory that stands beside NCCL's carries its unique id and its aborts.
+std::unique_ptr<Communicator> World::make_gpu_group(const char* name, std::vector<int> members,
+                                                    std::chrono::milliseconds deadline,
+                                                    int exit_code) {
+  const bool alone = members.size() == 1;
+  auto beside = make_group(name, members, deadline);
+  if (alone) return beside;
+  return make_nccl_communicator(std::move(beside), std::move(members), deadline, exit_code);
+}
+
+ProcessGroups World::make_groups(const RankLayout& layout, std::chrono::milliseconds deadline,
+                                 DeviceKind device, int stuck_exit_code) {
   check(layout.ranks() == size_, "the layout has ", layout.ranks(), " ranks, but ", size_,
         " were started");
-  ProcessGroups groups{.layout = layout, .rank = rank_};
-  groups.data = make_group("data", all_ranks(size_), deadline);
+  ProcessGroups groups{.layout = layout, .rank = rank_, .device = device};
+  const auto make = [&](const char* name, std::vector<int> members) {
+    return device == DeviceKind::cuda
+               ? make_gpu_group(name, std::move(members), deadline, stuck_exit_code)
+               : make_group(name, std::move(members), deadline);
+  };
+  groups.data = make("data", all_ranks(size_));
   groups.control = make_group("control", all_ranks(size_), deadline);
   groups.checkpoint = make_group("checkpoint", all_ranks(size_), deadline);
-  groups.expert = make_group("expert", layout.expert_group(rank_), deadline);
-  groups.expert_data = make_group("expert_data", layout.expert_data_group(rank_), deadline);
+  groups.expert = make("expert", layout.expert_group(rank_));
+  groups.expert_data = make("expert_data", layout.expert_data_group(rank_));
   return groups;
 }
 
@@ -163,6 +181,17 @@ void World::agree(const Facts& facts, std::chrono::milliseconds deadline) {
     of_ranks.push_back(unpack(texts.substr(r * longest, summaries[r].bytes)));
   throw Error("the ranks do not agree; start all of them with the same build and settings:" +
               describe_differences(of_ranks));
+}
+
+int choose_gpu(const World& world) {
+  std::string why;
+  const auto gpus = int(gpu::devices(&why).size());
+  check(gpus > 0, "no GPU: ", why, "; use --device=cpu");
+  check(world.node_size() <= gpus, world.node_size(), " ranks were started on ", world.hostname(),
+        ", which has ", gpus, gpus == 1 ? " GPU" : " GPUs", "; start ", gpus,
+        gpus == 1 ? " rank" : " ranks", " per node, or use --device=cpu");
+  gpu::use(world.node_rank());
+  return world.node_rank();
 }
 
 void World::abort(int exit_code) noexcept {

@@ -34,17 +34,27 @@ class World {
   // Before anything else: an Error on every rank unless all have the same facts; it names the
   // facts, the ranks and their values.
   void agree(const Facts& facts, std::chrono::milliseconds deadline);
-  // Every rank calls this at the same time.
-  ProcessGroups make_groups(const RankLayout& layout, std::chrono::milliseconds deadline);
+  // Every rank calls this at the same time. device: where `data`, `expert_data` and `expert` work;
+  // on GPUs (choose_gpu() comes first) they are NCCL's, the others stay with MPI on the host.
+  // stuck_exit_code: what a process ends with whose GPU cannot be freed from a lost group; the
+  // default is the one that means "start me again".
+  ProcessGroups make_groups(const RankLayout& layout, std::chrono::milliseconds deadline,
+                            DeviceKind device = DeviceKind::cpu, int stuck_exit_code = 75);
   [[noreturn]] void abort(int exit_code) noexcept;  // ends all ranks
 
  private:
   std::unique_ptr<Communicator> make_group(const char* name, std::vector<int> members,
                                            std::chrono::milliseconds deadline);
+  std::unique_ptr<Communicator> make_gpu_group(const char* name, std::vector<int> members,
+                                               std::chrono::milliseconds deadline, int exit_code);
   std::shared_ptr<std::mutex> mpi_ = std::make_shared<std::mutex>();
   int rank_ = 0, size_ = 1, node_rank_ = 0, node_size_ = 1;
   int exceptions_;
   std::string hostname_;
 };
+
+// The calling thread uses the GPU of this rank, the node_rank()-th that it sees; returns which. An
+// Error where there are fewer GPUs than ranks on this machine.
+int choose_gpu(const World& world);
 
 }  // namespace moemamba

@@ -126,7 +126,7 @@ void PlannedRank::add_exchange(PlannedWires::Exchange& sum, int64_t in, int64_t 
   sum.combine += int64_t(returned * out_bytes);
   sum.dispatch_backward += int64_t(sent * (out_bytes + again * in_bytes));
   sum.combine_backward += int64_t(returned * in_bytes);
-  sum.counts += share_.micro_batches * 2 * (s.E + 1) * 4 * (layout.expert_size() - 1);
+  sum.counts += share_.micro_batches * (s.E + 1) * 4 * (layout.expert_size() - 1);
 }
 
 // Sums of bytes stay below 2^63.

@@ -51,8 +51,11 @@ Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, in
       length(length),
       exchange(*groups.expert, groups.layout,
                exchange_capacity(sizes, sequences * length, exchange_rows, groups.expert->size()),
-               std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K))),
+               std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K)),
+               groups.device),
       arena(Arena::measure("activation", groups.device)) {
+  if (groups.device == DeviceKind::cuda)
+    for (Stream* stream : {&compute, &communication}) stream->watch([&groups] { groups.poll(); });
   store.allocate(memory);
   activation_bytes = measure(memory != Memory::values);
   if (memory != Memory::planned_training)

@@ -56,7 +56,7 @@ __device__ __forceinline__ float sigmoid_of(float x) {
 
 // The scores of one token; returns logsumexp of its logits on every lane.
 template <int kHeld>
-__device__ double score(const Args& a, const Held<kHeld>& logits, Held<kHeld>& p) {
+__device__ double scores_of(const Args& a, const Held<kHeld>& logits, Held<kHeld>& p) {
   float greatest = -INFINITY, sum = 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) greatest = fmaxf(greatest, logits.at[i]);
@@ -74,18 +74,24 @@ __device__ double score(const Args& a, const Held<kHeld>& logits, Held<kHeld>& p
   return double(greatest) + log(double(sum));
 }
 
-// The greatest value that comes after (last, last_e) in the order of choices: greater values
-// first, among equals lower ids. Every lane gets it; returns its expert.
+struct Choice {
+  float value, score;
+  int expert;
+};
+
+// What comes after `last` in the order of choices: greater values first, among equals lower ids.
+// Every lane gets it.
 template <int kHeld>
-__device__ int next_choice(int E, const Held<kHeld>& value, float& last, int last_e) {
-  float best = -INFINITY;
+__device__ Choice next_choice(int E, const Held<kHeld>& value, const Held<kHeld>& p,
+                              const Choice& last) {
+  float best = -INFINITY, score = 0;
   int best_e = INT_MAX;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int e = lane() + 32 * i;
     const float v = value.at[i];
-    const bool comes = e < E && (v < last || (v == last && e > last_e));
-    if (comes && (v > best || best_e == INT_MAX)) best = v, best_e = e;
+    const bool comes = e < E && (v < last.value || (v == last.value && e > last.expert));
+    if (comes && (v > best || best_e == INT_MAX)) best = v, best_e = e, score = p.at[i];
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -93,18 +99,7 @@ __device__ int next_choice(int E, const Held<kHeld>& value, float& last, int las
     const int e = __shfl_xor_sync(0xffffffffu, best_e, step);
     if (v > best || (v == best && e < best_e)) best = v, best_e = e;
   }
-  last = best;
-  return best_e;
-}
-
-// The value of expert `e`, which one lane holds, on every lane.
-template <int kHeld>
-__device__ float value_of(const Held<kHeld>& value, int e) {
-  float mine = 0;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i)
-    if (e / 32 == i) mine = value.at[i];
-  return __shfl_sync(0xffffffffu, mine, e % 32);
+  return {best, __shfl_sync(0xffffffffu, score, best_e % 32), best_e};  // its lane still knows
 }
 
 // Scores, choices and weights of one token; counts its choices.
@@ -117,7 +112,7 @@ __device__ void decide_token(const Args& a, int64_t t, int32_t* histogram) {
     const int e = lane() + 32 * i;
     value.at[i] = e < a.E ? logits[e] : -INFINITY;
   }
-  const double lse = score(a, value, p);
+  const double lse = scores_of(a, value, p);
   if (lane() == 0) a.lse[t] = lse;
   bool nan = false;
 #pragma unroll
@@ -129,17 +124,20 @@ __device__ void decide_token(const Args& a, int64_t t, int32_t* histogram) {
     nan |= isnan(value.at[i]);
   }
   nan = __any_sync(0xffffffffu, nan);
+  __syncwarp();  // the scores that other lanes have written can be read
   if (nan && lane() == 0) atomicOr(a.flag, 1);
-  float last = INFINITY, total = a.renormalise ? 0.f : 1.f;
-  int e = -1;
+  Choice chosen{.value = INFINITY, .score = 0, .expert = -1};
+  float total = a.renormalise ? 0.f : 1.f;
   for (int k = 0; k < a.K; ++k) {
-    e = nan ? k : next_choice(a.E, value, last, e);
-    const float score = value_of(p, e);
-    if (a.renormalise) total += score;
+    if (nan)
+      chosen = {0, a.probabilities.row(t)[k], k};
+    else
+      chosen = next_choice(a.E, value, p, chosen);
+    if (a.renormalise) total += chosen.score;
     if (lane() != 0) continue;
-    a.expert.row(t)[k] = e;
-    a.weight.row(t)[k] = score;
-    atomicAdd(histogram + e, 1);  // of integers: any order gives the same
+    a.expert.row(t)[k] = chosen.expert;
+    a.weight.row(t)[k] = chosen.score;
+    atomicAdd(histogram + chosen.expert, 1);  // of integers: any order gives the same
   }
   __syncwarp();
   for (int k = lane(); k < a.K; k += 32) {

@@ -22,6 +22,7 @@ class Wire : public Communicator {
   void all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) override {
     inner_->all_gather(stream, send, recv, bytes);
   }
+  void poll() override { inner_->poll(); }
   void abort(const std::string& why) noexcept override { inner_->abort(why); }
 
  private:

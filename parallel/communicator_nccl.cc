@@ -1,0 +1,343 @@
+#include "parallel/communicator_nccl.h"
+
+#include <cuda_runtime.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "core/arena.h"
+
+namespace moemamba {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+constexpr milliseconds kGrace(10000);  // of an abort that hangs
+constexpr int64_t kFlag = 16;          // bytes of a rank in a barrier
+
+void call(cudaError_t code, const char* what) {
+  check(code == cudaSuccess, "CUDA: ", what, ": ", cudaGetErrorString(code), " (",
+        cudaGetErrorName(code), ")");
+}
+
+cudaStream_t native(const Stream& stream) { return static_cast<cudaStream_t>(stream.native()); }
+
+// Ends the process unless it is gone before the grace time is over. NCCL's abort has been seen to
+// wait for what it should end; then there is no other way out.
+class Grace {
+ public:
+  Grace(std::string group, milliseconds time, int exit_code) {
+    std::thread([over = over_, group = std::move(group), time, exit_code] {
+      const auto end = Clock::now() + time;
+      while (Clock::now() < end) {
+        if (*over) return;
+        std::this_thread::sleep_for(milliseconds(20));
+      }
+      std::fprintf(stderr, "group %s: could not be ended within %d ms; this process ends itself\n",
+                   group.c_str(), int(time.count()));
+      std::_Exit(exit_code);
+    }).detach();
+  }
+  ~Grace() { *over_ = true; }
+  Grace(const Grace&) = delete;
+  Grace& operator=(const Grace&) = delete;
+
+ private:
+  std::shared_ptr<std::atomic<bool>> over_ = std::make_shared<std::atomic<bool>>(false);
+};
+
+class NcclCommunicator final : public Communicator {
+ public:
+  NcclCommunicator(std::unique_ptr<Communicator> beside, std::vector<int> world_ranks,
+                   milliseconds deadline, int exit_code);
+  ~NcclCommunicator() override;
+
+  int rank() const override { return beside_->rank(); }
+  int size() const override { return beside_->size(); }
+  const std::string& name() const override { return beside_->name(); }
+  void all_to_all(Stream& stream, const AllToAll& call) override;
+  void all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) override;
+  void poll() override;
+  void abort(const std::string& why) noexcept override;
+
+ private:
+  // A call on its way. It is late when `done` does not follow `begun` within the deadline: what the
+  // stream has to do before does not count.
+  struct Pending {
+    cudaEvent_t begun = nullptr, done = nullptr;
+    std::optional<Clock::time_point> since;  // begun was seen
+  };
+
+  void connect();
+  void begin(const Stream& stream);
+  void end(const Stream& stream);
+  void exchange(Stream& stream, const AllToAll& call);
+  void look();  // what poll() looks for, in this order
+  void look_at_calls();
+  void take(ncclResult_t result);    // fails unless it is success or "in progress"
+  void settle(ncclResult_t result);  // waits until NCCL has done what it does on the host
+  [[noreturn]] void fail(ncclResult_t result);
+  [[noreturn]] void miss();
+  [[noreturn]] void lose(PeerLost lost);
+  void tear_down() noexcept;
+  int world(int peer) const { return world_ranks_[size_t(peer)]; }
+  int other_of_pair() const { return size() == 2 ? world(1 - rank()) : -1; }
+
+  std::unique_ptr<Communicator> beside_;
+  std::vector<int> world_ranks_;
+  milliseconds deadline_;
+  int exit_code_;
+  Buffer flags_;  // of barriers and of the first calls
+
+  std::mutex mutex_;  // of all below: poll() and abort() come from any thread
+  ncclComm_t comm_ = nullptr;
+  std::array<Pending, 64> calls_;  // a ring: calls of numbers first_ .. last_ - 1
+  uint64_t first_ = 0, last_ = 0;
+  bool tracked_ = false;  // the current call has a place there
+  std::optional<PeerLost> lost_;
+};
+
+NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> beside,
+                                   std::vector<int> world_ranks, milliseconds deadline,
+                                   int exit_code)
+    : beside_(std::move(beside)),
+      world_ranks_(std::move(world_ranks)),
+      deadline_(deadline),
+      exit_code_(exit_code),
+      flags_(DeviceKind::cuda, 2 * beside_->size() * kFlag) {
+  for (Pending& pending : calls_) {
+    call(cudaEventCreateWithFlags(&pending.begun, cudaEventDisableTiming), "cudaEventCreate");
+    call(cudaEventCreateWithFlags(&pending.done, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  try {
+    connect();
+  } catch (...) {  // no destructor will run
+    tear_down();
+    throw;
+  }
+}
+
+NcclCommunicator::~NcclCommunicator() {
+  if (comm_ && !lost_) {
+    const Grace grace(name(), std::max(kGrace, deadline_), exit_code_);
+    ncclResult_t state = ncclCommFinalize(comm_);
+    while (state == ncclInProgress && ncclCommGetAsyncError(comm_, &state) == ncclSuccess)
+      std::this_thread::yield();
+    ncclCommDestroy(comm_);
+  } else {
+    tear_down();
+  }
+  for (Pending& pending : calls_) {
+    cudaEventDestroy(pending.begun);
+    cudaEventDestroy(pending.done);
+  }
+}
+
+// The group and, by a first call of each kind, all its connections: later calls never wait on the
+// host for a member that has not come.
+void NcclCommunicator::connect() {
+  ncclUniqueId own{};
+  if (rank() == 0) take(ncclGetUniqueId(&own));
+  std::vector<ncclUniqueId> ids(static_cast<size_t>(size()));
+  Stream host = Stream::immediate();
+  beside_->all_gather(host, &own, ids.data(), sizeof own);
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;  // so that nothing below waits without a deadline
+  settle(ncclCommInitRankConfig(&comm_, size(), ids[0], rank(), &config));
+
+  Stream stream = Stream::cuda();
+  stream.watch([this] { poll(); });
+  std::vector<int64_t> places, bytes(size_t(size()), kFlag);
+  for (int r = 0; r < size(); ++r) places.push_back(r * kFlag);
+  barrier(*this, stream);
+  all_to_all(stream, {.send = flags_.data(),
+                      .send_offsets = places.data(),
+                      .send_bytes = bytes.data(),
+                      .recv = flags_.data() + size() * kFlag,
+                      .recv_offsets = places.data(),
+                      .recv_bytes = bytes.data()});
+  stream.synchronize();
+}
+
+void NcclCommunicator::all_to_all(Stream& stream, const AllToAll& call) {
+  std::lock_guard lock(mutex_);
+  begin(stream);
+  exchange(stream, call);
+  end(stream);
+}
+
+// Each rank begins with its right neighbour. Both sides leave out what has no bytes.
+void NcclCommunicator::exchange(Stream& stream, const AllToAll& c) {
+  const int64_t own = c.send_bytes[rank()];
+  check(own == c.recv_bytes[rank()], "group ", name(), ": rank ", world(rank()), " sends ", own,
+        " bytes to itself, but expects ", c.recv_bytes[rank()]);
+  const auto at = [](const void* base, int64_t offset) {
+    return const_cast<char*>(static_cast<const char*>(base)) + offset;
+  };
+  take(ncclGroupStart());
+  ncclResult_t worst = ncclSuccess;  // told once the group has ended
+  const auto enqueue = [&](ncclResult_t result) {
+    if (result != ncclSuccess && result != ncclInProgress) worst = result;
+  };
+  for (int step = 1; step < size(); ++step) {
+    const int to = (rank() + step) % size(), from = (rank() + size() - step) % size();
+    if (c.send_bytes[to] > 0)
+      enqueue(ncclSend(at(c.send, c.send_offsets[to]), size_t(c.send_bytes[to]), ncclUint8, to,
+                       comm_, native(stream)));
+    if (c.recv_bytes[from] > 0)
+      enqueue(ncclRecv(at(c.recv, c.recv_offsets[from]), size_t(c.recv_bytes[from]), ncclUint8,
+                       from, comm_, native(stream)));
+  }
+  const ncclResult_t ended = ncclGroupEnd();
+  take(worst);
+  settle(ended);
+  char *source = at(c.send, c.send_offsets[rank()]), *target = at(c.recv, c.recv_offsets[rank()]);
+  if (own > 0 && source != target)
+    moemamba::copy(stream, view(source, {own}, DType::u8, DeviceKind::cuda),
+                   view(target, {own}, DType::u8, DeviceKind::cuda));
+}
+
+void NcclCommunicator::all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) {
+  std::lock_guard lock(mutex_);
+  begin(stream);
+  if (bytes == 0) {  // NCCL leaves out what has no bytes, but here all wait for all
+    send = flags_.data() + rank() * kFlag;
+    recv = flags_.data();
+    bytes = kFlag;
+  }
+  settle(ncclAllGather(send, recv, size_t(bytes), ncclUint8, comm_, native(stream)));
+  end(stream);
+}
+
+void NcclCommunicator::begin(const Stream& stream) {
+  look();
+  check(stream.device() == DeviceKind::cuda, "group ", name(), ": NCCL works on CUDA streams");
+  tracked_ = last_ - first_ < calls_.size();  // else an earlier one hangs before this one can
+  if (!tracked_) return;
+  Pending& pending = calls_[last_ % calls_.size()];
+  pending.since.reset();
+  call(cudaEventRecord(pending.begun, native(stream)), "cudaEventRecord");
+}
+
+void NcclCommunicator::end(const Stream& stream) {
+  if (!tracked_) return;
+  call(cudaEventRecord(calls_[last_++ % calls_.size()].done, native(stream)), "cudaEventRecord");
+}
+
+void NcclCommunicator::poll() {
+  std::lock_guard lock(mutex_);
+  look();
+}
+
+void NcclCommunicator::look() {
+  if (lost_) throw PeerLost(*lost_);
+  try {
+    beside_->poll();
+  } catch (const PeerLost& lost) {
+    lose(lost);
+  }
+  if (!comm_) return;
+  ncclResult_t state = ncclSuccess;
+  take(ncclCommGetAsyncError(comm_, &state));
+  take(state);
+  look_at_calls();
+}
+
+// Calls of one stream end in order; those of two streams are looked at in the order of the host.
+void NcclCommunicator::look_at_calls() {
+  const auto past = [](cudaEvent_t event) {
+    const cudaError_t state = cudaEventQuery(event);
+    if (state != cudaErrorNotReady) call(state, "the stream's work");
+    return state == cudaSuccess;
+  };
+  for (; first_ < last_; ++first_) {
+    Pending& pending = calls_[first_ % calls_.size()];
+    if (past(pending.done)) continue;
+    if (!pending.since && past(pending.begun)) pending.since = Clock::now();
+    if (pending.since && Clock::now() - *pending.since > deadline_) miss();
+    return;
+  }
+}
+
+void NcclCommunicator::take(ncclResult_t result) {
+  if (result != ncclSuccess && result != ncclInProgress) fail(result);
+}
+
+void NcclCommunicator::settle(ncclResult_t result) {
+  const auto end = Clock::now() + deadline_;
+  auto asked = Clock::now();
+  while (result == ncclInProgress) {
+    std::this_thread::yield();
+    if (ncclResult_t asking = ncclCommGetAsyncError(comm_, &result); asking != ncclSuccess)
+      result = asking;
+    const auto now = Clock::now();
+    if (result != ncclInProgress || now - asked < milliseconds(1)) continue;
+    asked = now;
+    try {
+      beside_->poll();
+    } catch (const PeerLost& lost) {
+      lose(lost);
+    }
+    if (now > end) miss();
+  }
+  take(result);
+}
+
+void NcclCommunicator::fail(ncclResult_t result) {
+  const std::string why = concat("NCCL: ", ncclGetErrorString(result), ": ",
+                                 ncclGetLastError(comm_));
+  check(result != ncclInvalidArgument && result != ncclInvalidUsage, "group ", name(), ": ", why);
+  // What went wrong with the others is their loss; all else happened here.
+  const bool theirs = result == ncclRemoteError || result == ncclSystemError;
+  lose(PeerLost(name(), theirs ? other_of_pair() : world(rank()), why));
+}
+
+void NcclCommunicator::miss() {
+  std::string others;
+  for (int peer = 0; peer < size(); ++peer)
+    if (peer != rank()) others += (others.empty() ? "" : ", ") + std::to_string(world(peer));
+  lose(PeerLost(name(), other_of_pair(),
+                concat("nothing heard for ", deadline_.count(), " ms from ",
+                       size() == 2 ? "rank " : "one of ranks ", others)));
+}
+
+void NcclCommunicator::lose(PeerLost lost) {
+  lost_ = std::move(lost);
+  tear_down();
+  throw PeerLost(*lost_);
+}
+
+void NcclCommunicator::tear_down() noexcept {
+  if (!comm_) return;
+  const Grace grace(name(), kGrace, exit_code_);
+  ncclCommAbort(std::exchange(comm_, nullptr));
+}
+
+// Those who wait hear of it over `beside`, and then tear their own down.
+void NcclCommunicator::abort(const std::string& why) noexcept {
+  beside_->abort(why);
+  std::lock_guard lock(mutex_);
+  if (!lost_) lost_ = PeerLost(name(), world(rank()), "stopped: " + why);
+  tear_down();
+}
+
+}  // namespace
+
+std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> beside,
+                                                     std::vector<int> world_ranks,
+                                                     milliseconds deadline, int exit_code) {
+  return std::make_unique<NcclCommunicator>(std::move(beside), std::move(world_ranks), deadline,
+                                            exit_code);
+}
+
+}  // namespace moemamba
