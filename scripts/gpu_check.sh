@@ -28,7 +28,7 @@ if [ -z "${NCCL_ROOT:-}" ] && command -v python3 >/dev/null; then
 fi
 
 if ! sh scripts/build.sh cuda-release >"$out/build.log" 2>&1; then
-  grep -E 'error|Error|FAILED' "$out/build.log" | head -40
+  grep -E 'error:|Error:|^FAILED|undefined' "$out/build.log" | head -40
   tail -5 "$out/build.log"
   echo "gpu_check: the build failed, see build.log"
   exit 1
