@@ -50,7 +50,9 @@ Experts::Chunk Experts::take_chunk(Step& step) const {
   if (linear) return chunk;
   chunk.up = step.arena.take({C, F}, dtype, "expert hidden rows");
   if (kind.gated) chunk.gate = step.arena.take({C, F}, dtype, "expert gate rows");
-  chunk.hidden = step.arena.take({C, F}, dtype, "expert activations");
+  // relu'(x) can be told from relu(x): what goes in need not be kept beside what comes out.
+  const bool in_place = !kind.gated && kind.activation == Activation::relu;
+  chunk.hidden = in_place ? chunk.up : step.arena.take({C, F}, dtype, "expert activations");
   return chunk;
 }
 

@@ -20,7 +20,10 @@ FeedForward FeedForward::make(ParameterStore& store, const std::string& name,
 Tensor FeedForward::forward(Step& step, Tensor x, Saved& saved) const {
   saved.x = x;
   saved.up = up.forward(step, x, "feed-forward hidden rows");
-  saved.hidden = step.arena.take(saved.up.shape, x.dtype, "feed-forward activations");
+  // relu'(x) can be told from relu(x): what goes in need not be kept beside what comes out.
+  const bool in_place = !kind.gated && kind.activation == Activation::relu;
+  saved.hidden = in_place ? saved.up
+                          : step.arena.take(saved.up.shape, x.dtype, "feed-forward activations");
   if (kind.gated) {
     saved.gate = gate.forward(step, x, "feed-forward gate rows");
     run(step.stream,

@@ -72,10 +72,20 @@ void SelectiveSsm::norm_backward(Step& step, Tensor dproj, const Saved& saved) c
                                   .accumulate = step.accumulate});
 }
 
-void SelectiveSsm::scan_forward(Step& step, const Saved& saved) const {
+// A narrow product, made again in backward: cheaper than to keep [T, I].
+Tensor SelectiveSsm::dt(Step& step, const Saved& saved) const {
+  Tensor dt = step.arena.take(saved.c.shape, saved.c.dtype, "mamba dt");
+  run(step.stream, Matmul{.a = part(saved.normed, 0),
+                          .b = dt_proj->compute,
+                          .out = dt,
+                          .b_transposed = true});
+  return dt;
+}
+
+void SelectiveSsm::scan_forward(Step& step, Tensor dt, const Saved& saved) const {
   run(step.stream,
       ScanForward{.u = saved.c,
-                  .dt = saved.dt,
+                  .dt = dt,
                   .dt_bias = dt_bias->value,
                   .a_log = a_log->value,
                   .b = part(saved.normed, 1),
@@ -109,22 +119,18 @@ Tensor SelectiveSsm::forward(Step& step, Tensor x, Tensor z, Saved& saved) const
   run(step.stream,
       Matmul{.a = saved.c, .b = x_proj->compute, .out = saved.proj, .b_transposed = true});
   norm_forward(step, saved);
-  saved.dt = step.arena.take({T, I}, x.dtype, "mamba dt");
   saved.states = step.arena.take(
       {scan_state_elements(B, B ? T / B : 0, I, N, step.stream.device())}, DType::f32,
       "scan states");
   saved.y = step.arena.take({T, I}, x.dtype, "scan output");
-  run(step.stream, Matmul{.a = part(saved.normed, 0),
-                          .b = dt_proj->compute,
-                          .out = saved.dt,
-                          .b_transposed = true});
-  scan_forward(step, saved);
+  Frame frame(step.arena);
+  scan_forward(step, dt(step, saved), saved);
   return saved.y;
 }
 
 void SelectiveSsm::scan_backward(Step& step, const ScanGradient& g, const Saved& saved) const {
   run(step.stream, ScanBackward{.u = saved.c,
-                                .dt = saved.dt,
+                                .dt = g.dt,
                                 .dt_bias = dt_bias->value,
                                 .a_log = a_log->value,
                                 .b = part(saved.normed, 1),
@@ -153,9 +159,11 @@ void SelectiveSsm::backward(Step& step, const Gradient& g, const Saved& saved) c
   const bool add = step.accumulate;
   Frame frame(step.arena);
   Tensor dc = step.arena.take(saved.c.shape, g.dy.dtype, "mamba gradient of conv output");
-  Tensor ddt = step.arena.take(saved.dt.shape, g.dy.dtype, "mamba gradient of dt");
+  Tensor ddt = step.arena.take(saved.c.shape, g.dy.dtype, "mamba gradient of dt");
   Tensor dproj = step.arena.take(saved.proj.shape, g.dy.dtype, "mamba gradient of dt, B, C");
-  scan_backward(step, {.dy = g.dy, .dc = dc, .ddt = ddt, .dproj = dproj, .dz = g.dz}, saved);
+  scan_backward(
+      step,
+      {.dt = dt(step, saved), .dy = g.dy, .dc = dc, .ddt = ddt, .dproj = dproj, .dz = g.dz}, saved);
   step.weight_work(Matmul{.a = ddt,
                           .b = part(saved.normed, 0),
                           .out = dt_proj->gradient,

@@ -26,7 +26,6 @@ struct SelectiveSsm {
     Tensor proj;     // [T, R + 2N]
     Tensor normed;   // [T, R + 2N]: proj, or its norms
     Tensor rstd[3];  // [T]
-    Tensor dt;       // [T, I] before bias and softplus
     Tensor states;   // kept by the scan
     Tensor y;        // [T, I] gated
   };
@@ -45,9 +44,10 @@ struct SelectiveSsm {
   void norm_forward(Step& step, Saved& saved) const;
   void norm_backward(Step& step, Tensor dproj, const Saved& saved) const;
   struct ScanGradient {
-    Tensor dy, dc, ddt, dproj, dz;
+    Tensor dt, dy, dc, ddt, dproj, dz;  // dt: forward's
   };
-  void scan_forward(Step& step, const Saved& saved) const;
+  Tensor dt(Step& step, const Saved& saved) const;  // [T, I] before bias and softplus
+  void scan_forward(Step& step, Tensor dt, const Saved& saved) const;
   void scan_backward(Step& step, const ScanGradient& g, const Saved& saved) const;
 };
 

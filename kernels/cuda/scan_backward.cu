@@ -89,19 +89,20 @@ __device__ __forceinline__ void stage(BackwardTile<P>& shared, Elementwise<P>& o
   raw.cells.stage(&shared.cells[0][0][0]);
 }
 
-// The states before each step of the tile, from those before its first; returns the last.
+// Keeps the states before each step of the tile, from those before its first; h is the last then.
+// Where a document starts, what is kept is the state that the step before ended with.
 template <int P>
 __device__ __forceinline__ void sweep_forward(BackwardTile<P>& shared, States& h,
                                               const States& rates, const Place<P>& place, int steps,
                                               unsigned starts) {
 #pragma unroll 2
   for (int t = 0; t < steps; ++t) {
-    if (starts >> t & 1) h.fill(0);
     const float4 delta = shared.deltas[t][place.pair], b = shared.cell(t, 0, place.p);
     const float deltas[2] = {delta.x, delta.y}, inputs[2] = {delta.z, delta.w};
     const float bs[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int ch = 0; ch < 2; ++ch) shared.kept[t][ch][threadIdx.x] = h.get(ch);
+    if (starts >> t & 1) h.fill(0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int ch = i / 4, n = i % 4;
@@ -112,8 +113,9 @@ __device__ __forceinline__ void sweep_forward(BackwardTile<P>& shared, States& h
 }
 
 // One step back in time. h: the state after the step, then before it. carry: a g of the step
-// behind, then of this one. da: sum of delta a h g.
-template <int P>
+// behind, then of this one. da: sum of delta a h g. kStart: a document starts with the step, whose
+// a is 0.
+template <bool kStart, int P>
 __device__ __forceinline__ void step_back(BackwardTile<P>& shared, int t, States& h, States& carry,
                                           States& da, const States& rates, const Place<P>& place) {
   const float4 delta = shared.deltas[t][place.pair];
@@ -135,7 +137,7 @@ __device__ __forceinline__ void step_back(BackwardTile<P>& shared, int t, States
     dc[n] = fmaf(dps[ch], h.at[ch][n], dc[n]);
     db[n] = fmaf(inputs[ch], g, db[n]);
     g_b[ch] = fmaf(g, bs[n], g_b[ch]);
-    carry.at[ch][n] = exp2_of(deltas[ch] * rates.at[ch][n]) * g;
+    carry.at[ch][n] = kStart ? 0.0f : exp2_of(deltas[ch] * rates.at[ch][n]) * g;
     const float r = carry.at[ch][n] * before.at[ch][n];
     rate_r[ch] = fmaf(rates.at[ch][n], r, rate_r[ch]);
     da.at[ch][n] = fmaf(deltas[ch], r, da.at[ch][n]);
@@ -255,8 +257,10 @@ __global__ void __launch_bounds__(kThreads, P == 2 ? 2 : 3)
     if (tile > place.first_tile) raw.load(call, place, tile - 1);
 #pragma unroll 1
     for (int t = steps - 1; t >= 0; --t) {
-      step_back(shared, t, h, carry, da, rates, place);
-      if (starts >> t & 1) carry.fill(0);
+      if (starts >> t & 1)
+        step_back<true>(shared, t, h, carry, da, rates, place);
+      else
+        step_back<false>(shared, t, h, carry, da, rates, place);
     }
     __syncthreads();  // the sums are there
     const int64_t token = place.block * s.B * s.L + place.token(s, tile);
