@@ -2,23 +2,13 @@
 // every promise.
 #include <cstdio>
 
-#include "parallel/world.h"
 #include "tests/support/communicator_suite.h"
+#include "tests/support/mpi_world.h"
 
 namespace moemamba {
 namespace {
 
 using std::chrono::seconds;
-
-// How many ranks failed; every rank gets the same answer.
-int64_t agree_on_failures(World& world, int64_t failed) {
-  const ProcessGroups groups = world.make_groups(RankLayout(world.size(), 1, 0), seconds(60));
-  std::vector<int64_t> workspace(size_t(world.size()));
-  Stream stream = Stream::immediate();
-  all_reduce_sum(*groups.control, stream, view(&failed, {1}),
-                 view(workspace.data(), {world.size()}));
-  return failed;
-}
 
 int64_t run_case(World& world, const CommunicatorCase& c, bool worker) {
   int64_t failed = 0;

@@ -2,110 +2,18 @@
 
 #include <gtest/gtest.h>
 
-#include <map>
-
+#include "core/gpu.h"
 #include "core/random.h"
-#include "tests/support/cases.h"
+#include "tests/support/exchange_scene.h"
+#include "tests/support/harness.h"
 #include "tests/support/in_world.h"
 
 namespace moemamba {
 namespace {
 
-// How many rows `rank` sends to `expert`.
 using Routing = std::function<int(int rank, int expert)>;
 
-struct Scene {
-  int ranks, experts;
-  int64_t capacity, width;
-  Routing rows;
-
-  int64_t sends(int rank) const {
-    int64_t sum = 0;
-    for (int e = 0; e < experts; ++e) sum += rows(rank, e);
-    return sum;
-  }
-  int64_t most() const {
-    int64_t most = 0;
-    for (int r = 0; r < ranks; ++r) most = std::max(most, sends(r));
-    return most;
-  }
-};
-
-// What column d of the j-th row of `rank` for `expert` holds.
-float cell(int rank, int expert, int64_t j, int64_t d) {
-  return float(rank * 1000000 + expert * 10000 + j) + float(d) * 0.001f;
-}
-
-// (expert, rank, j) in the order in which `coordinate` must see its rows.
-std::vector<std::array<int64_t, 3>> expected_rows(const Scene& w, const RankLayout& layout,
-                                                  int coordinate) {
-  std::vector<std::array<int64_t, 3>> rows;
-  for (int e = layout.first_expert(coordinate); e < layout.first_expert(coordinate + 1); ++e)
-    for (int r = 0; r < w.ranks; ++r)
-      for (int j = 0; j < w.rows(r, e); ++j) rows.push_back({e, r, j});
-  return rows;
-}
-
-void fill_rows(const Scene& w, int rank, const Tensor& rows, const Tensor& offsets) {
-  int64_t at = 0;
-  for (int e = 0; e < w.experts; ++e) {
-    offsets.as<int32_t>()[e] = int32_t(at);
-    for (int j = 0; j < w.rows(rank, e); ++j, ++at)
-      for (int64_t d = 0; d < w.width; ++d) rows.row<float>(at)[d] = cell(rank, e, j, d);
-  }
-  offsets.as<int32_t>()[w.experts] = int32_t(at);
-}
-
-void expect_chunk(const Scene& w, const RankLayout& layout, int me, int64_t chunk,
-                  const Rows& found) {
-  const auto expected = expected_rows(w, layout, me);
-  const int64_t begin = std::min<int64_t>(chunk * w.capacity, int64_t(expected.size()));
-  const int64_t end = std::min<int64_t>(begin + w.capacity, int64_t(expected.size()));
-  const int32_t* offsets = found.offsets.as<int32_t>();
-  ASSERT_EQ(offsets[0], 0);
-  ASSERT_EQ(offsets[layout.experts_of(me)], end - begin);
-  std::map<int64_t, int64_t> counts;
-  for (int64_t i = begin; i < end; ++i) {
-    const auto [e, r, j] = expected[size_t(i)];
-    ++counts[e];
-    for (int64_t d = 0; d < w.width; ++d)
-      ASSERT_EQ(found.values.row<float>(i - begin)[d], cell(int(r), int(e), j, d))
-          << "chunk " << chunk << ", row " << i - begin << ", column " << d;
-  }
-  for (int e = 0; e < layout.experts_of(me); ++e)
-    ASSERT_EQ(offsets[e + 1] - offsets[e], counts[layout.first_expert(me) + e]) << "expert " << e;
-}
-
-// Every rank's rows reach their experts in order, and come back to where they were.
-void there_and_back(const Scene& w, ProcessGroups& groups, Stream& stream) {
-  const int me = groups.expert->rank();
-  Case c(1);
-  const int64_t S = w.most(), C = w.capacity;
-  Tensor rows = c.empty({S, w.width}), back = c.zeros({S, w.width});
-  Tensor offsets = c.empty({w.experts + 1}, DType::i32);
-  Tensor staging = c.empty({C, w.width});
-  fill_rows(w, me, rows, offsets);
-  ExpertExchange exchange(*groups.expert, groups.layout, C, S);
-  for (int round = 0; round < 2; ++round) {
-    exchange.plan(stream, offsets);
-    ASSERT_EQ(exchange.received_rows(), int64_t(expected_rows(w, groups.layout, me).size()));
-    ASSERT_LE(exchange.chunks(), exchange.most_chunks());
-    for (int64_t i = 0; i < exchange.chunks(); ++i) {
-      Rows out{c.empty({C, w.width}), c.empty({groups.layout.experts_of(me) + 1}, DType::i32)};
-      exchange.dispatch(stream, i, rows, out, staging);
-      stream.synchronize();
-      expect_chunk(w, groups.layout, me, i, out);
-      exchange.combine(stream, i, out, back, staging);
-      stream.synchronize();
-    }
-  }
-  for (int64_t r = 0; r < S; ++r)
-    for (int64_t d = 0; d < w.width; ++d)
-      ASSERT_EQ(back.row<float>(r)[d], r < w.sends(me) ? rows.row<float>(r)[d] : 0.0f);
-  EXPECT_GT(exchange.take_seconds(), 0);
-}
-
-void expect_there_and_back(const Scene& w) {
+void expect_there_and_back(const ExchangeScene& w) {
   SCOPED_TRACE(testing::Message() << w.ranks << " ranks, " << w.experts << " experts, capacity "
                                   << w.capacity);
   in_world(RankLayout(w.ranks, w.ranks, w.experts), [&](ProcessGroups& groups) {
@@ -113,6 +21,18 @@ void expect_there_and_back(const Scene& w) {
     there_and_back(w, groups, at_once);
     there_and_back(w, groups, worker);
   });
+}
+
+// The ranks are threads that share one GPU. NCCL's turn is communicator_nccl_mpi_test.
+void expect_there_and_back_on_a_gpu(const ExchangeScene& w) {
+  SCOPED_TRACE(testing::Message() << "on a GPU: " << w.ranks << " ranks, " << w.experts
+                                  << " experts, capacity " << w.capacity);
+  if (gpu::devices().empty()) return;
+  in_world(RankLayout(w.ranks, w.ranks, w.experts), [&](ProcessGroups& groups) {
+    Stream stream = Stream::cuda();
+    there_and_back(w, groups, stream);
+  });
+  count_comparison();
 }
 
 TEST(ExpertExchange, BringsRowsThereAndBack) {
@@ -129,8 +49,25 @@ TEST(ExpertExchange, SharesFortyTwoExpertsOutOverFourRanks) {
   expect_there_and_back({4, 42, 100, 8, [](int rank, int expert) { return (rank + expert) % 4; }});
 }
 
+TEST(ExpertExchange, DoesSoOnAGpu) {
+  const Routing random = [](int rank, int expert) {
+    return int(Random(1, "rows").integer(uint64_t(rank * 100 + expert), 9));
+  };
+  for (int ranks : {1, 2, 3})
+    for (int64_t capacity : {7, 64, 1000})
+      for (int64_t width : {1, 5, 32})
+        expect_there_and_back_on_a_gpu({ranks, 7, capacity, width, random});
+  const Routing even = [](int rank, int expert) { return (rank + expert) % 4; };
+  expect_there_and_back_on_a_gpu({4, 42, 100, 8, even});
+  expect_there_and_back_on_a_gpu({1, 1000, 5000, 6, even});
+  expect_there_and_back_on_a_gpu({1, 1000, 500, 6, even});  // more integers than one launch takes
+  expect_there_and_back_on_a_gpu({2, 1000, 5000, 6, even});  // and more segments
+  expect_there_and_back_on_a_gpu({3, 3, 4, 3, [](int, int) { return 0; }});
+  expect_there_and_back_on_a_gpu({2, 8, 10, 6, [](int, int e) { return e == 5 ? 33 : 0; }});
+}
+
 TEST(ExpertExchange, CutsWhatGoesToOneExpertIntoChunks) {
-  const Scene w{4, 8, 10, 6, [](int, int expert) { return expert == 5 ? 33 : 0; }};
+  const ExchangeScene w{4, 8, 10, 6, [](int, int expert) { return expert == 5 ? 33 : 0; }};
   expect_there_and_back(w);
   in_world(RankLayout(4, 4, 8), [&](ProcessGroups& groups) {
     Case c(1);

@@ -5,7 +5,10 @@
 #include <atomic>
 #include <thread>
 
+#include "core/gpu.h"
 #include "core/random.h"
+#include "tests/support/bucket_scene.h"
+#include "tests/support/harness.h"
 #include "tests/support/in_world.h"
 #include "tests/support/wires.h"
 
@@ -41,47 +44,26 @@ struct Owner {
   }
 };
 
-// Sums in rank order and values gathered from their owners, bit for bit.
-void reduce_and_gather(Communicator& group, Stream& communication) {
-  const int N = group.size();
-  const std::vector<int64_t> sizes = {N * 1, N * 4096, 0, N * 5003};
-  Owner owner(group, sizes);
-  GradientBuckets buckets(owner.buckets(group), communication);
-  Stream compute = Stream::immediate();
-  for (int64_t b = buckets.size() - 1; b >= 0; --b) buckets.ready(b, compute);
-  buckets.finish(compute);
-  for (int64_t b = 0; b < buckets.size(); ++b) {
-    const Tensor own = buckets.owned_gradient(b);
-    const int64_t slice = sizes[size_t(b)] / N;
-    ASSERT_EQ(own.elements(), slice);
-    for (int64_t i = 0; i < slice; ++i) {
-      const int64_t at = group.rank() * slice + i;
-      float expected = gradient_of(0, b, at);
-      for (int r = 1; r < N; ++r) expected += gradient_of(r, b, at);
-      ASSERT_EQ(own.as<float>()[i], expected) << "bucket " << b << ", element " << at;
-    }
-    for (int64_t i = 0; i < slice; ++i)
-      buckets.owned_value(b).as<float>()[i] = float(group.rank() * slice + i);
-  }
-  buckets.gather_weights(compute);
-  for (int64_t b = 0; b < buckets.size(); ++b) {
-    buckets.wait_weights(b, compute);
-    for (size_t i = 0; i < owner.values[size_t(b)].size(); ++i)
-      ASSERT_EQ(owner.values[size_t(b)][i], float(i));
-  }
-  communication.synchronize();
-  EXPECT_EQ(buckets.take_seconds() > 0, N > 1);
-  EXPECT_EQ(buckets.take_seconds(), 0);
-}
-
 TEST(GradientBuckets, SumInRankOrderAndGatherWhatTheOwnersWrote) {
   for (int ranks : {1, 2, 3, 5, 8}) {
     in_world(RankLayout(ranks, 1, 0), [](ProcessGroups& groups) {
-      Stream communication = Stream::worker();
-      reduce_and_gather(*groups.data, communication);
+      Stream compute = Stream::immediate(), communication = Stream::worker();
+      reduce_and_gather(*groups.data, compute, communication);
       Stream at_once = Stream::immediate();
-      reduce_and_gather(*groups.data, at_once);
+      reduce_and_gather(*groups.data, compute, at_once);
     });
+  }
+}
+
+// The ranks are threads that share one GPU. NCCL's turn is communicator_nccl_mpi_test.
+TEST(GradientBuckets, DoSoOnAGpu) {
+  if (gpu::devices().empty()) return;
+  for (int ranks : {1, 2, 3}) {
+    in_world(RankLayout(ranks, 1, 0), [](ProcessGroups& groups) {
+      Stream compute = Stream::cuda(), communication = Stream::cuda();
+      reduce_and_gather(*groups.data, compute, communication);
+    });
+    count_comparison();
   }
 }
 

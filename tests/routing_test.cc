@@ -75,6 +75,22 @@ Route make(Case& c, const RouteShape& s, const Tensor& logits) {
           .scale = float(s.scale)};
 }
 
+RouteBackward make_backward(Case& c, const RouteShape& s, const Route& forward) {
+  return {.logits = forward.logits,
+          .probabilities = forward.probabilities,
+          .expert = forward.expert,
+          .position = forward.position,
+          .counts = forward.counts,
+          .dweight = c.normal({s.T, s.K}),
+          .dlogits = c.empty({s.T, s.E}),
+          .groups = s.G,
+          .renormalise = s.renormalise,
+          .kind = kind_of(s),
+          .scale = float(s.scale),
+          .balance_scale = 0.7f,
+          .z_scale = 0.05f};
+}
+
 Route routed(Case& c, const RouteShape& s, const Tensor& logits) {
   Stream stream = Stream::immediate();
   const Route op = make(c, s, logits);
@@ -99,6 +115,36 @@ TEST(Route, MatchesItsDefinition) {
     EXPECT_EQ(integers_of(op.counts), expected.counts);
     EXPECT_EQ(integers_of(op.flag)[0], 0);
   }
+}
+
+// Several parts of a group, all of the experts, many of them, long passes; choices are made on the
+// logits, which are the same bits on both sides.
+TEST(Route, BackendsAgreeOnManyTokens) {
+  const RouteShape shapes[] = {
+      {.T = 65536, .E = 42, .K = 1, .G = 64, .capacity_factor = 1.25},
+      {.T = 20000, .E = 32, .K = 2, .renormalise = true},
+      {.T = 2268, .E = 300, .K = 2, .G = 2, .capacity_factor = 0.9},
+      {.T = 3000, .E = 1024, .K = 8, .G = 3, .capacity_factor = 1.1, .renormalise = true},
+      {.T = 372, .E = 33, .K = 33, .renormalise = true},
+      {.T = 65, .E = 64, .K = 40},
+  };
+  for (RouteShape s : shapes)
+    for (bool sigmoid : {false, true}) {
+      s.sigmoid = sigmoid;
+      Case c(22);
+      const Route op = make(c, s, c.normal({s.T, s.E}, 2));
+      expect_backends_agree(op);
+      expect_backends_agree(make_backward(c, s, op));
+    }
+}
+
+// All tokens want the same two experts, which tie.
+TEST(Route, BackendsAgreeOnTiesAndOneExpert) {
+  Case c(23);
+  const RouteShape s{.T = 500, .E = 50, .K = 3, .G = 2, .capacity_factor = 2};
+  const Tensor logits = c.zeros({s.T, s.E});
+  for (int64_t t = 0; t < s.T; ++t) logits.row<float>(t)[37] = logits.row<float>(t)[41] = 2;
+  expect_backends_agree(make(c, s, logits));
 }
 
 TEST(Route, ThreadsDoNotChangeBits) {
@@ -212,22 +258,6 @@ TEST(Route, RefusesABiasOfAnotherLengthAndAScaleOfZero) {
   EXPECT_THROW(run(stream, wrong), Error);
 }
 
-RouteBackward make_backward(Case& c, const RouteShape& s, const Route& forward) {
-  return {.logits = forward.logits,
-          .probabilities = forward.probabilities,
-          .expert = forward.expert,
-          .position = forward.position,
-          .counts = forward.counts,
-          .dweight = c.normal({s.T, s.K}),
-          .dlogits = c.empty({s.T, s.E}),
-          .groups = s.G,
-          .renormalise = s.renormalise,
-          .kind = kind_of(s),
-          .scale = float(s.scale),
-          .balance_scale = 0.7f,
-          .z_scale = 0.05f};
-}
-
 void expect_defined(const RouteShape& s, const RouteBackward& op) {
   const std::vector<double> logits = to_doubles(op.logits);
   expect_close("dlogits", op.dlogits,
@@ -241,6 +271,7 @@ TEST(RouteBackward, MatchesItsDefinition) {
     const Route forward = routed(c, s, c.normal({s.T, s.E}, 2));
     const RouteBackward op = make_backward(c, s, forward);
     expect_threads_agree(op);
+    expect_backends_agree(op);
     expect_defined(s, op);
   }
 }
@@ -272,6 +303,34 @@ TEST(RouteBackward, KeepsItsPrecisionFarFromZero) {
       run(stream, op);
       expect_defined(s, op);
     }
+}
+
+// Facts are added to what is there, in f64.
+TEST(CollectRouting, AddsWhatTheRouterDecided) {
+  Case c(24);
+  const RouteShape s{.T = 60, .E = 300, .K = 2, .G = 3, .capacity_factor = 0.5};
+  const Route route = routed(c, s, c.normal({s.T, s.E}, 2));
+  route.flag.as<int32_t>()[0] = 1;
+  const CollectRouting op{.counts = route.counts,
+                          .offsets = route.offsets,
+                          .balance = route.balance,
+                          .z = route.z,
+                          .flag = route.flag,
+                          .choices = c.uniform({s.E}, 5, 5, DType::f64),
+                          .sums = c.values({4}, {1, 2, 3, 4}, DType::f64)};
+  expect_backends_agree(op);
+  const double *choices = op.choices.as<double>(), *sums = op.sums.as<double>();
+  double balance = 1, z = 2, chosen = 0;
+  for (int64_t g = 0; g < s.G; ++g) {
+    balance += route.balance.as<float>()[g];
+    z += route.z.as<float>()[g];
+  }
+  for (int64_t e = 0; e < s.E; ++e) chosen += choices[e] - 5;
+  EXPECT_EQ(chosen, double(s.T * s.K));
+  EXPECT_EQ(sums[0], balance);
+  EXPECT_EQ(sums[1], z);
+  EXPECT_EQ(sums[2], 3 + chosen - double(integers_of(route.offsets).back()));
+  EXPECT_EQ(sums[3], 5);
 }
 
 TEST(RouteBackward, DefinitionsGradientIsItsSlope) {

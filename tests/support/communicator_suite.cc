@@ -1,8 +1,11 @@
 #include "tests/support/communicator_suite.h"
 
+#include <algorithm>
 #include <cstring>
+#include <optional>
 #include <thread>
 
+#include "core/arena.h"
 #include "core/random.h"
 
 namespace moemamba {
@@ -12,13 +15,48 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
+using Bytes = std::vector<std::byte>;
+
+// Memory where the stream works, which the host fills and reads.
+class Memory {
+ public:
+  Memory(Stream& stream, const Bytes& content)
+      : stream_(stream), buffer_(stream.device(), int64_t(content.size())) {
+    if (content.empty()) return;
+    copy(stream_, on_host(const_cast<std::byte*>(content.data())), all());
+    stream_.synchronize();
+  }
+  std::byte* data() const { return buffer_.data(); }
+  Tensor all() const { return view(buffer_, 0, {buffer_.bytes()}, DType::u8); }
+  Bytes read() const {
+    Bytes content(size_t(buffer_.bytes()));
+    if (content.empty()) return content;
+    copy(stream_, all(), on_host(content.data()));
+    stream_.synchronize();
+    return content;
+  }
+
+ private:
+  Tensor on_host(std::byte* data) const { return view(data, {buffer_.bytes()}, DType::u8); }
+  Stream& stream_;
+  Buffer buffer_;
+};
+
+template <class Number>
+Bytes bytes_of(const std::vector<Number>& numbers) {
+  Bytes bytes(numbers.size() * sizeof(Number));
+  std::memcpy(bytes.data(), numbers.data(), bytes.size());
+  return bytes;
+}
+
 // One all-to-all whose sizes and bytes every rank can compute for every other.
 class Exchange {
  public:
   using Count = std::function<int64_t(int from, int to)>;
 
-  Exchange(Communicator& group, uint64_t seed, const Count& count)
+  Exchange(Communicator& group, Stream& stream, uint64_t seed, const Count& count)
       : group_(group),
+        stream_(stream),
         seed_(seed),
         size_(size_t(group.size())),
         send_at_(size_),
@@ -36,29 +74,31 @@ class Exchange {
       recv_[i] = count(r, me);
       in += recv_[i] + 5;
     }
-    sent_.resize(size_t(out));
-    received_.assign(size_t(in), std::byte{0xee});
+    Bytes sent(static_cast<size_t>(out));
     for (int r = 0; r < group.size(); ++r)
       for (int64_t i = 0; i < send_[size_t(r)]; ++i)
-        sent_[size_t(send_at_[size_t(r)] + i)] = value(me, r, i);
+        sent[size_t(send_at_[size_t(r)] + i)] = value(me, r, i);
+    sent_.emplace(stream, sent);
+    received_.emplace(stream, Bytes(size_t(in), std::byte{0xee}));
   }
 
-  void start(Stream& stream) {
-    group_.all_to_all(stream, {.send = sent_.data(),
-                               .send_offsets = send_at_.data(),
-                               .send_bytes = send_.data(),
-                               .recv = received_.data(),
-                               .recv_offsets = recv_at_.data(),
-                               .recv_bytes = recv_.data()});
+  void start() {
+    group_.all_to_all(stream_, {.send = sent_->data(),
+                                .send_offsets = send_at_.data(),
+                                .send_bytes = send_.data(),
+                                .recv = received_->data(),
+                                .recv_offsets = recv_at_.data(),
+                                .recv_bytes = recv_.data()});
   }
   void verify() const {
+    const Bytes received = received_->read();
     for (int r = 0; r < group_.size(); ++r) {
       const int64_t at = recv_at_[size_t(r)], bytes = recv_[size_t(r)];
       for (int64_t i = 0; i < bytes; ++i)
-        check(received_[size_t(at + i)] == value(r, group_.rank(), i), "byte ", i, " of ", bytes,
+        check(received[size_t(at + i)] == value(r, group_.rank(), i), "byte ", i, " of ", bytes,
               " from rank ", r, " is wrong");
       for (int64_t i = bytes; i < bytes + 5; ++i)
-        check(received_[size_t(at + i)] == std::byte{0xee}, "written behind the bytes of rank ", r);
+        check(received[size_t(at + i)] == std::byte{0xee}, "written behind the bytes of rank ", r);
     }
   }
 
@@ -67,15 +107,16 @@ class Exchange {
     return std::byte((seed_ * 7 + uint64_t(from) * 31 + uint64_t(to) * 17 + uint64_t(i) * 13) >> 1);
   }
   Communicator& group_;
+  Stream& stream_;
   uint64_t seed_;
   size_t size_;
   std::vector<int64_t> send_at_, send_, recv_at_, recv_;
-  std::vector<std::byte> sent_, received_;
+  std::optional<Memory> sent_, received_;
 };
 
 void exchange(Communicator& group, Stream& stream, uint64_t seed, const Exchange::Count& count) {
-  Exchange call(group, seed, count);
-  call.start(stream);
+  Exchange call(group, stream, seed, count);
+  call.start();
   stream.synchronize();
   call.verify();
 }
@@ -92,8 +133,9 @@ void uneven(Communicator& group, Stream& stream) {
 
 void several_at_once(Communicator& group, Stream& stream) {
   const auto count = [](int from, int to) { return int64_t(100 * from + to); };
-  Exchange first(group, 1, count), second(group, 2, count), third(group, 3, count);
-  for (Exchange* call : {&first, &second, &third}) call->start(stream);
+  Exchange first(group, stream, 1, count), second(group, stream, 2, count);
+  Exchange third(group, stream, 3, count);
+  for (Exchange* call : {&first, &second, &third}) call->start();
   stream.synchronize();
   for (Exchange* call : {&first, &second, &third}) call->verify();
 }
@@ -113,17 +155,19 @@ void large(Communicator& group, Stream& stream) {
 
 void gather(Communicator& group, Stream& stream) {
   for (int64_t bytes : {int64_t{1}, int64_t{0}, int64_t{1000}, int64_t{1} << 20}) {
-    std::vector<std::byte> mine(size_t(bytes), std::byte(group.rank() + 1));
-    std::vector<std::byte> all(size_t(bytes * group.size()));
-    std::vector<std::byte> in_place = all;
+    const Bytes own(size_t(bytes), std::byte(group.rank() + 1));
+    Bytes nothing(size_t(bytes * group.size()));
+    const Memory mine(stream, own), all(stream, nothing);
+    const int64_t place = group.rank() * bytes;
+    std::ranges::copy(own, nothing.begin() + place);
+    const Memory in_place(stream, nothing);
     group.all_gather(stream, mine.data(), all.data(), bytes);
-    std::byte* own = in_place.data() + group.rank() * bytes;
-    if (bytes) std::memcpy(own, mine.data(), size_t(bytes));
-    group.all_gather(stream, own, in_place.data(), bytes);
+    group.all_gather(stream, in_place.data() + place, in_place.data(), bytes);
     stream.synchronize();
-    for (size_t i = 0; i < all.size(); ++i)
-      check(all[i] == std::byte(int64_t(i) / bytes + 1), "gathered byte ", i, " is wrong");
-    check(all == in_place, "in place gathers something else");
+    const Bytes gathered = all.read();
+    for (size_t i = 0; i < gathered.size(); ++i)
+      check(gathered[i] == std::byte(int64_t(i) / bytes + 1), "gathered byte ", i, " is wrong");
+    check(gathered == in_place.read(), "in place gathers something else");
   }
 }
 
@@ -133,17 +177,19 @@ void sum_of(Communicator& group, Stream& stream, int64_t count) {
     return Number(1e3 * Random(uint64_t(rank), "sum").normal(uint64_t(i)));
   };
   std::vector<Number> values(static_cast<size_t>(count)), expected(static_cast<size_t>(count));
-  std::vector<Number> workspace(size_t(count * group.size()));
   for (int64_t i = 0; i < count; ++i) {
     values[size_t(i)] = value(group.rank(), i);
     expected[size_t(i)] = value(0, i);
     for (int r = 1; r < group.size(); ++r) expected[size_t(i)] += value(r, i);
   }
-  all_reduce_sum(group, stream, view(values.data(), {count}),
-                 view(workspace.data(), {count * group.size()}));
+  const int64_t bytes = count * int64_t(sizeof(Number));
+  const Memory sums(stream, bytes_of(values));
+  const Memory workspace(stream, Bytes(size_t(bytes * group.size())));
+  all_reduce_sum(group, stream, view(sums.data(), {count}, dtype_of<Number>(), stream.device()),
+                 workspace.all());
   stream.synchronize();
-  check(std::memcmp(values.data(), expected.data(), values.size() * sizeof(Number)) == 0,
-        "a sum of ", count, " elements differs from the sum in rank order");
+  check(sums.read() == bytes_of(expected), "a sum of ", count,
+        " elements differs from the sum in rank order");
 }
 
 void sum(Communicator& group, Stream& stream) {

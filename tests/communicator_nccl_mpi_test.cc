@@ -1,0 +1,132 @@
+// The ranks of mpirun on GPUs, one each: groups over NCCL, the exchange of rows and the gradient
+// buckets on them. Exit code 0 when every rank kept every promise; where there are fewer GPUs than
+// ranks, or one rank alone, it says so and does nothing.
+#include <cstdio>
+
+#include "core/gpu.h"
+#include "core/random.h"
+#include "launcher/gpu_environment.h"
+#include "tests/support/bucket_scene.h"
+#include "tests/support/communicator_suite.h"
+#include "tests/support/exchange_scene.h"
+#include "tests/support/mpi_world.h"
+
+namespace moemamba {
+namespace {
+
+using std::chrono::seconds;
+
+// NCCL does not compare the counts of both sides: the exchange agrees on them beforehand. And of
+// more than two it is not known who is late.
+bool applies(const CommunicatorCase& c, int ranks) {
+  return c.name != "mismatch" && (c.name != "late" || ranks == 2);
+}
+// Some member is lost: the group is torn down by all.
+bool loses(const CommunicatorCase& c) {
+  return c.name == "abort_wakes" || c.name == "late";
+}
+
+int64_t run_case(World& world, const CommunicatorCase& c) {
+  int64_t failed = 0;
+  {
+    ProcessGroups groups =
+        world.make_groups(RankLayout(world.size(), 1, 0), c.deadline, DeviceKind::cuda);
+    Stream stream = Stream::cuda();
+    stream.watch([&groups] { groups.data->poll(); });
+    try {
+      c.run(*groups.data, stream);
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s, rank %d of %d: %s\n", c.name.c_str(), world.rank(), world.size(),
+                   error.what());
+      groups.abort(error.what());
+      failed = 1;
+    }
+    agree_on_failures(world, 0);  // nobody leaves a group while others still use it
+    if (loses(c)) groups.abort("the case is over");
+    agree_on_failures(world, 0);
+  }
+  return agree_on_failures(world, failed);
+}
+
+// Very uneven rows, no rows, several chunks, 42 experts, more segments than one launch takes.
+std::vector<ExchangeScene> scenes(int ranks) {
+  const auto random = [](int rank, int expert) {
+    return int(Random(1, "rows").integer(uint64_t(rank * 100 + expert), 90));
+  };
+  const auto to_one = [](int, int expert) { return expert == 5 ? 330 : 0; };
+  const auto from_one = [](int rank, int) { return rank == 0 ? 50 : 0; };
+  const auto none = [](int, int) { return 0; };
+  return {{ranks, 42, 4000, 512, random}, {ranks, 42, 700, 33, random},
+          {ranks, 8, 100, 6, to_one},     {ranks, 8, 64, 5, from_one},
+          {ranks, 8, 64, 5, none},        {ranks, 900, 50000, 1, random}};
+}
+
+void exchange_rows(World& world) {
+  ProcessGroups groups =
+      world.make_groups(RankLayout(world.size(), world.size(), 64), seconds(60), DeviceKind::cuda);
+  Stream stream = Stream::cuda();
+  stream.watch([&groups] { groups.poll(); });
+  for (const ExchangeScene& scene : scenes(world.size())) {
+    groups.layout = RankLayout(world.size(), world.size(), scene.experts);
+    there_and_back(scene, groups, stream);
+  }
+  agree_on_failures(world, 0);
+}
+
+// On both groups of a dense model's rank; and two groups at work at the same time.
+void reduce_gradients(World& world) {
+  ProcessGroups groups =
+      world.make_groups(RankLayout(world.size(), 1, 0), seconds(60), DeviceKind::cuda);
+  Stream compute = Stream::cuda(), communication = Stream::cuda();
+  for (Stream* stream : {&compute, &communication}) stream->watch([&groups] { groups.poll(); });
+  for (int round = 0; round < 3; ++round) {
+    reduce_and_gather(*groups.data, compute, communication);
+    reduce_and_gather(*groups.expert_data, compute, communication);
+  }
+  agree_on_failures(world, 0);
+}
+
+// Empty, or why there is nothing to do here; the same on all ranks.
+std::string why_not(World& world) {
+  if (world.size() == 1) return "NCCL's groups have two ranks at least";
+  std::string why;
+  const auto gpus = int64_t(gpu::devices(&why).size());
+  if (agree_on_failures(world, gpus < world.node_size() ? 1 : 0) == 0) return "";
+  return concat(world.node_size(), " ranks on a machine with ", gpus, " GPUs",
+                why.empty() ? "" : " (" + why + ")");
+}
+
+int run() {
+  prepare_nccl_environment();
+  World world;
+  try {
+    if (const std::string why = why_not(world); !why.empty()) {
+      std::printf("rank %d of %d: skipped: %s\n", world.rank(), world.size(), why.c_str());
+      return 0;
+    }
+    choose_gpu(world);
+    for (const CommunicatorCase& c : communicator_cases()) {
+      if (!applies(c, world.size())) continue;
+      const int64_t failed = run_case(world, c);
+      if (failed == 0) continue;
+      if (world.rank() == 0)
+        std::fprintf(stderr, "%s: %d ranks failed\n", c.name.c_str(), int(failed));
+      world.abort(3);
+    }
+    exchange_rows(world);
+    reduce_gradients(world);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "rank %d of %d: %s\n", world.rank(), world.size(), error.what());
+    world.abort(3);
+  }
+  std::printf("rank %d of %d on %s: all promises kept over NCCL\n", world.rank(), world.size(),
+              world.hostname().c_str());
+  return 0;
+}
+
+}  // namespace
+}  // namespace moemamba
+
+int main() {
+  return moemamba::run();
+}
