@@ -103,16 +103,22 @@ Endings train_with_failure(int ranks, int expert, const TrainingCase& c,
 }
 
 TEST(Failure, OfOneRankAmidAStepEndsTheOthersWhichNameIt) {
-  // A forward pass of two blocks plans twice, a backward pass twice: the seventh plan is in the
-  // backward pass of step 1, when the reduction of the head's gradient is on its way.
-  for (int64_t plan : {0, 4, 6, 7}) {
+  // A forward pass of two blocks plans twice, and either pass moves rows four times (twice for each
+  // further chunk): the movement numbered 14 is in the backward pass of step 1, when the reduction
+  // of the head's gradient is on its way.
+  constexpr std::pair<CallKind, int64_t> kCalls[] = {{CallKind::all_gather, 0},
+                                                     {CallKind::all_gather, 3},
+                                                     {CallKind::all_to_all, 7},
+                                                     {CallKind::all_to_all, 14}};
+  for (const auto& [failing, number] : kCalls) {
     const auto start = std::chrono::steady_clock::now();
     const Endings endings = train_with_failure(
-        4, 2, {.experts = 4, .batch = 8, .steps = 3}, [plan](ProcessGroups& groups) {
+        4, 2, {.experts = 4, .batch = 8, .steps = 3},
+        [failing = failing, number = number](ProcessGroups& groups) {
           if (groups.rank != 2) return;
           groups.expert = std::make_unique<WatchedWire>(
-              std::move(groups.expert), [plan](CallKind kind, int64_t n) {
-                check(kind != CallKind::all_gather || n != plan, "the disk of this rank is full");
+              std::move(groups.expert), [failing, number](CallKind kind, int64_t n) {
+                check(kind != failing || n != number, "the disk of this rank is full");
               });
         });
     EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30))
