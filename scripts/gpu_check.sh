@@ -53,7 +53,8 @@ run_test() {
 
 backend_tests="norm_test pointwise_test positions_test embedding_test adamw_test attention_test
 scan_test conv_test matmul_test cross_entropy_test routing_test routing_rows_test harness_test
-core_test expert_exchange_test gradient_buckets_test reference_test cuda_training_test"
+core_test expert_exchange_test gradient_buckets_test reference_test cuda_training_test
+cuda_checkpoint_test state_hash_test"
 
 for part in $parts; do
   case $part in
@@ -70,7 +71,7 @@ for part in $parts; do
         table ranks "two GPUs" "not run: $gpus GPU"
         continue
       fi
-      for name in nccl_mpi_test cuda_ranks_mpi_test; do
+      for name in communicator_nccl_mpi_test cuda_ranks_mpi_test; do
         [ -x "$build/$name" ] || continue
         if timeout 300 mpirun -n 2 --oversubscribe "$build/$name" --require-cuda >"$out/$name.log" 2>&1; then
           table ranks "$name" passed
