@@ -107,7 +107,8 @@ class CheckpointCase {
         model_(sizes, store_, groups.layout, groups.rank) {
     store_.allocate();
     store_.initialise(42);
-    writer_.emplace(files, groups, store_, CheckpointWriter::Options{.run = folder, .may_write = {}});
+    writer_.emplace(files, groups, store_,
+                    CheckpointWriter::Options{.run = folder, .may_write = {}});
     Checkpoints::Options options{.writer = {.run = folder, .may_write = {}}, .say = {}};
     behind_.emplace(files, groups, store_, options);
   }
@@ -175,8 +176,8 @@ void CheckpointCase::round(Round& round) {
     for (const auto& file : checkpoint.manifest().files()) bytes_ += file.bytes();
     forget(folder_);
   }
-  round.load = together(
-      [&] { load_newest(files_, groups_, host_, store_, {.run = folder_, .say = {}}); });
+  round.load =
+      together([&] { load_newest(files_, groups_, host_, store_, {.run = folder_, .say = {}}); });
   save_behind(round);
   meet();
   if (first) ceilings(round);
@@ -254,10 +255,10 @@ std::string checkpoint_bench_text(const CheckpointBench& b) {
   add("save", &Round::save, times(b.save_ratio(), "the slower of SHA-256 and write"));
   add("load", &Round::load, times(b.load_ratio(), "the slower of SHA-256 and read"));
   add("save behind the steps", &Round::behind, "read again from the disk, too");
-  std::snprintf(line, sizeof line,
-                "%-28s %10.2f (the first time %.2f)\n%-28s %10.2f\n", "  holds up training for",
-                b.median(&Round::held_up) * 1e3, b.rounds.front().held_up * 1e3,
-                "  and the optimizer for", b.median(&Round::staged) * 1e3);
+  std::snprintf(line, sizeof line, "%-28s %10.2f (the first time %.2f)\n%-28s %10.2f\n",
+                "  holds up training for", b.median(&Round::held_up) * 1e3,
+                b.rounds.front().held_up * 1e3, "  and the optimizer for",
+                b.median(&Round::staged) * 1e3);
   return text + line;
 }
 

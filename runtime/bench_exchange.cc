@@ -86,8 +86,8 @@ ExchangeBench::Row ExchangeCase::measure(const char* routing, double megabytes,
                                          const ExchangeBenchOptions& options) {
   const int M = group_.size();
   BenchTensors tensors(stream_);
-  const int64_t row_bytes = tensors.rows({1, sizes_.D}, sizes_.compute).stride *
-                            size_of(sizes_.compute);
+  const int64_t row_bytes =
+      tensors.rows({1, sizes_.D}, sizes_.compute).stride * size_of(sizes_.compute);
   share_out(routing, std::max<int64_t>(1, int64_t(megabytes * 1e6 / double(row_bytes))));
   const int64_t S = offsets_.back();
   ModelSizes each_once = sizes_;
@@ -95,7 +95,8 @@ ExchangeBench::Row ExchangeCase::measure(const char* routing, double megabytes,
   const int64_t C = exchange_capacity(each_once, S, options.exchange_rows, M);
   ExpertExchange exchange(group_, groups_.layout, C, S, stream_.device());
   const auto take = [&](int64_t count) { return tensors.rows({count, sizes_.D}, sizes_.compute); };
-  const Tensor rows = take(S), back = take(S), staging = take(C), offsets = tensors.values(offsets_);
+  const Tensor rows = take(S), back = take(S), staging = take(C),
+               offsets = tensors.values(offsets_);
   const Rows chunk{take(C),
                    tensors.zeros({groups_.layout.experts_of(group_.rank()) + 1}, DType::i32)};
 
@@ -129,7 +130,8 @@ ExchangeBench::Row ExchangeCase::measure(const char* routing, double megabytes,
 
 ExchangeBench bench_exchange(ProcessGroups& groups, const ModelSizes& sizes,
                              const ExchangeBenchOptions& options) {
-  check(groups.expert->size() > 1, "bench exchange: one rank has all experts, and nothing leaves "
+  check(groups.expert->size() > 1,
+        "bench exchange: one rank has all experts, and nothing leaves "
         "it; start two or more that share them");
   const bool on_gpu = groups.device == DeviceKind::cuda;
   Stream stream = on_gpu ? Stream::cuda() : Stream::immediate(options.threads);

@@ -217,9 +217,8 @@ void KernelTable::expert_products(const char* name, int64_t in, int64_t out, con
       GroupedMatmul{.a = x, .b = weight, .offsets = offsets, .out = y, .b_transposed = true});
   multiplies(named(" dx"), shape, flops,
              GroupedMatmul{.a = y, .b = weight, .offsets = offsets, .out = x});
-  multiplies(
-      named(" dW"), shape, flops,
-      GroupedOuter{.a = y, .b = x, .offsets = offsets, .out = t.dense({s_.E, out, in})});
+  multiplies(named(" dW"), shape, flops,
+             GroupedOuter{.a = y, .b = x, .offsets = offsets, .out = t.dense({s_.E, out, in})});
 }
 
 void KernelTable::experts() {
@@ -247,8 +246,7 @@ void KernelTable::activation() {
     const Tensor gate = take();
     moves("SwiGLU forward", shape, SwiGluForward{.gate = gate, .up = x, .rows = {}, .y = y});
     moves("SwiGLU backward", shape,
-          SwiGluBackward{
-              .gate = gate, .up = x, .dy = y, .rows = {}, .dgate = take(), .dup = dx});
+          SwiGluBackward{.gate = gate, .up = x, .dy = y, .rows = {}, .dgate = take(), .dup = dx});
     return;
   }
   const Activation kind = s_.expert.activation;
@@ -390,16 +388,18 @@ std::string kernel_bench_text(const KernelBench& b) {
   std::snprintf(line, sizeof line, "%-28s %-28s %11s %16s  %s\n", "operator", "shape", "us", "rate",
                 "of ceiling");
   text += line;
+  bool cached = false;
   for (const KernelBench::Row& row : b.rows) {
     const bool copies = row.ceiling == Ceiling::copy;
     const double rate = row.amount / row.seconds;
     std::snprintf(line, sizeof line, "%-28s %-28s %11.1f %8.1f %-7s %6.1f %% %s\n",
-                  row.name.c_str(), row.shape.c_str(), row.seconds * 1e6,
-                  shown(rate, row.ceiling), copies ? "GB/s" : unit,
-                  100 * rate / b.rate_of(row.ceiling), copies ? "copy" : "product");
+                  row.name.c_str(), row.shape.c_str(), row.seconds * 1e6, shown(rate, row.ceiling),
+                  copies ? "GB/s" : unit, 100 * rate / b.rate_of(row.ceiling),
+                  copies ? "copy" : "product");
     text += line;
+    cached |= copies && rate > b.copy_rate;
   }
-  return text;
+  return text + (cached ? "More than 100 %: tensors that the caches hold from run to run.\n" : "");
 }
 
 }  // namespace moemamba

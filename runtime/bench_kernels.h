@@ -18,7 +18,7 @@ struct KernelBench {
     double amount;   // bytes that must be read or written once, or FLOPs
     Ceiling ceiling;
   };
-  std::string copied, multiplied;      // what the ceilings were measured with
+  std::string copied, multiplied;  // what the ceilings were measured with
   double copy_rate = 0, product_rate = 0;
   std::vector<Row> rows;
   double rate_of(Ceiling ceiling) const {

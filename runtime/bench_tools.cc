@@ -74,7 +74,8 @@ Tensor BenchTensors::take(Shape shape, DType dtype, int64_t stride, double scale
   std::vector<float> wide(numbers_.begin(), numbers_.begin() + done);
   for (float& number : wide) number *= float(scale);
   std::vector<bf16> narrow;
-  if (dtype == DType::bf16) narrow.assign(wide.begin(), wide.end());
+  if (dtype == DType::bf16)
+    for (float number : wide) narrow.push_back(bf16(number));
   const Tensor host =
       dtype == DType::bf16 ? view(narrow.data(), {1, done}) : view(wide.data(), {1, done});
   copy(stream_, host, flat.column_range(0, done));
@@ -95,7 +96,9 @@ Tensor BenchTensors::dense(Shape shape, DType dtype, double scale) {
   return take(shape, dtype, shape.last(), scale);
 }
 
-Tensor BenchTensors::zeros(Shape shape, DType dtype) { return take(shape, dtype, shape.last(), 0); }
+Tensor BenchTensors::zeros(Shape shape, DType dtype) {
+  return take(shape, dtype, shape.last(), 0);
+}
 
 std::string sizes_text(std::initializer_list<int64_t> sizes) {
   std::string text;
