@@ -33,8 +33,8 @@ std::vector<TuningCase> products_met(Stream& stream);
 std::string matmul_table_digest();
 
 // Times every algorithm that is allowed for each product (median of 20, operands of random numbers)
-// on `stream`, and writes the fastest ones as lines of the table, each with its time and that of the
-// rule without a table. Waits for the GPU and allocates: not for training. An Error in a build
+// on `stream`, and writes the fastest ones as lines of the table, each with its time and that of
+// the rule without a table. Waits for the GPU and allocates: not for training. An Error in a build
 // without CUDA.
 void tune_matmul(Stream& stream, std::span<const TuningCase> products, std::ostream& out);
 

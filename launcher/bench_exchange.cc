@@ -56,7 +56,7 @@ Command add_bench_exchange(CLI::App& bench, const Words& words) {
   add_ranks_option(*app, options->ranks);
   app->add_option("--megabytes", options->exchange.megabytes,
                   "That leave a rank (default 1,4,16,32,64,256)")
-      ->type_name("MB,..")
+      ->type_name("MB")
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(CLI::Range(0.001, 16384.0).description(""));

@@ -87,7 +87,7 @@ TEST_F(BenchCommand, ExchangeMeasuresEvenAndUnevenRouting) {
 }
 
 TEST_F(BenchCommand, CheckpointMeasuresAndLeavesNothing) {
-  put("disk/mine", "");
+  ASSERT_EQ(shell("mkdir disk && touch disk/mine").code, 0);
   for (const char* ranks : {"", "--ranks 2 --parallel.expert=2 "}) {
     const std::string table = bench(std::string("checkpoint --repeat 2 ") + ranks + "--run=disk");
     for (const char* name : {"SHA-256 on all cores", "plain write and sync", "plain read", "save",
@@ -97,6 +97,8 @@ TEST_F(BenchCommand, CheckpointMeasuresAndLeavesNothing) {
     EXPECT_EQ(count(table, " times the slower of SHA-256 and "), 2) << table;
     EXPECT_EQ(shell("ls disk").out, "mine\n");
   }
+  bench("checkpoint --repeat 1 --run=new");
+  EXPECT_EQ(shell("ls new").code, 2) << "a folder that was not there is there now";
 }
 
 TEST_F(BenchCommand, StepSaysSpeedAndLoss) {
