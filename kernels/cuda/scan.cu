@@ -249,6 +249,7 @@ void launch(Stream& stream, ForwardCall<Real> call) {
 // The whole operator; main(call) launches the pass over the states that enter.
 template <class Real, int P, class Main>
 void run_forward(Stream& stream, const ScanForward& op, const Sizes& s, Main&& main) {
+  check_strides({op.u, op.dt, op.b, op.c, op.z, op.y});
   const int64_t parts = s.splits > 1 ? s.grid() * 1024 : 0;
   float* const ends =
       parts ? reinterpret_cast<float*>(stream.workspace(size_t(parts) * 8)) : nullptr;
@@ -291,12 +292,10 @@ void visit_cut(Stream& stream, const ForwardCall<Real>& call, int cut) {
 
 }  // namespace
 
-// Threads that hold more states do less beside the exp2; there must be enough of them all the same:
-// a multiprocessor wants 12 warps.
-int cut_of(int64_t sequences, int64_t channels, bool split) {
-  if (split) return 1;
-  const auto blocks = [&](int states) { return sequences * ceil_divide(channels, 16 * states); };
-  return blocks(8) >= kBackwardBlocks ? 3 : blocks(4) >= kBackwardBlocks ? 1 : 5;
+// Threads that hold 8 states do less beside the exp2 than those with 4, but there must be enough of
+// them: a multiprocessor wants 12 warps. Fewer warps want longer runs without a branch.
+int cut_of(int64_t sequences, int64_t channels) {
+  return sequences * ceil_divide(channels, 128) >= 384 ? 4 : 2;
 }
 
 void run_cut(Stream& stream, const ScanForward& op, int cut) {
@@ -315,7 +314,7 @@ void run_cut(Stream& stream, const ScanForward& op, int cut) {
 void run_cuda(Stream& stream, const ScanForward& op) {
   const scan::Sizes s = scan::forward_sizes(op);
   if (s.grid() == 0) return;
-  if (s.P == 4) return scan::run_cut(stream, op, scan::cut_of(s.B, s.D, s.splits > 1));
+  if (s.P == 4) return scan::run_cut(stream, op, scan::cut_of(s.B, s.D));
   scan::visit(op.u.dtype, s.P, [&]<class Real, int P>() {
     if constexpr (P != 4)
       scan::run_forward<Real, P>(stream, op, s, [&](const scan::ForwardCall<Real>& call) {

@@ -1,7 +1,6 @@
 #pragma once
 #include <algorithm>
 #include <initializer_list>
-#include <type_traits>
 
 #include "kernels/cuda/strided.cuh"
 #include "kernels/scan.h"
@@ -10,11 +9,11 @@
 //
 // A block owns 256 / P channels of one sequence and walks over time in tiles of kTile steps; P
 // threads share a pair of channels. Thread x holds the states H p .. H p + H - 1, p = x % P, of the
-// channels 2 g and 2 g + 1, g = x / P, in registers; H P >= N. H = 4 but where forward takes others.
-// What is alike for all states (softplus, gates) is done once per element, by threads that lie along
-// the pairs of channels, so that rows are read and written coalesced, both channels at once where
-// all rows lie on pairs, and handed over through shared memory; the rows of the next tile are loaded
-// into registers while this one is computed.
+// channels 2 g and 2 g + 1, g = x / P, in registers; H P >= N, and H = 4 but where forward takes
+// another. What is alike for all states (softplus, gates) is done once per element, by threads that
+// lie along the pairs of channels, so that rows are read and written coalesced, both channels at
+// once where all rows lie on pairs, and handed over through shared memory; the rows of the next
+// tile are loaded into registers while this one is computed.
 //
 // kTile is a compromise: forward stores 4 N / kTile bytes of states per (t, d), and backward keeps
 // 4 KiB of shared memory per step; 14 steps let three blocks of backward share a multiprocessor.
@@ -82,7 +81,7 @@ struct Inputs {
   Strided<float> a_log, initial;
   const float *dt_bias, *skip;
   const uint8_t* starts;
-  bool in_pairs;  // rows of u, dt, z, and of all that is written like them, lie on pairs of channels
+  bool in_pairs;  // rows of u, dt, z and of what is written like them lie on pairs of channels
 
   template <class Op>
   Inputs(const Sizes& sizes, const Op& op, bool pairs)
@@ -92,11 +91,16 @@ struct Inputs {
 };
 
 inline bool lie_on_pairs(std::initializer_list<Tensor> tensors) {
-  for (const Tensor& tensor : tensors)
-    check(!tensor || tensor.stride < (int64_t{1} << 31), "a scan with rows ", tensor.stride, " apart");
   return std::all_of(tensors.begin(), tensors.end(), [](const Tensor& tensor) {
     return !tensor || aligned(tensor, size_t(2 * size_of(tensor.dtype)));
   });
+}
+
+// Kernels multiply steps of a tile by strides of 32 bits.
+inline void check_strides(std::initializer_list<Tensor> tensors) {
+  for (const Tensor& tensor : tensors)
+    check(!tensor || (tensor.stride >= 0 && tensor.stride < (int64_t{1} << 31)),
+          "a scan of rows that lie ", tensor.stride, " elements apart");
 }
 
 // The tokens of a tile.
@@ -148,9 +152,9 @@ struct States {
     if (!own) return fill(0);
 #pragma unroll
     for (int i = 0; i < 2 * H; i += kWidth) {
-      const Wide wide = *reinterpret_cast<const Wide*>(own + i / H * 4 * kThreads + i % H);
+      const auto wide = *reinterpret_cast<const Pack<float, kWidth>*>(own + i / H * 512 + i % H);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) at[i / H][i % H + k] = (&wide.x)[k];
+      for (int k = 0; k < kWidth; ++k) at[i / H][i % H + k] = wide.at[k];
     }
   }
   template <int P>
@@ -159,10 +163,10 @@ struct States {
     if (!own) return;
 #pragma unroll
     for (int i = 0; i < 2 * H; i += kWidth) {
-      Wide wide;
+      Pack<float, kWidth> wide;
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) (&wide.x)[k] = at[i / H][i % H + k];
-      *reinterpret_cast<Wide*>(own + i / H * 4 * kThreads + i % H) = wide;
+      for (int k = 0; k < kWidth; ++k) wide.at[k] = at[i / H][i % H + k];
+      *reinterpret_cast<Pack<float, kWidth>*>(own + i / H * 512 + i % H) = wide;
     }
   }
   // Rows [B, D, N]; zeros where there are none, or beyond D and N.
@@ -192,7 +196,6 @@ struct States {
 
  private:
   static constexpr int kWidth = H < 4 ? 2 : 4;
-  using Wide = std::conditional_t<H == 2, float2, float4>;
   // The first of channel 0; channel 1 lies 512 behind. Null beyond the blocks that are kept.
   template <int P>
   __device__ static const float* floats(const float4* all, int64_t item, const Sizes& s,
@@ -239,27 +242,20 @@ __device__ __forceinline__ float sigmoid(float x) {
   return reciprocal(1.0f + exp2_of(-kLog2e * x));
 }
 
-// log(1 + e^x) and its derivative. log1p(e) / e on [0, 1] by a polynomial fitted at Chebyshev's
-// nodes: within 1.5e-7 in f32, one exp2 and no branch.
-struct Softplus {
-  float e, x;
-  __device__ explicit Softplus(float at) : e(exp2_of(-kLog2e * fabsf(at))), x(at) {}
-  __device__ float value() const {
-    float p = fmaf(5.253457930e-03f, e, -2.958850749e-02f);
-    p = fmaf(p, e, 7.836166769e-02f);
-    p = fmaf(p, e, -1.367477030e-01f);
-    p = fmaf(p, e, 1.911143064e-01f);
-    p = fmaf(p, e, -2.484436929e-01f);
-    p = fmaf(p, e, 3.331927061e-01f);
-    p = fmaf(p, e, -4.999950230e-01f);
-    p = fmaf(p, e, 1.0f);
-    return fmaf(p, e, fmaxf(x, 0.0f));
-  }
-  __device__ float slope() const {
-    const float r = reciprocal(1.0f + e);
-    return x < 0.0f ? e * r : r;
-  }
-};
+// log(1 + e^x) = max(x, 0) + log1p(e), e = e^-|x|. log1p(e) / e on [0, 1] is a polynomial fitted at
+// Chebyshev's nodes: within 1.5e-7 in f32, one exp2 and no branch.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = exp2_of(-kLog2e * fabsf(x));
+  float p = fmaf(5.253457930e-03f, e, -2.958850749e-02f);
+  p = fmaf(p, e, 7.836166769e-02f);
+  p = fmaf(p, e, -1.367477030e-01f);
+  p = fmaf(p, e, 1.911143064e-01f);
+  p = fmaf(p, e, -2.484436929e-01f);
+  p = fmaf(p, e, 3.331927061e-01f);
+  p = fmaf(p, e, -4.999950230e-01f);
+  p = fmaf(p, e, 1.0f);
+  return fmaf(p, e, fmaxf(x, 0.0f));
+}
 
 // A pair's elements of one row, in flight.
 template <class Real>
@@ -306,14 +302,14 @@ __device__ __forceinline__ void put_pair(__nv_bfloat16* to, float2 x, int channe
 template <int P, int H>
 __device__ __forceinline__ float2 deltas_of(float2 x, float2 bias, const Place<P, H>& place,
                                             bool there) {
-  const float d0 = Softplus(x.x + bias.x).value(), d1 = Softplus(x.y + bias.y).value();
+  const float d0 = softplus(x.x + bias.x), d1 = softplus(x.y + bias.y);
   const int channels = there ? place.channels : 0;
   return make_float2(channels > 0 ? d0 : 0.0f, channels > 1 ? d1 : 0.0f);
 }
 
-// A thread's elements of one tensor's tile, in flight: steps row, row + kRows .. of its pair. Beyond
-// the sequence and D these are elements of its last step or other channels, which saves a branch;
-// delta is zero there, and what they come to is not written.
+// A thread's elements of one tensor's tile, in flight: steps row, row + kRows .. of its pair. Those
+// beyond the sequence and D are elements of its last step and of other channels, which saves a
+// branch; delta is zero there, and what they come to is not written.
 template <class Real, int P, int H = 4>
 struct Elements {
   static constexpr int kPasses = Map<P, H>::kPasses, kRows = Map<P, H>::kRows;
