@@ -100,23 +100,28 @@ __device__ __forceinline__ void stage(BackwardTile<P>& shared, Elementwise<P>& o
 
 // Keeps the states before each step of the tile, from those before its first; h is the last then.
 // Where a document starts, what is kept is the state that the step before ended with.
-template <int P>
+template <bool kStarts, int P>
 __device__ __forceinline__ void sweep_forward(BackwardTile<P>& shared, States<>& h,
                                               const States<>& rates, const Place<P>& place,
                                               int steps, unsigned starts) {
-#pragma unroll 2
-  for (int t = 0; t < steps; ++t) {
-    const float4 delta = shared.deltas[t][place.pair], b = shared.cell(t, 0, place.p);
-    const float deltas[2] = {delta.x, delta.y}, inputs[2] = {delta.z, delta.w};
-    const float bs[4] = {b.x, b.y, b.z, b.w};
+  static_assert(kTile % 2 == 0);
+#pragma unroll 1
+  for (int t = 0; t < steps; t += 2) {  // both steps' reads before the stores; delta = 0 beyond
+    const float4 delta[2] = {shared.deltas[t][place.pair], shared.deltas[t + 1][place.pair]};
+    const float4 b[2] = {shared.cell(t, 0, place.p), shared.cell(t + 1, 0, place.p)};
 #pragma unroll
-    for (int ch = 0; ch < 2; ++ch) shared.kept[t][ch][threadIdx.x] = h.get(ch);
-    if (starts >> t & 1) h.fill(0);
+    for (int k = 0; k < 2; ++k) {
+      const float deltas[2] = {delta[k].x, delta[k].y}, inputs[2] = {delta[k].z, delta[k].w};
+      const float bs[4] = {b[k].x, b[k].y, b[k].z, b[k].w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int ch = i / 4, n = i % 4;
-      const float a = exp2_of(deltas[ch] * rates.at[ch][n]);
-      h.at[ch][n] = fmaf(a, h.at[ch][n], inputs[ch] * bs[n]);
+      for (int ch = 0; ch < 2; ++ch) shared.kept[t + k][ch][threadIdx.x] = h.get(ch);
+      if (kStarts && (starts >> (t + k) & 1)) h.fill(0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int ch = i / 4, n = i % 4;
+        const float a = exp2_of(deltas[ch] * rates.at[ch][n]);
+        h.at[ch][n] = fmaf(a, h.at[ch][n], inputs[ch] * bs[n]);
+      }
     }
   }
 }
@@ -203,9 +208,10 @@ template <class Real, int P>
 __device__ __forceinline__ void write_elements(const BackwardCall<Real>& call,
                                                const BackwardTile<P>& shared,
                                                const Elementwise<P>& own, const Place<P>& place,
-                                               const Span& span, float2 skip, float2& dskip,
+                                               const Span& span, float2& dskip,
                                                float2& ddt_bias) {
   const bool in_pairs = call.in.in_pairs;
+  const float2 skip = load_pair(call.in.skip, place);  // here, where registers are free
 #pragma unroll
   for (int j = 0; j < Map<P>::kPasses; ++j) {
     const int t = place.row + j * Map<P>::kRows;
@@ -268,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, P == 2 ? 2 : 3)
   const Place<P> place(s, s.blocks);
   const States<> rates = load_rates(call.in.a_log, s, place);
   const bool gated = call.in.z.at != nullptr;
-  const float2 bias = load_pair(call.in.dt_bias, place), skip = load_pair(call.in.skip, place);
+  const float2 bias = load_pair(call.in.dt_bias, place);
   const int64_t part = place.sequence * s.splits + place.split;
   States<> carry, da;
   da.fill(0);
@@ -286,7 +292,8 @@ __global__ void __launch_bounds__(kThreads, P == 2 ? 2 : 3)
     stage(shared, own, raw, place, gated, bias, steps);
     const unsigned starts = starts_of(call.in.starts, span);
     __syncthreads();  // the tile is there, and the last one's sums over channels are taken
-    sweep_forward(shared, h, rates, place, steps, starts);
+    if (starts == 0) sweep_forward<false>(shared, h, rates, place, steps, 0);
+    else sweep_forward<true>(shared, h, rates, place, steps, starts);
     if (tile > place.first_tile) raw.load(call, place, tile - 1);
 #pragma unroll 1
     for (int t = steps - 1; t >= 0; --t) {
@@ -297,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, P == 2 ? 2 : 3)
     }
     __syncthreads();  // the sums are there
     sum_channels(shared, call.cell_parts + (place.block * s.B * s.L + span.token) * 2 * P, steps);
-    write_elements(call, shared, own, place, span, skip, dskip, ddt_bias);
+    write_elements(call, shared, own, place, span, dskip, ddt_bias);
   }
   if (call.dinitial.at && place.split == 0) carry.store(call.dinitial, s, place);
   write_sums(shared, call.sums + int64_t(blockIdx.x) * Map<P>::kSums, da, rates, dskip, ddt_bias);
