@@ -99,8 +99,9 @@ template <class Real, int P, int H>
 __device__ __forceinline__ void write_y(const ForwardCall<Real>& call,
                                         const ForwardTile<P, H>& tile,
                                         const Elements<Real, P, H>& u,
-                                        const Elements<Real, P, H>& z, float2 skip,
-                                        const Place<P, H>& place, const Span& span) {
+                                        const Elements<Real, P, H>& z, const Place<P, H>& place,
+                                        const Span& span) {
+  const float2 skip = load_pair(call.in.skip, place);  // here, where registers are free
   Real* const first = call.y.row(span.token) + place.d;
   const int stride = int(call.y.stride);
 #pragma unroll
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   States<H> h;
   if (call.entering) h.load(call.entering, place.sequence * s.splits + place.split, s, place);
   else h.load(in.initial, s, place);
-  const float2 bias = load_pair(in.dt_bias, place), skip = load_pair(in.skip, place);
+  const float2 bias = load_pair(in.dt_bias, place);
 
   Elements<Real, P, H> u, dt;
   Cells<Real, Map<P, H>::kStates> cells;
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         forward_steps<1, true>(shared, t, starts, h, rates, place);
     }
     __syncthreads();  // the sums are there, and the tile may be overwritten
-    write_y(call, shared, values, z, skip, place, span);
+    write_y(call, shared, values, z, place, span);
   }
   if (call.final.at && place.split == s.splits - 1) h.store(call.final, s, place);
 }
