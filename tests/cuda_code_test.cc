@@ -3,6 +3,7 @@
 // which scripts/kernel_report.sh writes. A build without CUDA reads the sources and the page alone.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <filesystem>

@@ -15,7 +15,7 @@ namespace {
 
 struct Trained {
   TrainingResult result;
-  HashChain chain;
+  HashChain::Text chain;
   uint64_t state = 0;
   int64_t launches = 0;  // of the occupier
 };
@@ -31,9 +31,11 @@ Trained train_beside(const TrainingCase& c, std::optional<uint64_t> seed) {
                                   state_hash(session.groups, session.compute, session.store);
                             }};
   trained.result = train(c, 1, 1, hooks);
+  HashChain chain;
   for (const StepRecord& record : trained.result.records)
-    trained.chain.add({.step = record.step, .loss = record.loss, .grad_norm = record.grad_norm,
-                       .first_sample = record.step * c.batch, .samples = c.batch});
+    chain.add({.step = record.step, .loss = record.loss, .grad_norm = record.grad_norm,
+               .first_sample = record.step * c.batch, .samples = c.batch});
+  trained.chain = chain.text();
   if (occupier) {
     trained.launches = occupier->launches();
     EXPECT_EQ(occupier->failure(), "");
@@ -63,10 +65,10 @@ TEST(CudaInterference, TrainingsGiveTheSameBitsBesideAKernelThatTakesMultiproces
           << "step " << k;
       EXPECT_EQ(beside.result.counts[k], alone.result.counts[k]) << "step " << k;
     }
-    EXPECT_EQ(beside.chain.text(), alone.chain.text());
+    EXPECT_EQ(beside.chain, alone.chain);
     EXPECT_EQ(beside.state, alone.state);
     std::printf("beside %d kernels of others: chain %.16s, loss %.4f to %.4f\n",
-                int(beside.launches), beside.chain.text().data(),
+                int(beside.launches), beside.chain.data(),
                 beside.result.records.front().loss, beside.result.records.back().loss);
     count_comparison();
   }

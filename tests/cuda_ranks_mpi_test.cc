@@ -25,19 +25,21 @@ constexpr double kFactor = 10;
 
 struct Trained {
   TrainingResult result;
-  HashChain chain;
+  HashChain::Text chain;
   uint64_t state = 0;
 };
 
 void finish(Trained& trained, Trainer& trainer) {
   Session& session = trainer.session();
   trained.state = state_hash(session.groups, session.compute, session.store);
+  HashChain chain;
   for (const StepRecord& record : trained.result.records)
-    trained.chain.add({.step = record.step,
-                       .loss = record.loss,
-                       .grad_norm = record.grad_norm,
-                       .first_sample = record.step,
-                       .samples = 1});
+    chain.add({.step = record.step,
+               .loss = record.loss,
+               .grad_norm = record.grad_norm,
+               .first_sample = record.step,
+               .samples = 1});
+  trained.chain = chain.text();
 }
 
 Trained train_over_ranks(World& world, const TrainingCase& c, int expert,
@@ -132,7 +134,7 @@ void delay_calls(ProcessGroups& groups, uint64_t seed) {
 }
 
 bool same(const Trained& a, const Trained& b) {
-  bool same = a.state == b.state && a.chain.text() == b.chain.text() &&
+  bool same = a.state == b.state && a.chain == b.chain &&
               a.result.records.size() == b.result.records.size();
   for (size_t k = 0; same && k < a.result.records.size(); ++k)
     same = a.result.records[k].loss == b.result.records[k].loss &&
@@ -166,7 +168,7 @@ int64_t repeats_bit_for_bit(World& world, int expert) {
                   holds ? "the same bits" : "FAILED: other bits");
   }
   if (world.rank() == 0)
-    std::printf("chain %.16s, loss %.4f to %.4f\n", first.chain.text().data(),
+    std::printf("chain %.16s, loss %.4f to %.4f\n", first.chain.data(),
                 first.result.records.front().loss, first.result.records.back().loss);
   return failed;
 }
@@ -195,7 +197,7 @@ int64_t run_all(World& world) {
   return agree_on_failures(world, failed > 0 ? 1 : 0);
 }
 
-int run() {
+int start() {
   prepare_nccl_environment();
   World world;
   try {
@@ -221,5 +223,5 @@ int run() {
 }  // namespace moemamba
 
 int main() {
-  return moemamba::run();
+  return moemamba::start();
 }
