@@ -10,7 +10,8 @@ endif()
 if(NOT MOEMAMBA_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real)  # must be known before enable_language
+    # Must be known before enable_language. 90a leaves its PTX in the libraries, for cuda_code_test.
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a)
   endif()
   if(NOT DEFINED ENV{CUDACXX} AND NOT DEFINED CMAKE_CUDA_COMPILER)
     find_program(moemamba_nvcc nvcc HINTS ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin)
@@ -22,7 +23,7 @@ if(NOT MOEMAMBA_CUDA STREQUAL "OFF")
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
-    find_package(CUDAToolkit 12.0 REQUIRED)
+    find_package(CUDAToolkit 12.5 REQUIRED)  # cudaGetDriverEntryPointByVersion
     # CUDA sources follow CMAKE_CXX_STANDARD, whose flag for nvcc CMake 3.25 does not know.
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
@@ -31,8 +32,10 @@ if(NOT MOEMAMBA_CUDA STREQUAL "OFF")
     set(moemamba_cuda_state "${CMAKE_CUDA_COMPILER_VERSION} (sm_${architectures})")
     set(MOEMAMBA_HAS_CUDA ON)
     # -fmad stays on: the device's results are held to tolerances, and are the same on every run.
+    # --no-compress: the PTX is text there. ptxas warns where a kernel spills registers.
     add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall>"
-                        "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;-diag-suppress=20012>")
+                        "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;-diag-suppress=20012;--no-compress>"
+                        "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills>")
     # The field's libraries without their .so links (wheel-like toolkits) are found by version.
     find_path(NCCL_INCLUDE_DIR nccl.h HINTS ENV NCCL_ROOT ${CUDAToolkit_INCLUDE_DIRS}
               PATH_SUFFIXES include)

@@ -100,7 +100,8 @@ Tensor Arena::take(Shape shape, DType dtype, const char* who) {
         " are left");
   // A measuring arena starts at a fake address that is never read.
   std::byte* base = measures() ? reinterpret_cast<std::byte*>(kAlignment) : buffer_.data();
-  Tensor tensor{.data = base + used_,
+  std::byte* place = guards_ ? guarded_place(bytes, who) : base + used_;
+  Tensor tensor{.data = place,
                 .shape = shape,
                 .stride = row / size,
                 .dtype = dtype,
@@ -112,6 +113,7 @@ Tensor Arena::take(Shape shape, DType dtype, const char* who) {
 }
 
 void Arena::give_back(int64_t used) {
+  if (guards_) check_guards(used);
   if (measures()) {
     if (used < used_ && used_ == peak_) remember_peak();
     for (int64_t left = used_; left > used; out_.pop_back()) left -= out_.back().bytes;

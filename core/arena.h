@@ -1,5 +1,6 @@
 #pragma once
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "core/device.h"
@@ -56,7 +57,21 @@ class Arena {
   // All that was out when the arena was fullest, in order. REQUIRES: measures().
   const std::vector<Taken>& at_peak();
 
+  // For tests: from here on what is handed out is full of NaN (and of 32-bit numbers that are no
+  // index), and stands between two red zones of kRedZone bytes of the same, in memory that grows by
+  // what these take for `tensors` at a time. All that is counted stays as planned. `stream` is the
+  // one whose work uses the arena; the host waits for it whenever memory is given back.
+  // REQUIRES: nothing is out, and the arena has memory.
+  static constexpr int64_t kRedZone = 256;
+  static constexpr uint32_t kPoison = 0x7fffffffu;  // as f32 a NaN, as bf16 two of them
+  void guard(Stream& stream, int64_t tensors);
+  // Of a guarded arena: who was the first whose red zones somebody wrote to; "" where nobody did.
+  std::string broken_guard();
+
  private:
+  struct Guards;
+  std::byte* guarded_place(int64_t bytes, const char* who);
+  void check_guards(int64_t used);
   Arena() = default;
   void remember_peak();
   std::string name_;
@@ -67,6 +82,7 @@ class Arena {
   int64_t peak_ = 0;
   std::vector<Taken> out_, at_peak_;  // of a measuring arena
   size_t alike_ = 0;                  // first entries of out_ that at_peak_ has as well
+  std::shared_ptr<Guards> guards_;    // of a guarded arena
 };
 
 // Gives back, when it ends, all that was taken since it began.

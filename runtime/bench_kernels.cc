@@ -63,11 +63,11 @@ class KernelTable {
   template <class Op>
   void moves(const std::string& name, const std::string& shape, const Op& op, double bytes = 0) {
     result_.rows.push_back(
-        {name, shape, seconds(op), bytes > 0 ? bytes : bytes_of(op), Ceiling::copy});
+        {name, shape, seconds(op), bytes > 0 ? bytes : bytes_of(op), Limit::copy});
   }
   template <class Op>
   void multiplies(const std::string& name, const std::string& shape, double flops, const Op& op) {
-    result_.rows.push_back({name, shape, seconds(op), flops, Ceiling::product});
+    result_.rows.push_back({name, shape, seconds(op), flops, Limit::product});
   }
   void conv(const Tensor& x, const Tensor& dx);
   void expert_products(const char* name, int64_t in, int64_t out, const char* routing,
@@ -376,30 +376,33 @@ KernelBench bench_kernels(Stream& stream, const ModelSizes& sizes,
 std::string kernel_bench_text(const KernelBench& b) {
   const bool tera = b.product_rate >= 1e12;
   const char* unit = tera ? "TFLOP/s" : "GFLOP/s";
-  const auto shown = [&](double rate, Ceiling ceiling) {
-    return rate * (ceiling == Ceiling::product && tera ? 1e-12 : 1e-9);
+  const auto shown = [&](double rate, Limit limit) {
+    return rate * (limit == Limit::product && tera ? 1e-12 : 1e-9);
   };
   char line[200];
   std::snprintf(line, sizeof line,
                 "ceilings   copy    %8.1f GB/s    (%s)\n           product %8.1f %s (%s)\n",
-                shown(b.copy_rate, Ceiling::copy), b.copied.c_str(),
-                shown(b.product_rate, Ceiling::product), unit, b.multiplied.c_str());
+                shown(b.copy_rate, Limit::copy), b.copied.c_str(),
+                shown(b.product_rate, Limit::product), unit, b.multiplied.c_str());
   std::string text = line;
   std::snprintf(line, sizeof line, "%-28s %-28s %11s %16s  %s\n", "operator", "shape", "us", "rate",
                 "of ceiling");
   text += line;
-  bool cached = false;
+  bool above = false;
   for (const KernelBench::Row& row : b.rows) {
-    const bool copies = row.ceiling == Ceiling::copy;
+    const bool copies = row.limit == Limit::copy;
     const double rate = row.amount / row.seconds;
     std::snprintf(line, sizeof line, "%-28s %-28s %11.1f %8.1f %-7s %6.1f %% %s\n",
-                  row.name.c_str(), row.shape.c_str(), row.seconds * 1e6, shown(rate, row.ceiling),
-                  copies ? "GB/s" : unit, 100 * rate / b.rate_of(row.ceiling),
+                  row.name.c_str(), row.shape.c_str(), row.seconds * 1e6, shown(rate, row.limit),
+                  copies ? "GB/s" : unit, 100 * rate / b.rate_of(row.limit),
                   copies ? "copy" : "product");
     text += line;
-    cached |= copies && rate > b.copy_rate;
+    above |= copies && rate > b.copy_rate;
   }
-  return text + (cached ? "More than 100 %: tensors that the caches hold from run to run.\n" : "");
+  return text +
+         (above ? "More than 100 %: tensors that the caches hold from run to run, or that are read "
+                  "more than written.\n"
+                : "");
 }
 
 }  // namespace moemamba

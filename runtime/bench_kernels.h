@@ -9,21 +9,19 @@ namespace moemamba {
 
 // What an operator is measured against: bytes a second of a copy, each byte counted when it is read
 // and when it is written, or FLOP a second of a large product of the model's dtype.
-enum class Ceiling : uint8_t { copy, product };
+enum class Limit : uint8_t { copy, product };
 
 struct KernelBench {
   struct Row {
     std::string name, shape;
     double seconds;  // median
     double amount;   // bytes that must be read or written once, or FLOPs
-    Ceiling ceiling;
+    Limit limit;
   };
   std::string copied, multiplied;  // what the ceilings were measured with
   double copy_rate = 0, product_rate = 0;
   std::vector<Row> rows;
-  double rate_of(Ceiling ceiling) const {
-    return ceiling == Ceiling::copy ? copy_rate : product_rate;
-  }
+  double rate_of(Limit limit) const { return limit == Limit::copy ? copy_rate : product_rate; }
 };
 
 // The operators of a step of `sequences` sequences of `length` tokens, at the shapes that they have

@@ -1,6 +1,7 @@
 #include "runtime/training_run.h"
 
 #include <cstdio>
+#include <map>
 
 #include "core/gpu.h"
 #include "parallel/gather_blobs.h"
@@ -34,6 +35,20 @@ TrainerOptions fitting_options(const ProcessGroups& groups, const TrainRequest& 
   return options;
 }
 
+// What the ranks compute on, for people: every kind of GPU once. All ranks call it.
+std::string devices_text(ProcessGroups& groups, Stream& host) {
+  if (groups.device == DeviceKind::cpu) return "";
+  std::map<std::string, int> kinds;
+  for (const std::string& name : gather_blobs(
+           *groups.control, host, gpu::devices()[size_t(gpu::used())].name))
+    ++kinds[name];
+  std::string text;
+  for (const auto& [name, count] : kinds)
+    text += concat(text.empty() ? "" : ", ", count, " x ", name);
+  if (kinds.size() > 1) text += ": different GPUs, of which the slowest sets the pace";
+  return text + ", " + gpu::build();
+}
+
 std::string metrics_path(const std::string& run) {
   return join_path(run, "metrics.jsonl");
 }
@@ -56,6 +71,7 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
     say("weights    " + describe(found));
   }
   barrier(*groups.control, trainer_.session().host);
+  devices_ = devices_text(groups, trainer_.session().host);
   take_folder();
   open_reports();
   open_checkpoints();

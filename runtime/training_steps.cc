@@ -24,6 +24,7 @@ void TrainingRun::introduce() {
   progress_->say(concat("parameters ", counts.total, " in all, ", counts.active,
                         " active per token, and ", counts.embedding_and_head,
                         " in embedding and head"));
+  if (!devices_.empty()) progress_->say("device     " + devices_);
   std::string experts;
   for (int c = 0; c < layout.expert_size(); ++c)
     experts += concat(c ? ", " : "", layout.experts_of(c));

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trainings on GPUs that are too long for tests: what they printed stands in docs/benchmarks.md.
 # usage: sh scripts/gpu_runs.sh FOLDER [single|double ...]   (after scripts/gpu_check.sh has built)
-#   single: one GPU; double: two. Text: data/austen/tokens (scripts/fetch_austen.sh).
+#   single: one GPU; pair: a step on two; double: trainings on two. Text: data/austen/tokens (scripts/fetch_austen.sh).
 set -eu
 cd "$(dirname "$0")/.."
 out=$1
@@ -48,6 +48,13 @@ of = [[json.loads(line) for line in open(name)] for name in sys.argv[1:]]
 apart = [abs(a["ce"] - b["ce"]) for a, b in zip(*of)]
 print(f"bf16 within {max(apart):.4f} of f32 over {len(apart)} steps, the last at {of[0][-1]['ce']:.4f}")
 END
+      ;;
+    pair)
+      for rows in 1.25 2; do
+        lines=12 try "two_32_rows_$rows" "$moemamba" bench step --ranks 2 $peers \
+          --parallel.expert=2 --parallel.exchange_rows=$rows --train.global_batch_size=128 \
+          --train.routing_group=64 --profile
+      done
       ;;
     double)
       lines=40 try two_32 "$moemamba" bench step --ranks 2 $peers --parallel.expert=2 \

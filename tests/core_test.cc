@@ -11,6 +11,7 @@
 
 #include "core/arena.h"
 #include "core/random.h"
+#include "tests/support/cases.h"
 
 namespace moemamba {
 namespace {
@@ -167,6 +168,70 @@ TEST(Arena, GivesBackWhatAFrameTook) {
   EXPECT_GT(static_cast<char*>(arena.take({1}).data), static_cast<char*>(kept.data));
   arena.reset_peak();
   EXPECT_EQ(arena.peak(), arena.used());
+}
+
+bool is_nan(const Tensor& tensor) {
+  bool all = true;
+  for (double value : to_doubles(tensor)) all = all && value != value;
+  return all;
+}
+
+TEST(Arena, GuardedHandsOutNaNBetweenRedZonesAndCountsAsBefore) {
+  Stream stream = Stream::immediate();
+  Arena arena("test", DeviceKind::cpu, 512), plain("test", DeviceKind::cpu, 512);
+  arena.guard(stream, 3);
+  for (int round = 0; round < 2; ++round) {
+    const Tensor kept = arena.take({3, 5});
+    arena.take({0, 5});
+    plain.take({3, 5});
+    EXPECT_TRUE(is_nan(kept));
+    std::fill_n(kept.as<float>(), 3 * kept.stride, 0.f);
+    {
+      Frame frame(arena);
+      const Tensor gone = arena.take({2, 7}, DType::bf16);
+      EXPECT_TRUE(is_nan(gone));
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(gone.data) % 64, 0u);
+      EXPECT_GE(static_cast<char*>(gone.data) - static_cast<char*>(kept.data),
+                128 + 2 * Arena::kRedZone);
+    }
+    EXPECT_EQ(arena.take({1}, DType::i32).as<int32_t>()[0], 0x7fffffff);
+    plain.take({1});
+    EXPECT_EQ(arena.used(), plain.used());
+    EXPECT_EQ(arena.peak(), 192);
+    EXPECT_EQ(arena.capacity(), 512);
+    arena.give_back(0);
+    plain.give_back(0);
+  }
+  EXPECT_EQ(arena.broken_guard(), "");
+  EXPECT_THROW(arena.take({1000}), Error);
+}
+
+TEST(Arena, GuardedNamesWhomSomebodyWroteBeside) {
+  Stream stream = Stream::immediate();
+  for (const auto& [at, where] : {std::pair{16, "1 bytes past its end"},
+                                  {-1, "1 bytes before its begin"},
+                                  {16 + 63, "253 bytes past its end"}}) {
+    Arena arena("test", DeviceKind::cpu, 1024);
+    arena.guard(stream, 4);
+    arena.take({16}, DType::f32, "first");
+    {
+      Frame frame(arena);
+      auto* bytes = static_cast<char*>(arena.take({16}, DType::f32, "scan y").data);
+      bytes[at < 0 ? at : at * 4] = 1;
+    }
+    const std::string text = arena.broken_guard();
+    EXPECT_NE(text.find(concat("scan y (64 bytes): written ", where)), std::string::npos) << text;
+  }
+}
+
+TEST(Arena, GuardsAreForSoManyTensors) {
+  Stream stream = Stream::immediate();
+  Arena arena("test", DeviceKind::cpu, 1024);
+  arena.guard(stream, 2);
+  arena.take({1});
+  arena.take({1});
+  EXPECT_THROW(arena.take({1}), Error);
+  EXPECT_THROW(arena.guard(stream, 3), Error);
 }
 
 TEST(Arena, RemembersWhoHeldItsMemoryAtThePeak) {
