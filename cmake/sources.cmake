@@ -18,7 +18,7 @@ endif()
 
 set(patterns "")
 foreach(room core kernels parallel model runtime launcher)
-  foreach(kind h cc proto cu in)
+  foreach(kind h cc proto cu cuh inc in)
     list(APPEND patterns ${room}/*.${kind})
   endforeach()
 endforeach()

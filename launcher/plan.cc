@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "core/gpu.h"
 #include "core/schema.h"
 #include "launcher/commands.h"
 #include "launcher/launch.h"
@@ -49,8 +50,14 @@ int plan(const PlanOptions& options) {
   const int64_t memory =
       options.memory.empty() ? machine_memory() / options.ranks : read_bytes(options.memory);
   const ModelSizes sizes = planned_sizes(config);
+  TrainerOptions trainer = trainer_options(sizes, config.parallel(), config.train());
+  // bf16 is a GPU's, and so is memory that is given as one's.
+  const bool on_gpu = config.device() == RunConfig::CUDA ||
+                      (config.device() == RunConfig::AUTO &&
+                       (sizes.compute != DType::f32 || !gpu::devices().empty()));
+  if (on_gpu) trainer.device = DeviceKind::cuda;
   const Plan made =
-      make_plan(trainer_options(sizes, config.parallel(), config.train()),
+      make_plan(trainer,
                 RankLayout(options.ranks, config.parallel().expert(), int(sizes.E)), memory);
   std::fputs((options.json ? plan_json(made) : plan_text(made)).c_str(), stdout);
   return made.fits() ? 0 : 1;

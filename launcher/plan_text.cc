@@ -115,6 +115,9 @@ std::string memory_text(const Plan& plan) {
                      row("exchange buffers", plan.bytes.exchange) +
                      row("batch and facts", t.batch) +
                      row("checkpoint", plan.bytes.staging, "the copy that is written") +
+                     (plan.bytes.workspace > 0
+                          ? row("workspace", plan.bytes.workspace, "operators and libraries, about")
+                          : "") +
                      row("total", plan.bytes.total());
   text += "\nlargest activations and exchange buffers\n";
   constexpr size_t kShown = 8;

@@ -37,12 +37,8 @@ Tensor SelectiveSsm::part(Tensor proj, int which) const {
   return proj.column_range(R + (which - 1) * N, R + which * N);
 }
 
-void SelectiveSsm::norm_forward(Step& step, Saved& saved) const {
-  saved.normed = saved.proj;
-  if (!norms[0]) return;
-  saved.normed = step.arena.take(saved.proj.shape, saved.proj.dtype, "mamba norms of dt, B, C");
-  for (int i = 0; i < 3; ++i) {
-    saved.rstd[i] = step.arena.take({saved.proj.rows()}, DType::f32, "mamba norm rstd");
+void SelectiveSsm::norm_forward(Step& step, const Saved& saved) const {
+  for (int i = 0; i < 3 && norms[0]; ++i)
     run(step.stream, NormForward{.x = part(saved.proj, i),
                                  .residual = {},
                                  .weight = norms[i]->value,
@@ -53,7 +49,6 @@ void SelectiveSsm::norm_forward(Step& step, Saved& saved) const {
                                  .rstd = saved.rstd[i],
                                  .kind = NormKind::rms,
                                  .eps = norm_eps});
-  }
 }
 
 // dproj: of the norms in, of what they read out.
@@ -74,7 +69,7 @@ void SelectiveSsm::norm_backward(Step& step, Tensor dproj, const Saved& saved) c
 
 // A narrow product, made again in backward: cheaper than to keep [T, I].
 Tensor SelectiveSsm::dt(Step& step, const Saved& saved) const {
-  Tensor dt = step.arena.take(saved.c.shape, saved.c.dtype, "mamba dt");
+  Tensor dt = step.arena.take(saved.x.shape, saved.x.dtype, "mamba dt");
   run(step.stream, Matmul{.a = part(saved.normed, 0),
                           .b = dt_proj->compute,
                           .out = dt,
@@ -82,9 +77,9 @@ Tensor SelectiveSsm::dt(Step& step, const Saved& saved) const {
   return dt;
 }
 
-void SelectiveSsm::scan_forward(Step& step, Tensor dt, const Saved& saved) const {
+void SelectiveSsm::scan_forward(Step& step, Tensor c, Tensor dt, const Saved& saved) const {
   run(step.stream,
-      ScanForward{.u = saved.c,
+      ScanForward{.u = c,
                   .dt = dt,
                   .dt_bias = dt_bias->value,
                   .a_log = a_log->value,
@@ -100,36 +95,48 @@ void SelectiveSsm::scan_forward(Step& step, Tensor dt, const Saved& saved) const
                   .sequences = step.sequences});
 }
 
+// Cheaper to make again in backward than to keep: it is bound by memory, and read once there.
+// final: the state after it, or none.
+Tensor SelectiveSsm::convolved(Step& step, const Saved& saved, Tensor final) const {
+  Tensor c = step.arena.take(saved.x.shape, saved.x.dtype, "mamba conv output");
+  run(step.stream,
+      ConvForward{.x = saved.x,
+                  .weight = conv->value,
+                  .bias = conv_bias->value,
+                  .initial = step.initial ? (*step.initial)[size_t(index)].conv : Tensor{},
+                  .starts = step.starts,
+                  .y = c,
+                  .final = final,
+                  .sequences = step.sequences});
+  return c;
+}
+
 Tensor SelectiveSsm::forward(Step& step, Tensor x, Tensor z, Saved& saved) const {
   const int64_t T = x.rows(), I = skip->shape[0], N = a_log->shape[1], R = dt_proj->shape[1];
   const int64_t B = step.sequences;
   saved.x = x;
   saved.z = z;
-  saved.c = step.arena.take({T, I}, x.dtype, "mamba conv output");
   saved.proj = step.arena.take({T, R + 2 * N}, x.dtype, "mamba dt, B, C");
-  run(step.stream,
-      ConvForward{.x = x,
-                  .weight = conv->value,
-                  .bias = conv_bias->value,
-                  .initial = step.initial ? (*step.initial)[size_t(index)].conv : Tensor{},
-                  .starts = step.starts,
-                  .y = saved.c,
-                  .final = step.final ? (*step.final)[size_t(index)].conv : Tensor{},
-                  .sequences = B});
-  run(step.stream,
-      Matmul{.a = saved.c, .b = x_proj->compute, .out = saved.proj, .b_transposed = true});
-  norm_forward(step, saved);
-  saved.states = step.arena.take(
-      {scan_state_elements(B, B ? T / B : 0, I, N, step.stream.device())}, DType::f32,
-      "scan states");
+  if (norms[0]) {
+    saved.normed = step.arena.take(saved.proj.shape, saved.proj.dtype, "mamba norms of dt, B, C");
+    for (Tensor& rstd : saved.rstd) rstd = step.arena.take({T}, DType::f32, "mamba norm rstd");
+  } else {
+    saved.normed = saved.proj;
+  }
+  const int64_t states = scan_state_elements(B, B ? T / B : 0, I, N, step.stream.device());
+  saved.states = step.arena.take({states}, DType::f32, "scan states");
   saved.y = step.arena.take({T, I}, x.dtype, "scan output");
   Frame frame(step.arena);
-  scan_forward(step, dt(step, saved), saved);
+  const Tensor c =
+      convolved(step, saved, step.final ? (*step.final)[size_t(index)].conv : Tensor{});
+  run(step.stream, Matmul{.a = c, .b = x_proj->compute, .out = saved.proj, .b_transposed = true});
+  norm_forward(step, saved);
+  scan_forward(step, c, dt(step, saved), saved);
   return saved.y;
 }
 
 void SelectiveSsm::scan_backward(Step& step, const ScanGradient& g, const Saved& saved) const {
-  run(step.stream, ScanBackward{.u = saved.c,
+  run(step.stream, ScanBackward{.u = g.c,
                                 .dt = g.dt,
                                 .dt_bias = dt_bias->value,
                                 .a_log = a_log->value,
@@ -158,12 +165,19 @@ void SelectiveSsm::scan_backward(Step& step, const ScanGradient& g, const Saved&
 void SelectiveSsm::backward(Step& step, const Gradient& g, const Saved& saved) const {
   const bool add = step.accumulate;
   Frame frame(step.arena);
-  Tensor dc = step.arena.take(saved.c.shape, g.dy.dtype, "mamba gradient of conv output");
-  Tensor ddt = step.arena.take(saved.c.shape, g.dy.dtype, "mamba gradient of dt");
+  const Tensor c = convolved(step, saved, {});
+  Tensor dc = step.arena.take(c.shape, g.dy.dtype, "mamba gradient of conv output");
+  Tensor ddt = step.arena.take(c.shape, g.dy.dtype, "mamba gradient of dt");
   Tensor dproj = step.arena.take(saved.proj.shape, g.dy.dtype, "mamba gradient of dt, B, C");
-  scan_backward(
-      step,
-      {.dt = dt(step, saved), .dy = g.dy, .dc = dc, .ddt = ddt, .dproj = dproj, .dz = g.dz}, saved);
+  scan_backward(step,
+                {.c = c,
+                 .dt = dt(step, saved),
+                 .dy = g.dy,
+                 .dc = dc,
+                 .ddt = ddt,
+                 .dproj = dproj,
+                 .dz = g.dz},
+                saved);
   step.weight_work(Matmul{.a = ddt,
                           .b = part(saved.normed, 0),
                           .out = dt_proj->gradient,
@@ -172,7 +186,7 @@ void SelectiveSsm::backward(Step& step, const Gradient& g, const Saved& saved) c
   run(step.stream, Matmul{.a = ddt, .b = dt_proj->compute, .out = part(dproj, 0)});
   norm_backward(step, dproj, saved);
   step.weight_work(Matmul{
-      .a = dproj, .b = saved.c, .out = x_proj->gradient, .a_transposed = true, .accumulate = add});
+      .a = dproj, .b = c, .out = x_proj->gradient, .a_transposed = true, .accumulate = add});
   run(step.stream, Matmul{.a = dproj, .b = x_proj->compute, .out = dc, .accumulate = true});
   run(step.stream, ConvBackward{.x = saved.x,
                                 .weight = conv->value,

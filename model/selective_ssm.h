@@ -22,7 +22,6 @@ struct SelectiveSsm {
 
   struct Saved {
     Tensor x, z;     // [T, I] the inputs
-    Tensor c;        // [T, I]
     Tensor proj;     // [T, R + 2N]
     Tensor normed;   // [T, R + 2N]: proj, or its norms
     Tensor rstd[3];  // [T]
@@ -41,13 +40,14 @@ struct SelectiveSsm {
 
  private:
   Tensor part(Tensor proj, int which) const;  // of dt, B, C
-  void norm_forward(Step& step, Saved& saved) const;
+  void norm_forward(Step& step, const Saved& saved) const;
   void norm_backward(Step& step, Tensor dproj, const Saved& saved) const;
   struct ScanGradient {
-    Tensor dt, dy, dc, ddt, dproj, dz;  // dt: forward's
+    Tensor c, dt, dy, dc, ddt, dproj, dz;  // c, dt: forward's
   };
   Tensor dt(Step& step, const Saved& saved) const;  // [T, I] before bias and softplus
-  void scan_forward(Step& step, Tensor dt, const Saved& saved) const;
+  Tensor convolved(Step& step, const Saved& saved, Tensor final) const;  // [T, I]
+  void scan_forward(Step& step, Tensor c, Tensor dt, const Saved& saved) const;
   void scan_backward(Step& step, const ScanGradient& g, const Saved& saved) const;
 };
 

@@ -14,8 +14,8 @@ namespace moemamba {
 // Calls come from one thread, on CUDA streams, with memory of the GPU. poll() notices: an abort of
 // another member, an error that NCCL met behind the host's back, and a call that has been at work
 // on the GPU for longer than the deadline (a member that did not come; of a pair it is known
-// which). The group is then torn down, so that its streams run on; if NCCL hangs in that, the process ends
-// itself with `exit_code` after ten seconds.
+// which). The group is then torn down, so that its streams run on; if NCCL hangs in that, the
+// process ends itself with `exit_code` after ten seconds.
 //
 // NCCL reads its environment when the first group is made: see launcher/gpu_environment.h.
 std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> beside,

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "core/error.h"
+#include "core/host_mirror.h"
 #include "parallel/gather_blobs.h"
 
 namespace moemamba {
@@ -158,8 +159,24 @@ void Checkpoint::read(const StatePiece& piece) const {
 }
 
 void Checkpoint::load(const ParameterStore& store) const {
-  for (const StatePiece& piece : held_values(store)) read(piece);
-  for (const StatePiece& piece : owned_moments(store)) read(piece);
+  const DeviceKind device = store.groups().device;
+  HostMirror mirror(device);
+  const auto load_piece = [&](StatePiece piece) {
+    constexpr int64_t kMost = int64_t{1} << 22;  // elements that pass through the host at once
+    const int64_t end = piece.end;
+    for (; piece.begin < end; piece.begin = piece.end) {
+      piece.end = device == DeviceKind::cpu ? end : std::min(end, piece.begin + kMost);
+      const Tensor part = view(piece.data, {piece.end - piece.begin}, DType::f32, device);
+      const Tensor host = mirror.blank(part);
+      StatePiece there = piece;
+      there.data = host.as<float>();
+      read(there);
+      mirror.write_back(host, part);
+      piece.data += piece.end - piece.begin;
+    }
+  };
+  for (const StatePiece& piece : held_values(store)) load_piece(piece);
+  for (const StatePiece& piece : owned_moments(store)) load_piece(piece);
 }
 
 namespace {

@@ -26,18 +26,25 @@ CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
       stream_(Stream::immediate()),
       sources_(written_pieces(store)) {
   for (const StatePiece& piece : sources_) staged_bytes_ += (piece.end - piece.begin) * 4;
-  staging_ = Buffer(DeviceKind::cpu, staged_bytes_);
+  staging_ = Buffer::staging(groups.device, staged_bytes_);
+  if (groups.device == DeviceKind::cuda) copies_.emplace(Stream::cuda());
 }
 
-void CheckpointWriter::stage() {
+Event CheckpointWriter::stage(Stream* compute) {
   staged_ = sources_;
+  if (copies_) copies_->wait(compute->record());
   auto* to = reinterpret_cast<float*>(staging_.data());
   for (StatePiece& piece : staged_) {
     const int64_t count = piece.end - piece.begin;
-    std::memcpy(to, piece.data, size_t(count) * sizeof(float));
+    if (copies_)
+      copy(*copies_, view(piece.data, {count}, DType::f32, groups_.device), view(to, {count}));
+    else
+      std::memcpy(to, piece.data, size_t(count) * sizeof(float));
     piece.data = to;
     to += count;
   }
+  if (copies_) copied_ = copies_->record();
+  return copied_;
 }
 
 // Rank 0 makes the attempt's folder; all ranks get its path, or why there is none.
@@ -176,6 +183,7 @@ std::string CheckpointWriter::write(const CheckpointFacts& facts) {
   std::string attempt;
   std::string problem = begin(facts, attempt);
   if (!problem.empty()) return problem;
+  Stream::wait_on_host(copied_);
   const ShardReport report = write_state(facts, attempt);
   staged_.clear();
   const std::vector<std::string> reports =

@@ -1,4 +1,6 @@
 #pragma once
+#include <optional>
+
 #include "core/arena.h"
 #include "runtime/checkpoint_folder.h"
 #include "runtime/checkpoint_shard.h"
@@ -38,7 +40,10 @@ class CheckpointWriter {
   // Memory of the copies. The constructor takes it, for the first save would hold up training with
   // that.
   int64_t staged_bytes() const { return staged_bytes_; }
-  void stage();
+  // Behind the work of `compute` so far; nothing may change the state before the event that is
+  // returned is past. A GPU copies on a stream of its own; on the CPU (where `compute` may be left
+  // out) it is past at once.
+  Event stage(Stream* compute = nullptr);
   // "" when the checkpoint is there for good; else why this attempt was given up, the same on every
   // rank, with nothing left of it but perhaps a folder that says what it is (or, where only the
   // last sync failed, the whole checkpoint). Throws PeerLost alone.
@@ -59,6 +64,8 @@ class CheckpointWriter {
   ProcessGroups& groups_;
   Options options_;
   Stream stream_;
+  std::optional<Stream> copies_;  // of a GPU
+  Event copied_;
   std::vector<StatePiece> sources_, staged_;
   int64_t staged_bytes_ = 0;
   Buffer staging_;

@@ -139,21 +139,23 @@ void Checkpoints::conclude() {
         " saves in a row failed (checkpoint.max_failed_saves), the last one: ", problem_);
 }
 
-void Checkpoints::save(CheckpointFacts facts) {
+Event Checkpoints::save(CheckpointFacts facts, Stream* compute) {
   const auto start = Clock::now();
   conclude();
   facts_ = std::move(facts);
-  if (options_.asynchronous) writer_.stage();  // else the state itself stands still
+  Event staged;  // a state in the host's memory that stands still needs no copy
+  if (options_.asynchronous || groups_.device == DeviceKind::cuda) staged = writer_.stage(compute);
   running_ = true;
   told_ = ended_ = false;
   if (options_.asynchronous) {
     thread_ = std::thread([this] { work(); });
     blocked_ = since(start);
-    return;
+    return staged;
   }
   work();
   blocked_ = since(start);
   conclude();
+  return staged;
 }
 
 void Checkpoints::finish() {

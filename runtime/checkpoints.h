@@ -27,8 +27,9 @@ class Checkpoints {
               Options options);
   ~Checkpoints();  // waits; where an exception is on its way, the ranks are woken first
 
-  // Values must be complete (Trainer::wait_weights). Returns when training may go on.
-  void save(CheckpointFacts facts);
+  // Values must be complete behind `compute` (Trainer::wait_weights; needed on a GPU). Returns when
+  // training may go on, which must not change the state before the event is past.
+  Event save(CheckpointFacts facts, Stream* compute = nullptr);
   void finish();  // no save is on its way any more
   // Says what became of the latest save, if it has ended. Between any steps, on this rank alone: it
   // waits for nobody.

@@ -1,6 +1,7 @@
 #include "runtime/plan.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "core/schema.h"
@@ -17,7 +18,7 @@ class PlannedRank {
  public:
   PlannedRank(const TrainerOptions& options, const RankLayout& layout)
       : options_(options),
-        groups_(make_planned_groups(layout, kFullestRank)),
+        groups_(planned_groups(options, layout)),
         share_(share_of_batch(options.data.global_batch, options.routing_group, options.micro_batch,
                               kFullestRank, layout.ranks())),
         session_(groups_, options.sizes, 1, share_.micro_batch, options.data.sequence_length,
@@ -26,6 +27,11 @@ class PlannedRank {
   PlannedWires wires() const;
 
  private:
+  static ProcessGroups planned_groups(const TrainerOptions& options, const RankLayout& layout) {
+    ProcessGroups groups = make_planned_groups(layout, kFullestRank);
+    groups.device = options.device;
+    return groups;
+  }
   int64_t tokens() const;  // of the busiest rank in a step
   void add_exchange(PlannedWires::Exchange& sum, int64_t in, int64_t out) const;
 
@@ -44,6 +50,17 @@ int64_t scratch_estimate(const ModelSizes& s, int64_t tokens) {
   const bool scans = s.layers(LayerKind::mamba) + s.layers(LayerKind::inner_moe) > 0;
   const int64_t groups = (s.I + 127) / 128;
   return std::max({logits, norm, scans && groups > 1 ? groups * tokens * s.N * 8 : 0});
+}
+
+// On a GPU likewise: logits of a chunk of tokens (kernels/cuda/cross_entropy.cu), db and dc of the
+// backward scan's channel blocks (scan_backward.cu), the router's rows widened to f32 (matmul.cu);
+// two streams' workspaces of cuBLASLt, and what the driver and its libraries hold.
+int64_t gpu_workspace(const ModelSizes& s, int64_t tokens) {
+  constexpr int64_t kLibraries = int64_t{640} << 20;
+  const bool scans = s.layers(LayerKind::mamba) + s.layers(LayerKind::inner_moe) > 0;
+  const int64_t logits = std::min<int64_t>(tokens * s.V * 4, int64_t{256} << 20);
+  return kLibraries + std::max({logits, scans ? (s.I + 63) / 64 * tokens * s.N * 8 : 0,
+                                s.E > 0 ? tokens * s.D * 4 : 0});
 }
 
 // Tensors that the exchange reads or writes are called so.
@@ -77,7 +94,12 @@ PlannedBytes PlannedRank::bytes() {
   std::ranges::stable_sort(largest, std::greater(), &Arena::Taken::bytes);
   for (const StatePiece& piece : written_pieces(session_.store))
     planned.staging += (piece.end - piece.begin) * int64_t(sizeof(float));
-  planned.scratch = scratch_estimate(options_.sizes, share_.micro_batch * session_.length);
+  const int64_t tokens = share_.micro_batch * session_.length;
+  planned.scratch = scratch_estimate(options_.sizes, tokens);
+  if (options_.device == DeviceKind::cuda) {
+    planned.staging = planned.scratch = 0;
+    planned.workspace = gpu_workspace(options_.sizes, tokens);
+  }
   return planned;
 }
 
@@ -118,7 +140,10 @@ void PlannedRank::add_exchange(PlannedWires::Exchange& sum, int64_t in, int64_t 
   const double rows = double(tokens() * s.K) * kept;
   const double sent = rows * (1 - held);          // to the others' experts
   const double returned = rows * (M - 1) * held;  // to their owners
-  const double in_bytes = double((in + 3) / 4 * 16), out_bytes = double((out + 3) / 4 * 16);
+  const auto row_bytes = [&](int64_t width) {
+    return double((width * size_of(s.compute) + 15) / 16 * 16);
+  };
+  const double in_bytes = row_bytes(in), out_bytes = row_bytes(out);
   // Rows beyond the exchange's capacity travel a second time in backward.
   const double received = rows * M * held / double(share_.micro_batches);
   const double again = std::max(0.0, 1 - double(session_.exchange.capacity()) / received);
@@ -154,6 +179,32 @@ int64_t state_elements(const ModelSizes& s) {
 }
 
 }  // namespace
+
+void check_gpu_memory(const TrainerOptions& options, const RankLayout& layout, int64_t free) {
+  TrainerOptions there = options;
+  there.device = DeviceKind::cuda;
+  const PlannedBytes bytes = planned_bytes(there, layout);
+  if (bytes.total() <= free) return;
+  const auto gib = [](int64_t count) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.2f GiB", double(count) / double(1 << 30));
+    return std::string(text);
+  };
+  const TrainerBytes& t = bytes.trainer;
+  std::string parts = concat("values ", gib(t.values), ", gradients ", gib(t.gradients),
+                             ", moments ", gib(t.moments), ", activations ", gib(t.activations),
+                             ", reduction ", gib(t.reduction), ", workspace ",
+                             gib(bytes.workspace));
+  for (size_t i = 0; i < std::min<size_t>(3, bytes.largest.size()); ++i)
+    parts += concat(i == 0 ? "; largest activations: " : ", ", bytes.largest[i].who, " ",
+                    gib(bytes.largest[i].bytes));
+  const int64_t fits = largest_micro_batch(there, layout, free);
+  throw Error(concat("the training does not fit this rank's GPU: it takes ", gib(bytes.total()),
+                     ", ", gib(free), " are free (", parts, "); ",
+                     fits > 0 ? concat("the largest train.micro_batch_size that fits is ", fits)
+                              : std::string("not even one routing group fits; ask `moemamba plan "
+                                            "--device=CUDA` for a layout that does")));
+}
 
 PlannedBytes planned_bytes(const TrainerOptions& options, const RankLayout& layout) {
   return PlannedRank(options, layout).bytes();

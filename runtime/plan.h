@@ -12,9 +12,11 @@ struct PlannedBytes {
   int64_t exchange = 0;  // of the activations: what the exchange reads and writes, at the peak
   int64_t dense = 0;     // of the values: parameters that every rank holds whole
   int64_t staging = 0;   // the copy that a checkpoint is written from, behind the steps
-  int64_t scratch = 0;   // estimate of what operators take besides; not in total()
+                         // (a GPU's copy is in the host's memory: 0)
+  int64_t workspace = 0; // of a GPU: what operators take besides, by estimate; 0 on the CPU
+  int64_t scratch = 0;   // the same on the CPU, not in total()
   std::vector<Arena::Taken> largest;  // activations at the peak, added up by name, largest first
-  int64_t total() const { return trainer.total() + staging; }
+  int64_t total() const { return trainer.total() + staging + workspace; }
 };
 
 // Bytes that one rank sends in a step, to other ranks. Tokens are spread evenly over the experts.
@@ -95,6 +97,10 @@ constexpr int64_t kMostPlannedRows = int64_t{1} << 31;  // of experts in a micro
 // fewest ranks that fit, with the smallest such group.
 std::optional<Remedy> find_layout(const TrainerOptions& options, const RankLayout& layout,
                                   int64_t memory, std::optional<Obstacle>& obstacle);
+
+// Before any memory of a GPU is taken: an Error that says by how much, which parts are the largest,
+// and which micro-batch fits, where a rank does not fit its `free` bytes.
+void check_gpu_memory(const TrainerOptions& options, const RankLayout& layout, int64_t free);
 
 std::string plan_json(const Plan& plan);  // for programs (docs/running.md)
 

@@ -14,7 +14,8 @@ Json bytes_json(const PlannedBytes& bytes) {
           {"gradients", t.gradients},   {"moments", t.moments},
           {"reduction", t.reduction},   {"activations", t.activations - bytes.exchange},
           {"exchange", bytes.exchange}, {"batch", t.batch},
-          {"checkpoint", bytes.staging}};
+          {"checkpoint", bytes.staging},
+          {"workspace", bytes.workspace}};
 }
 
 // Whole numbers as such, where a double holds them exactly.

@@ -41,8 +41,12 @@ std::string idle_ranks_warning(int64_t global_batch, int64_t routing_group, int 
 Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
                  int64_t length, double exchange_rows, Memory memory)
     : groups(groups),
-      compute(groups.device == DeviceKind::cuda ? Stream::cuda() : Stream::immediate(threads)),
-      communication(groups.device == DeviceKind::cuda ? Stream::cuda() : Stream::worker()),
+      compute(memory == Memory::planned_training    ? Stream::dry(groups.device)
+              : groups.device == DeviceKind::cuda ? Stream::cuda()
+                                                  : Stream::immediate(threads)),
+      communication(memory == Memory::planned_training    ? Stream::dry(groups.device)
+                    : groups.device == DeviceKind::cuda ? Stream::cuda()
+                                                        : Stream::worker()),
       host(Stream::immediate()),
       store(groups, sizes.compute),
       model(sizes, store, groups.layout, groups.rank),
@@ -54,7 +58,7 @@ Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, in
                std::max<int64_t>(1, sequences * length * std::max<int64_t>(1, sizes.K)),
                groups.device),
       arena(Arena::measure("activation", groups.device)) {
-  if (groups.device == DeviceKind::cuda)
+  if (groups.device == DeviceKind::cuda && memory != Memory::planned_training)
     for (Stream* stream : {&compute, &communication}) stream->watch([&groups] { groups.poll(); });
   store.allocate(memory);
   activation_bytes = measure(memory != Memory::values);

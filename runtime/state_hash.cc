@@ -2,75 +2,29 @@
 
 #include <bit>
 #include <cstdio>
-#include <cstring>
 #include <vector>
 
 #include "core/error.h"
+#include "kernels/state_hash.h"
 
 namespace moemamba {
 
 namespace {
 
-constexpr uint64_t kStride = 0x9e3779b97f4a7c15u;  // between the keys of neighbours
-constexpr int64_t kWide = 8;
-using Bits [[gnu::vector_size(4 * kWide)]] = uint32_t;
-using Words [[gnu::vector_size(8 * kWide)]] = uint64_t;
-
-// The finalizer of splitmix64: every bit moves every other. Of one word or of several.
-template <class Word>
-[[gnu::always_inline]] inline void mix(Word& x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  x = x ^ (x >> 31);
-}
-
 uint64_t name_hash(const StatePiece& piece) {
   uint64_t hash = 0xcbf29ce484222325u + uint64_t(piece.kind);
   for (char c : piece.tensor) hash = (hash ^ uint8_t(c)) * 0x100000001b3u;
-  mix(hash);
-  return hash;
+  hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
+  hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
+  return hash ^ (hash >> 31);
 }
 
-// Of `count` elements of which the first has the key `key`.
-uint64_t sum_one_by_one(const float* data, int64_t count, uint64_t key) {
-  uint64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i, key += kStride) {
-    uint64_t word = std::bit_cast<uint32_t>(data[i]) + 1;
-    mix(word);
-    word += key;
-    mix(word);
-    sum += word;
-  }
-  return sum;
-}
-
-// The same number, with four multiplications for eight elements: near the speed of memory, of which
-// one by one is a fifth. Only AVX-512 multiplies vectors of 64-bit words; with what AVX2 has in
-// its place eight take as long as one by one.
-[[gnu::target("avx512f,avx512dq")]] uint64_t sum_wide(const float* data, int64_t count,
-                                                      uint64_t key) {
-  Words sum{}, keys{};
-  for (int64_t lane = 0; lane < kWide; ++lane) keys[lane] = key + uint64_t(lane) * kStride;
-  int64_t i = 0;
-  for (; i + kWide <= count; i += kWide, keys += kWide * kStride) {
-    Bits bits;
-    std::memcpy(&bits, data + i, sizeof bits);
-    bits += 1;
-    Words words = __builtin_convertvector(bits, Words);
-    mix(words);
-    words += keys;
-    mix(words);
-    sum += words;
-  }
-  uint64_t all = sum_one_by_one(data + i, count - i, key + uint64_t(i) * kStride);
-  for (int64_t lane = 0; lane < kWide; ++lane) all += sum[lane];
-  return all;
-}
-
-uint64_t hash_of(const StatePiece& piece) {
-  static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-  return (wide ? sum_wide : sum_one_by_one)(piece.data, piece.end - piece.begin,
-                                            name_hash(piece) + uint64_t(piece.begin) * kStride);
+// sum [1] i64, where the pieces and the stream are.
+void add_hashes(Stream& stream, const std::vector<StatePiece>& pieces, const Tensor& sum) {
+  for (const StatePiece& piece : pieces)
+    run(stream, StateHash{.x = view(piece.data, {piece.end - piece.begin}, DType::f32, sum.device),
+                          .sum = sum,
+                          .key = name_hash(piece) + uint64_t(piece.begin) * kHashStride});
 }
 
 }  // namespace
@@ -90,19 +44,36 @@ void HashChain::resume(const std::string& text) {
 }
 
 uint64_t state_hash_of(const std::vector<StatePiece>& pieces) {
+  Stream stream = Stream::immediate();
   uint64_t sum = 0;
-  for (const StatePiece& piece : pieces) sum += hash_of(piece);
+  add_hashes(stream, pieces, view(&sum, {1}, DType::i64));
   return sum;
 }
 
-uint64_t state_hash(ProcessGroups& groups, Stream& stream, const ParameterStore& store) {
-  uint64_t sum = state_hash_of(owned_values(store)) + state_hash_of(owned_moments(store));
-  std::vector<uint64_t> all(size_t(groups.layout.ranks()));
-  groups.control->all_gather(stream, &sum, all.data(), sizeof sum);
-  stream.synchronize();
-  sum = 0;
-  for (uint64_t part : all) sum += part;
-  return sum;
+StateHasher::StateHasher(ProcessGroups& groups, const ParameterStore& store)
+    : groups_(groups),
+      values_(owned_values(store)),
+      moments_(owned_moments(store)),
+      of_ranks_(size_t(groups.layout.ranks())),
+      sum_(groups.device, sizeof(uint64_t)),
+      host_(Stream::immediate()) {}
+
+uint64_t StateHasher::take(Stream& compute) {
+  const Tensor sum = view(sum_, 0, {1}, DType::i64);
+  fill_zero(compute, sum);
+  add_hashes(compute, values_, sum);
+  add_hashes(compute, moments_, sum);
+  uint64_t own = 0;
+  copy(compute, sum, view(&own, {1}, DType::i64));
+  compute.synchronize();
+  groups_.control->all_gather(host_, &own, of_ranks_.data(), sizeof own);
+  uint64_t all = 0;
+  for (uint64_t part : of_ranks_) all += part;
+  return all;
+}
+
+uint64_t state_hash(ProcessGroups& groups, Stream& compute, const ParameterStore& store) {
+  return StateHasher(groups, store).take(compute);
 }
 
 std::string state_hash_text(uint64_t hash) {

@@ -28,9 +28,23 @@ class HashChain {
 };
 
 // A sum over all elements of values and moments of mixed (bits, tensor, index): it depends neither
-// on the order nor on who holds what. Every rank calls it and gets the same.
-uint64_t state_hash(ProcessGroups& groups, Stream& stream, const ParameterStore& store);
-// This rank's share of the sum.
+// on the order nor on who holds what. Allocates in its constructor only.
+class StateHasher {
+ public:
+  // REQUIRES: a store that lives on where it is.
+  StateHasher(ProcessGroups& groups, const ParameterStore& store);
+  // Behind the work of `compute`, for which the host waits. Every rank calls it and gets the same.
+  uint64_t take(Stream& compute);
+
+ private:
+  ProcessGroups& groups_;
+  std::vector<StatePiece> values_, moments_;
+  std::vector<uint64_t> of_ranks_;
+  Buffer sum_;
+  Stream host_;
+};
+uint64_t state_hash(ProcessGroups& groups, Stream& compute, const ParameterStore& store);  // once
+// This rank's share of the sum, of pieces in the host's memory.
 uint64_t state_hash_of(const std::vector<StatePiece>& pieces);
 std::string state_hash_text(uint64_t hash);  // 16 hex digits
 

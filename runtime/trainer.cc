@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <utility>
 
 #include "kernels/pointwise.h"
 
@@ -245,6 +246,7 @@ StepRecord Trainer::take_step(int64_t k) {
   phase = Clock::now();
   share_facts(record);
   judge(record);
+  session_.compute.wait(std::exchange(held_until_, {}));
   optimizer_.update(session_.compute, verdict_, k);
   if (!skipped_) session_.model.balance_routers(session_.compute, counts_);
   session_.store.values_changed();

@@ -16,6 +16,7 @@ struct TrainerOptions {
   double exchange_rows = 1.25;
   int threads = 1;
   uint64_t seed = 42;
+  DeviceKind device = DeviceKind::cpu;  // what is planned for; a trainer works where its groups do
 };
 OptimizerSettings optimizer_settings(const TrainConfig& config);
 // All but `threads` and what belongs to files and their tokens.
@@ -56,6 +57,8 @@ class Trainer {
   // Choices of the latest step, [routers, E], over all ranks.
   const std::vector<double>& expert_counts() const { return counts_; }
   void wait_weights();  // the newest values of all parameters are there
+  // No step changes parameters or moments before this is past.
+  void hold_state(Event until) { held_until_ = until; }
   Session& session() { return session_; }
   const TrainerOptions& options() const { return options_; }
   const BatchShare& share() const { return share_; }
@@ -87,6 +90,7 @@ class Trainer {
   Tensor facts_tensor_, host_facts_, verdict_, host_verdict_;
   RoutingFacts routing_;
   std::vector<double> counts_;
+  Event held_until_;
   bool skipped_ = false, stop_wanted_ = false, stopping_ = false;
 };
 

@@ -1,10 +1,13 @@
 #include "runtime/training_run.h"
 
 #include <cstdio>
+#include <map>
 
+#include "core/gpu.h"
 #include "parallel/gather_blobs.h"
 #include "runtime/checkpoint_reader.h"
 #include "runtime/model_kind.h"
+#include "runtime/plan.h"
 #include "runtime/run_folder.h"
 #include "runtime/weights.h"
 
@@ -24,6 +27,28 @@ TrainerOptions options_of(const TrainRequest& request, const std::optional<Token
   return options;
 }
 
+TrainerOptions fitting_options(const ProcessGroups& groups, const TrainRequest& request,
+                               const std::optional<Tokenizer>& tokenizer) {
+  const TrainerOptions options = options_of(request, tokenizer);
+  if (groups.device == DeviceKind::cuda)
+    check_gpu_memory(options, groups.layout, gpu::free_bytes());
+  return options;
+}
+
+// What the ranks compute on, for people: every kind of GPU once. All ranks call it.
+std::string devices_text(ProcessGroups& groups, Stream& host) {
+  if (groups.device == DeviceKind::cpu) return "";
+  std::map<std::string, int> kinds;
+  for (const std::string& name : gather_blobs(
+           *groups.control, host, gpu::devices()[size_t(gpu::used())].name))
+    ++kinds[name];
+  std::string text;
+  for (const auto& [name, count] : kinds)
+    text += concat(text.empty() ? "" : ", ", count, " x ", name);
+  if (kinds.size() > 1) text += ": different GPUs, of which the slowest sets the pace";
+  return text + ", " + gpu::build();
+}
+
 std::string metrics_path(const std::string& run) {
   return join_path(run, "metrics.jsonl");
 }
@@ -35,7 +60,8 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
       groups_(groups),
       request_(request),
       tokenizer_(checked_tokenizer(request.data, request.model, true)),
-      trainer_(groups, options_of(request, tokenizer_)) {
+      trainer_(groups, fitting_options(groups, request, tokenizer_)),
+      hasher_(groups, trainer_.session().store) {
   open_evaluation();
   if (!request.init_from.empty()) {
     Session& session = trainer_.session();
@@ -44,7 +70,8 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
     check_same_kind(request.init_from, request.model, tokenizer_);
     say("weights    " + describe(found));
   }
-  barrier(*groups.control, trainer_.session().compute);
+  barrier(*groups.control, trainer_.session().host);
+  devices_ = devices_text(groups, trainer_.session().host);
   take_folder();
   open_reports();
   open_checkpoints();
@@ -81,7 +108,7 @@ void TrainingRun::open_evaluation() {
 // learn it, and what they need to write later.
 void TrainingRun::take_folder() {
   std::string facts;  // "resume|new GENERATION RUN-ID"
-  Stream& stream = trainer_.session().compute;
+  Stream& stream = trainer_.session().host;
   if (speaks()) {
     const auto there = [&] {
       const bool holds = holds_run(request_.run);
@@ -108,7 +135,7 @@ void TrainingRun::take_folder() {
 
 void TrainingRun::resume() {
   Session& session = trainer_.session();
-  const auto found = load_newest(files_, groups_, session.compute, session.store,
+  const auto found = load_newest(files_, groups_, session.host, session.store,
                                  {.run = request_.run,
                                   .generation = generation_,
                                   .say = [this](const std::string& text) { say(text); }});
@@ -125,7 +152,7 @@ void TrainingRun::resume() {
     const std::string tokenizer = describe_tokenizer(tokenizer_);
     check(found->tokenizer() == tokenizer, request_.run, ": was trained with tokenizer ",
           found->tokenizer(), ", found ", tokenizer, "; give data.tokenizer as it was");
-    const uint64_t hash = state_hash(groups_, session.compute, session.store);
+    const uint64_t hash = hasher_.take(session.compute);
     check(hash == found->state_hash(), request_.run, ": what was loaded has the hash ",
           state_hash_text(hash), ", what was saved ", state_hash_text(found->state_hash()),
           "; please report this");

@@ -43,6 +43,8 @@ class TrainingRun {
   const TrainRequest& request_;
   std::optional<Tokenizer> tokenizer_;  // data.tokenizer may be "none"
   Trainer trainer_;
+  StateHasher hasher_;
+  std::string devices_;  // GPUs, for people
   double bytes_per_token_ = 0;
   std::optional<Evaluator> evaluator_;
   std::unique_ptr<Lease> lease_;  // rank 0

@@ -24,6 +24,7 @@ void TrainingRun::introduce() {
   progress_->say(concat("parameters ", counts.total, " in all, ", counts.active,
                         " active per token, and ", counts.embedding_and_head,
                         " in embedding and head"));
+  if (!devices_.empty()) progress_->say("device     " + devices_);
   std::string experts;
   for (int c = 0; c < layout.expert_size(); ++c)
     experts += concat(c ? ", " : "", layout.experts_of(c));
@@ -64,7 +65,7 @@ void TrainingRun::link(StepRecord& record) {
   const int64_t interval = request_.checkpoint.hash_interval();
   if (interval == 0 || (record.step + 1) % interval != 0) return;
   trainer_.wait_weights();
-  record.state_hash = state_hash(groups_, trainer_.session().compute, trainer_.session().store);
+  record.state_hash = hasher_.take(trainer_.session().compute);
 }
 
 void TrainingRun::save_checkpoint(const StepRecord& record) {
@@ -83,14 +84,15 @@ void TrainingRun::save_checkpoint(const StepRecord& record) {
   const std::string tokenizer = join_path(request_.run, "tokenizer.model");
   if (speaks() && tokenizer_ && tokenizer_->kind() == TokenizerKind::bpe)
     facts.extra_files.emplace_back("tokenizer.model", read_file(tokenizer));
-  checkpoints_->save(std::move(facts));
+  trainer_.hold_state(checkpoints_->save(std::move(facts), &trainer_.session().compute));
 }
 
 void TrainingRun::save_weights_of(int64_t step) {
   Session& session = trainer_.session();
   WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
   metadata["config"] = request_.resolved_text;
-  save_weights(files_, join_path(request_.run, "weights"), session.store, groups_, session.compute,
+  session.compute.synchronize();
+  save_weights(files_, join_path(request_.run, "weights"), session.store, groups_, session.host,
                metadata, step);
 }
 

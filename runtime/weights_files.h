@@ -7,8 +7,8 @@
 namespace moemamba {
 
 // The files of `path`: a folder of weights or one file (find_weights, of a run); never none. Files
-// that the user names, and model.safetensors in such a folder, may be symlinks; those that an index names
-// must be files of its own folder, or an Error says which is not.
+// that the user names, and model.safetensors in such a folder, may be symlinks; those that an index
+// names must be files of its own folder, or an Error says which is not.
 std::vector<SafetensorsReader> open_weights(const std::string& path);
 
 // The same for the index of a folder: model.safetensors.index.json, as Hugging Face tools write it.

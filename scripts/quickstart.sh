@@ -4,6 +4,8 @@
 # them amid the run with SIGKILL, goes on from the newest checkpoint on another layout (the experts
 # are spread over both ranks now), and compares the result on the sixth with compressors.
 # usage: sh scripts/quickstart.sh
+# Where there are GPUs and nvcc it trains on these, one rank a GPU, at most two; with a single one
+# that rank is killed, and goes on where it was.
 # Started again, it installs and builds nothing that is there, and trains anew in runs/quickstart.
 # Its last line is for programs; `seconds` are those of training. Exit code 0 only if the held-out
 # bits per byte are at most 1.90.
@@ -16,13 +18,23 @@ tokens=data/austen/tokens
 run=runs/quickstart
 save_interval=110  # steps
 kill_step=340      # of 660
-moemamba=build/cpu-release/moemamba
+preset=cpu-release
+gpus=0
+if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+fi
+if [ "$gpus" -gt 0 ]; then
+  preset=cuda-release
+  [ "$gpus" -ge 2 ] || ranks=1
+fi
+moemamba=build/$preset/moemamba
 
 say() { printf '\n== %s\n' "$*"; }
 
 say "install and build"
 sh scripts/install.sh
-sh scripts/build.sh cpu-release moemamba
+sh scripts/build.sh "$preset" moemamba
+[ "$gpus" -eq 0 ] || nvidia-smi -L
 
 say "corpus: Debian's r-cran-janeaustenr, unpacked, not installed; Persuasion is held out"
 sh scripts/fetch_austen.sh "$moemamba"
@@ -38,7 +50,7 @@ descendants() {
   done
 }
 
-say "train on $ranks ranks, each with all experts; after step $kill_step one rank is killed"
+say "train on $ranks ranks, each with all experts; after step $kill_step one of them is killed"
 train_started=$(date +%s)
 rm -f "$run/metrics.jsonl"  # of the run before: its lines are counted below
 "$moemamba" "$@" --overwrite=true --parallel.expert=1 &
@@ -54,6 +66,7 @@ victim=$(for process in $(descendants "$launcher"); do
     echo "$process"
   fi
 done | sort -n | tail -n 1)
+[ "$ranks" -gt 1 ] || victim=$launcher  # nobody has started it
 kill -KILL "$victim"
 code=0
 wait "$launcher" || code=$?
@@ -65,9 +78,13 @@ if [ "$code" -eq 0 ]; then
   exit 1
 fi
 
-say "go on from the newest checkpoint, the experts now spread over both ranks"
+if [ "$ranks" -gt 1 ]; then
+  say "go on from the newest checkpoint, the experts now spread over both ranks"
+else
+  say "go on from the newest checkpoint"
+fi
 "$moemamba" inspect list "$run"
-"$moemamba" "$@" --overwrite=false
+"$moemamba" "$@" --overwrite=false --parallel.expert="$ranks"
 seconds=$(($(date +%s) - train_started))
 
 say "Persuasion, which the model has not seen"

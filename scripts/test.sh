@@ -35,7 +35,7 @@ run_tests cpu-release
 run_tests cpu-asan -L unit
 if [ -d build/cuda-release ]; then
   # What nvcc made of the kernels can be read without a GPU.
-  if nvidia-smi -L >/dev/null 2>&1; then run_tests cuda-release
+  if nvidia-smi -L >/dev/null 2>&1; then run_tests cuda-release -L gpu
   else run_tests cuda-release -R '^cuda_code_test$'; fi
 fi
 

@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "core/file.h"
+#include "core/gpu.h"
 #include "runtime/token_files.h"
 #include "tests/support/program.h"
 
@@ -57,6 +58,16 @@ TEST_F(BadInput, TokenFilesThatCannotBeRead) {
 }
 
 // What a file alone cannot tell: an llm.c file has no index, a Megatron pair may lose its own.
+// This build has no CUDA, or this machine no GPU, or there is one: then nothing is wrong.
+TEST_F(BadInput, ADeviceThatIsNotThere) {
+  if (!gpu::devices().empty()) return;
+  const std::string train = "$moemamba train" + small_training(3);
+  expect_refused(train + " --device=cuda", 1, {"--device=CUDA: no GPU (", "use --device=CPU"});
+  expect_refused(train + " --model.compute_dtype=bf16", 2,
+                 {"model.compute_dtype: the CPU computes in F32 only", "no GPU ("});
+  expect_refused(train + " --device=gpu", 2, {"expected AUTO, CPU or CUDA"});
+}
+
 TEST_F(BadInput, TokenFilesThatAreNotWhatTheirSummaryTells) {
   const std::string train = "$moemamba train" + small_training(3);
   const int64_t tokens = TokenFile(*this / "tokens/train").size();

@@ -231,6 +231,52 @@ TEST(GroupedOuter, BackendsAgree) {
         }
 }
 
+// What wgmma takes on Hopper (tiles of 128 x 256 x 64): rows on 16-byte borders, groups of less
+// and more rows than a step along K, a warpgroup's part and a tile, columns and K that end within
+// one. Rows that belong to no group are not finite: nobody may multiply them, not even by zero.
+const Groups kUneven = {{0, 0, 1, 64, 128, 193, 320, 448, 577, 877}, 900};
+
+Tensor poisoned(Case& c, int64_t width) {
+  const Tensor tensor = dense(c, {kUneven.rows, width}, DType::bf16);
+  const Tensor past = tensor.row_range(int64_t(kUneven.offsets.back()), kUneven.rows);
+  from_doubles(std::vector<double>(size_t(past.elements()), NAN), past);
+  return tensor;
+}
+
+TEST(GroupedMatmul, BackendsAgreeOnUnevenGroups) {
+  for (int64_t N : {136, 512})
+    for (int64_t K : {64, 72, 512})
+      for (int flags = 0; flags < 4; ++flags) {
+        Case c(15);
+        const bool b_transposed = flags & 1, gaps = flags & 2;
+        const Shape b = b_transposed ? Shape{9, N, K} : Shape{9, K, N}, out = {kUneven.rows, N};
+        expect_backends_agree(
+            GroupedMatmul{.a = poisoned(c, K),
+                          .b = dense(c, b, DType::bf16),
+                          .offsets = c.values({10}, kUneven.offsets, DType::i32),
+                          .out = gaps ? c.zeros(out, DType::bf16)
+                                      : c.zeros({out.elements()}, DType::bf16).reshaped(out),
+                          .b_transposed = b_transposed});
+      }
+}
+
+TEST(GroupedOuter, BackendsAgreeOnUnevenGroups) {
+  for (int64_t M : {64, 200, 512})
+    for (int64_t N : {136, 512})
+      for (int flags = 0; flags < 4; ++flags) {
+        Case c(16);
+        const bool accumulate = flags & 1, gaps = flags & 2;
+        const Shape out = {9, M, N};
+        const Tensor before = gaps ? c.normal(out) : dense(c, out, DType::f32);
+        expect_backends_agree(
+            GroupedOuter{.a = poisoned(c, M),
+                         .b = poisoned(c, N),
+                         .offsets = c.values({10}, kUneven.offsets, DType::i32),
+                         .out = before,
+                         .accumulate = accumulate});
+      }
+}
+
 // More groups than a block has threads, most of them of other sizes than their neighbours.
 TEST(GroupedMatmul, BackendsAgreeOnAThousandGroups) {
   std::vector<double> offsets = {0};

@@ -12,20 +12,22 @@ namespace {
 // Wires so slow that a call of the communication stream ends only after a certain point of the
 // compute stream has been passed. A trainer that waited for the call first would never pass it.
 //
-// Points are counted by the plans of the expert exchange, which the compute stream makes itself:
-// a step of three blocks plans for blocks 0, 1, 2 on its way forward and 2, 1, 0 backward.
+// Points are counted by the dispatches of the expert exchange, which the compute stream makes
+// itself: a step of three blocks dispatches rows of blocks 0, 1, 2 on its way forward and gradients
+// of 2, 1, 0 backward. Each is followed by a combine; there is room for all rows in one chunk.
 
-constexpr int64_t kBlocks = 3, kPlans = 2 * kBlocks, kSteps = 3;
-constexpr TrainingCase kCase{.experts = 6, .blocks = kBlocks, .batch = 8, .steps = kSteps};
+constexpr int64_t kBlocks = 3, kPoints = 2 * kBlocks, kSteps = 3;
+constexpr TrainingCase kCase{
+    .experts = 6, .blocks = kBlocks, .batch = 8, .exchange_rows = 2, .steps = kSteps};
 
-// One rank's points; plan `i` of step k is number k * kPlans + i.
+// One rank's points; dispatch `i` of step k is number k * kPoints + i.
 struct Points {
-  std::array<Milestone, size_t(kSteps* kPlans)> planned;
+  std::array<Milestone, size_t(kSteps* kPoints)> dispatched;
   std::atomic<int> waits{0}, in_vain{0};
 
   void wait_for(int64_t point) {
     ++waits;
-    if (!planned[size_t(point)].wait()) ++in_vain;
+    if (!dispatched[size_t(point)].wait()) ++in_vain;
   }
 };
 
@@ -33,9 +35,9 @@ void watch(std::unique_ptr<Communicator>& seat, WatchedWire::Watcher before) {
   seat = std::make_unique<WatchedWire>(std::move(seat), std::move(before));
 }
 
-void watch_plans(ProcessGroups& groups, Points& points) {
+void watch_dispatches(ProcessGroups& groups, Points& points) {
   watch(groups.expert, [&points](CallKind kind, int64_t n) {
-    if (kind == CallKind::all_gather) points.planned[size_t(n)].reach();
+    if (kind == CallKind::all_to_all && n % 2 == 0) points.dispatched[size_t(n / 2)].reach();
   });
 }
 
@@ -50,17 +52,17 @@ TEST(Overlap, BlockBelowStartsItsBackwardBeforeTheReductionOfABlockEnds) {
   std::array<Points, kRanks> of_ranks;
   const auto wire = [&](ProcessGroups& groups) {
     Points& points = of_ranks[size_t(groups.rank)];
-    watch_plans(groups, points);
+    watch_dispatches(groups, points);
     // Dense gradients: head, blocks 2, 1, 0, embedding. Experts': blocks 2, 1, 0.
     watch(groups.data, [&points](CallKind kind, int64_t n) {
       const int64_t step = n / (kBlocks + 2), place = n % (kBlocks + 2);
       if (kind == CallKind::all_to_all && place < kBlocks)
-        points.wait_for(step * kPlans + kBlocks + place);
+        points.wait_for(step * kPoints + kBlocks + place);
     });
     watch(groups.expert_data, [&points](CallKind kind, int64_t n) {
       const int64_t step = n / kBlocks, place = n % kBlocks;
       if (kind == CallKind::all_to_all && place + 1 < kBlocks)
-        points.wait_for(step * kPlans + kBlocks + place + 1);
+        points.wait_for(step * kPoints + kBlocks + place + 1);
     });
   };
   expect_training(kRanks, kExpert, {.wire = wire});
@@ -75,12 +77,12 @@ TEST(Overlap, BlockStartsTheNextForwardPassBeforeTheWeightsAboveAreGathered) {
   std::array<Points, kRanks> of_ranks;
   const auto wire = [&](ProcessGroups& groups) {
     Points& points = of_ranks[size_t(groups.rank)];
-    watch_plans(groups, points);
+    watch_dispatches(groups, points);
     // Weights: embedding, blocks 0, 1, 2, head. Nothing follows the last step.
     watch(groups.data, [&points](CallKind kind, int64_t n) {
       const int64_t step = n / (kBlocks + 2), place = n % (kBlocks + 2);
       if (kind == CallKind::all_gather && place >= 2 && step + 1 < kSteps)
-        points.wait_for((step + 1) * kPlans + place - 2);
+        points.wait_for((step + 1) * kPoints + place - 2);
     });
   };
   expect_training(kRanks, kRanks, {.wire = wire});

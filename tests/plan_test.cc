@@ -166,6 +166,49 @@ TEST(Plan, NamesTheActivationsThatAddUpToTheArena) {
   }
 }
 
+// What a rank hears before it takes any of its GPU's memory.
+TEST(Plan, OfAGpuThatIsTooSmallNamesThePartsAndTheMicroBatchThatFits) {
+  TrainerOptions options = trainer_options(
+      TrainingCase{.experts = 8, .width = 256, .batch = 256, .length = 512,
+                   .model = "compute_dtype: BF16"});
+  const RankLayout layout(1, 1, 8);
+  options.device = DeviceKind::cuda;
+  const int64_t needed = planned_bytes(options, layout).total();
+  EXPECT_NO_THROW(check_gpu_memory(options, layout, needed));
+  const auto message = [&](int64_t free) {
+    try {
+      check_gpu_memory(options, layout, free);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("it fits");
+  };
+  const std::string text = message(needed - 1);
+  for (const char* part : {"does not fit this rank's GPU: it takes ", " GiB are free",
+                           "activations ", "largest activations: "})
+    EXPECT_NE(text.find(part), std::string::npos) << text;
+  const std::string fits = "the largest train.micro_batch_size that fits is ";
+  ASSERT_NE(text.find(fits), std::string::npos) << text;
+  options.micro_batch = std::stoll(text.substr(text.find(fits) + fits.size()));
+  EXPECT_LT(options.micro_batch, 256);
+  EXPECT_NO_THROW(check_gpu_memory(options, layout, needed - 1));
+  EXPECT_NE(message(1 << 20).find("not even one routing group fits"), std::string::npos);
+}
+
+// Activations in bf16 take half; a checkpoint's copy lies in the host's memory.
+TEST(Plan, OfAGpuKnowsItsComputeType) {
+  TrainerOptions options = trainer_options(TrainingCase{.batch = 16, .length = 64});
+  options.device = DeviceKind::cuda;
+  const PlannedBytes f32 = planned_bytes(options, RankLayout(1, 1, 5));
+  options.sizes.compute = DType::bf16;
+  const PlannedBytes bf16 = planned_bytes(options, RankLayout(1, 1, 5));
+  EXPECT_LT(bf16.trainer.activations, f32.trainer.activations);
+  EXPECT_EQ(bf16.trainer.values, f32.trainer.values * 3 / 2);
+  EXPECT_EQ(bf16.trainer.moments, f32.trainer.moments);
+  EXPECT_EQ(bf16.staging, 0);
+  EXPECT_GT(bf16.workspace, 0);
+}
+
 TEST(Sizes, AreReadWithTheirUnits) {
   EXPECT_EQ(read_bytes("80G"), int64_t{80} << 30);
   EXPECT_EQ(read_bytes("80GiB"), int64_t{80} << 30);

@@ -14,11 +14,13 @@ struct Sizes {
 // Lengths around a chunk, widths around a block, several groups of blocks, all kinds of N.
 constexpr Sizes kSizes[] = {{1, 1, 1, 1},     {2, 7, 16, 8},    {1, 31, 17, 16}, {3, 32, 16, 3},
                             {2, 33, 341, 16}, {1, 372, 17, 16}, {2, 45, 5, 64}};
-// For backends that cut otherwise: time in parts or not, blocks of channels, all paddings of N.
+// For backends that cut otherwise: time in parts or not, blocks of channels, all paddings of N,
+// many sequences.
 constexpr Sizes kMoreSizes[] = {{2, 1134, 7, 16},  {1, 117, 130, 16}, {101, 113, 3, 16},
                                 {2, 127, 129, 5},  {1, 29, 33, 17},   {2, 372, 33, 32},
                                 {1, 372, 17, 33},  {3, 14, 64, 16},   {1, 15, 65, 16},
-                                {1, 65536, 3, 16}, {2, 1, 341, 16},   {5, 28, 257, 8}};
+                                {1, 65536, 3, 16}, {2, 1, 341, 16},   {5, 28, 257, 8},
+                                {384, 15, 67, 16}, {200, 31, 130, 12}};
 
 struct Options {
   bool gate = true;

@@ -159,22 +159,6 @@ struct Loader {
   }
 };
 
-// Turns a 4 x 4 square around among four neighbouring lanes: lane q gets what the lanes 0 .. 3 had
-// as their part[q].
-__device__ __forceinline__ void transpose_quad(uint32_t (&part)[4]) {
-  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? part[i] : part[i + 1], 1);
-    (odd ? part[i] : part[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? part[i] : part[i + 2], 2);
-    (upper ? part[i] : part[i + 2]) = got;
-  }
-}
-
 // A lane of m16n8k16 holds columns 2 q, 2 q + 1 of rows g and g + 8 (lane = 4 g + q). Four tiles
 // side by side are turned around, so that it stores eight columns of one tile: 16 bytes.
 __device__ __forceinline__ void store(const GroupedWork<Real, Real>& work,

@@ -73,6 +73,22 @@ __device__ void count_tiles(const int32_t* offsets, int groups, int rows, int* f
   __syncthreads();
 }
 
+// Turns a 4 x 4 square around among four neighbouring lanes: lane q gets what the lanes 0 .. 3 had
+// as their part[q].
+__device__ __forceinline__ void transpose_quad(uint32_t (&part)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? part[i] : part[i + 1], 1);
+    (odd ? part[i] : part[i + 1]) = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? part[i] : part[i + 2], 2);
+    (upper ? part[i] : part[i + 2]) = got;
+  }
+}
+
 // The tiles of a grouped product, numbered: group after group, in each row of tiles after row.
 template <GroupedKind kKind, class Real, class Out, int kRows, int kCols>
 struct GroupedTiles {

@@ -3,6 +3,7 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/grouped_mma.cuh"
 #include "kernels/cuda/grouped_simt.cuh"
+#include "kernels/cuda/grouped_wgmma.cuh"
 #include "kernels/cuda/products.h"
 
 namespace moemamba {
@@ -11,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostGroups = 4096;  // their first tiles lie in shared memory
+constexpr bool kUseWgmma = true;   // false: grouped products go to mma.sync on every GPU
 
 // to = from, or to += from, in f32. A warp takes a row, a lane four neighbours at a time. Reads and
 // writes each element once. Bound by HBM.
@@ -88,6 +90,45 @@ void launch_mma(Stream& stream, const GroupedWork<__nv_bfloat16, Out>& work, int
   kernel<<<blocks, grouped_mma::kThreads, bytes, native(stream)>>>(work);
 }
 
+// Whether this GPU has wgmma, and this program code for it: compiled for others, the kernel has no
+// body and so no barriers in shared memory.
+template <GroupedKind kKind, class Out>
+bool has_wgmma() {
+  int device = 0, major = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  if (major != 9) return false;
+  cudaFuncAttributes facts{};
+  cuda_check(cudaFuncGetAttributes(&facts, grouped_wgmma::multiply<kKind, Out>),
+             "cudaFuncGetAttributes");
+  return facts.sharedSizeBytes > 0;
+}
+
+// TMA reads rows on 16-byte borders, and no empty tensors.
+template <class Op>
+bool tma_takes(const Op& op) {
+  return in_sixteens(op.a) && in_sixteens(op.b) && op.a.elements() > 0 && op.b.elements() > 0;
+}
+
+template <GroupedKind kKind, class Out, class Op>
+void launch_wgmma(Stream& stream, const Op& op, GroupedWork<__nv_bfloat16, Out> work,
+                  int64_t tiles) {
+  constexpr bool outer = kKind == GroupedKind::outer;
+  work.wide_out = in_sixteens(op.out);
+  const CUtensorMap a = hopper::tensor_map(op.a, 1, uint64_t(op.a.rows()), grouped_wgmma::kBoxCols,
+                                           grouped_wgmma::a_box_rows(kKind));
+  const CUtensorMap b = hopper::tensor_map(
+      op.b, uint64_t(outer ? 1 : op.b.shape[0]), uint64_t(outer ? op.b.rows() : op.b.shape[1]),
+      grouped_wgmma::kBoxCols, grouped_wgmma::b_box_rows(kKind));
+  const auto kernel = grouped_wgmma::multiply<kKind, Out>;
+  const size_t bytes = grouped_wgmma::shared_bytes(outer ? 0 : work.groups);
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+             "cudaFuncSetAttribute");
+  const unsigned blocks = grid_of(std::min<int64_t>(tiles, multiprocessors()));
+  kernel<<<blocks, grouped_wgmma::kThreads, bytes, native(stream)>>>(a, b, work);
+}
+
 // At most this many tiles; how many there are depends on the groups' rows.
 template <class Op>
 int64_t most_tiles(const Op& op, int64_t rows, int64_t cols) {
@@ -121,7 +162,7 @@ GroupedWork<Real, Out> work_of(const Op& op) {
 }
 
 template <GroupedKind kKind, class Op>
-void multiply_groups(Stream& stream, const Op& op, bool accumulate) {
+void multiply_groups(Stream& stream, const Op& op, bool accumulate, bool wgmma) {
   constexpr bool outer = kKind == GroupedKind::outer;
   using Narrow = std::conditional_t<outer, float, __nv_bfloat16>;  // out's, for bf16 operands
   const bool narrow = op.a.dtype == DType::bf16;
@@ -135,7 +176,9 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate) {
     auto work = work_of<__nv_bfloat16, Narrow>(op);
     work.accumulate = accumulate;
     const bool fast = in_sixteens(op.a) && in_sixteens(op.b);
-    if (fast) launch_mma<kKind, Narrow, true>(stream, work, tiles);
+    if (wgmma && tma_takes(op) && has_wgmma<kKind, Narrow>())
+      launch_wgmma<kKind, Narrow>(stream, op, work, tiles);
+    else if (fast) launch_mma<kKind, Narrow, true>(stream, work, tiles);
     else launch_mma<kKind, Narrow, false>(stream, work, tiles);
   } else {
     auto work = work_of<float, float>(op);
@@ -146,6 +189,17 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate) {
         <<<blocks, grouped_simt::kThreads, bytes, native(stream)>>>(work);
   }
   cuda_check(cudaGetLastError(), op.name);
+}
+
+void multiply_groups(Stream& stream, const GroupedMatmul& op, bool wgmma) {
+  if (op.b_transposed)
+    multiply_groups<GroupedKind::matmul_b_transposed>(stream, op, false, wgmma);
+  else
+    multiply_groups<GroupedKind::matmul>(stream, op, false, wgmma);
+}
+
+void multiply_groups(Stream& stream, const GroupedOuter& op, bool wgmma) {
+  multiply_groups<GroupedKind::outer>(stream, op, op.accumulate, wgmma);
 }
 
 }  // namespace
@@ -188,15 +242,14 @@ void run_cuda(Stream& stream, const Matmul& op) {
   multiply_widened(stream, op, stream.workspace(size_t(widened_bytes(op))));
 }
 
-void run_cuda(Stream& stream, const GroupedMatmul& op) {
-  if (op.b_transposed)
-    multiply_groups<GroupedKind::matmul_b_transposed>(stream, op, false);
-  else
-    multiply_groups<GroupedKind::matmul>(stream, op, false);
+void run_cuda(Stream& stream, const GroupedMatmul& op) { multiply_groups(stream, op, kUseWgmma); }
+
+void run_cuda(Stream& stream, const GroupedOuter& op) { multiply_groups(stream, op, kUseWgmma); }
+
+void multiply_by_mma(Stream& stream, const GroupedMatmul& op) {
+  multiply_groups(stream, op, false);
 }
 
-void run_cuda(Stream& stream, const GroupedOuter& op) {
-  multiply_groups<GroupedKind::outer>(stream, op, op.accumulate);
-}
+void multiply_by_mma(Stream& stream, const GroupedOuter& op) { multiply_groups(stream, op, false); }
 
 }  // namespace moemamba

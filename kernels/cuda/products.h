@@ -14,4 +14,9 @@ bool multiply_by_blas(Stream& stream, const Matmul& op);
 int64_t widened_bytes(const Matmul& op);
 void multiply_widened(Stream& stream, const Matmul& op, std::byte* scratch);
 
+// Grouped products by mma.sync (f32: by FFMA) on every GPU: what run() is compared with and timed
+// beside where it goes to wgmma.
+void multiply_by_mma(Stream& stream, const GroupedMatmul& op);
+void multiply_by_mma(Stream& stream, const GroupedOuter& op);
+
 }  // namespace moemamba

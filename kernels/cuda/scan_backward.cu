@@ -11,8 +11,8 @@ struct BackwardCall {
   Inputs<Real> in;
   Strided<Real> dy, du, ddt, dz;
   Strided<float> dfinal, dinitial;
-  const float4* states;    // [B, tiles, blocks][1024], as forward left them
-  const float4* entering;  // [B, splits, blocks][1024], from later parts; null: dfinal enters
+  const float4* states;    // [B, tiles] items, as forward left them
+  const float4* entering;  // [B, splits] items, from later parts; null: dfinal enters
   float4 *ends, *decays;   // likewise, for the pass that finds them
   float4* cell_parts;      // [blocks, T, 2, kStates]: db and dc of one block of channels
   float* sums;             // [B, splits, blocks, kSums]: da_log, dskip, ddt_bias
@@ -27,10 +27,9 @@ struct BackwardTile {
   float2 rates[kTile][Map<P>::kPairs];   // sum_n rate g a h
   float cells[kTile][2][Map<P>::kStates];
 
-  __device__ float* delta(int t, int channel) {
-    return reinterpret_cast<float*>(&deltas[t][channel / 2]) + channel % 2;
+  __device__ float* input(int t, int channel) {
+    return reinterpret_cast<float*>(&deltas[t][channel / 2]) + channel % 2 + 2;
   }
-  __device__ float* input(int t, int channel) { return delta(t, channel) + 2; }
   __device__ float* slope(int t, int channel) {
     return reinterpret_cast<float*>(&dp[t][0]) + channel;
   }
@@ -46,68 +45,83 @@ struct BackwardTile {
 template <class Real, int P>
 struct RawElements {
   Elements<Real, P> u, dt, z, dy;
-  Cells<Real, P> cells;
+  Cells<Real, 4 * P> cells;
   __device__ void load(const BackwardCall<Real>& call, const Place<P>& place, int tile) {
-    const Sizes& s = call.in.s;
-    u.load(call.in.u, s, place, tile);
-    dt.load(call.in.dt, s, place, tile);
-    if (call.in.z.at) z.load(call.in.z, s, place, tile);
-    dy.load(call.dy, s, place, tile);
-    cells.load(call.in.b, call.in.c, s, place, tile);
+    const Inputs<Real>& in = call.in;
+    const Span span = place.span(in.s, tile);
+    u.load(in.u, place, span, in.in_pairs);
+    dt.load(in.dt, place, span, in.in_pairs);
+    if (in.z.at) z.load(in.z, place, span, in.in_pairs);
+    dy.load(call.dy, place, span, in.in_pairs);
+    cells.load(in.b, in.c, in.s.N, span);
   }
 };
 
 // What the element-wise work before the sweeps leaves for that behind them.
 template <int P>
 struct Elementwise {
-  float u[Map<P>::kElements], dp[Map<P>::kElements];
-  float gate_slope[Map<P>::kElements];  // dz = gate_slope p
+  float2 u[Map<P>::kPasses], dp[Map<P>::kPasses];
+  float2 gate_slope[Map<P>::kPasses];  // dz = gate_slope p
 };
 
+// dp = dy silu(z); returns dy silu'(z).
+__device__ __forceinline__ float gate(float dy, float z, float& dp) {
+  const float s = sigmoid(z);
+  dp = dy * (z * s);
+  return dy * (s * (1.0f + z * (1.0f - s)));
+}
+
+// Steps beyond the sequence have dp = 0: rows are clamped, and dy there is that of another step.
 template <class Real, int P>
 __device__ __forceinline__ void stage(BackwardTile<P>& shared, Elementwise<P>& own,
                                       const RawElements<Real, P>& raw, const Place<P>& place,
-                                      bool there, bool gated, float bias) {
+                                      bool gated, float2 bias, int steps) {
 #pragma unroll
-  for (int j = 0; j < Map<P>::kElements; ++j) {
+  for (int j = 0; j < Map<P>::kPasses; ++j) {
     const int t = place.row + j * Map<P>::kRows;
-    const float x = to_float(raw.dt.at[j]) + bias, dy = to_float(raw.dy.at[j]);
-    const float delta = there ? softplus(x) : 0.0f;
-    own.u[j] = to_float(raw.u.at[j]);
-    own.dp[j] = dy;
-    own.gate_slope[j] = 0;
+    const float2 u = raw.u.at[j].get(), dy = raw.dy.at[j].get();
+    const float2 delta = deltas_of(raw.dt.at[j].get(), bias, place, t < steps);
+    float2 dp = dy;
+    own.gate_slope[j] = make_float2(0, 0);
     if (gated) {
-      const float z = to_float(raw.z.at[j]), s = sigmoid(z);
-      own.dp[j] = dy * (z * s);
-      own.gate_slope[j] = dy * (s * (1.0f + z * (1.0f - s)));
+      const float2 z = raw.z.at[j].get();
+      own.gate_slope[j].x = gate(dy.x, z.x, dp.x);
+      own.gate_slope[j].y = gate(dy.y, z.y, dp.y);
     }
+    const int channels = t < steps ? place.channels : 0;
+    dp = make_float2(channels > 0 ? dp.x : 0.0f, channels > 1 ? dp.y : 0.0f);
+    own.u[j] = u, own.dp[j] = dp;
     if (t >= kTile) continue;
-    *shared.delta(t, place.channel) = delta;
-    *shared.input(t, place.channel) = delta * own.u[j];
-    *shared.slope(t, place.channel) = own.dp[j];
+    shared.deltas[t][place.column] = make_float4(delta.x, delta.y, delta.x * u.x, delta.y * u.y);
+    shared.dp[t][place.column] = dp;
   }
   raw.cells.stage(&shared.cells[0][0][0]);
 }
 
 // Keeps the states before each step of the tile, from those before its first; h is the last then.
 // Where a document starts, what is kept is the state that the step before ended with.
-template <int P>
-__device__ __forceinline__ void sweep_forward(BackwardTile<P>& shared, States& h,
-                                              const States& rates, const Place<P>& place, int steps,
-                                              unsigned starts) {
-#pragma unroll 2
-  for (int t = 0; t < steps; ++t) {
-    const float4 delta = shared.deltas[t][place.pair], b = shared.cell(t, 0, place.p);
-    const float deltas[2] = {delta.x, delta.y}, inputs[2] = {delta.z, delta.w};
-    const float bs[4] = {b.x, b.y, b.z, b.w};
+template <bool kStarts, int P>
+__device__ __forceinline__ void sweep_forward(BackwardTile<P>& shared, States<>& h,
+                                              const States<>& rates, const Place<P>& place,
+                                              int steps, unsigned starts) {
+  static_assert(kTile % 2 == 0);
+#pragma unroll 1
+  for (int t = 0; t < steps; t += 2) {  // both steps' reads before the stores; delta = 0 beyond
+    const float4 delta[2] = {shared.deltas[t][place.pair], shared.deltas[t + 1][place.pair]};
+    const float4 b[2] = {shared.cell(t, 0, place.p), shared.cell(t + 1, 0, place.p)};
 #pragma unroll
-    for (int ch = 0; ch < 2; ++ch) shared.kept[t][ch][threadIdx.x] = h.get(ch);
-    if (starts >> t & 1) h.fill(0);
+    for (int k = 0; k < 2; ++k) {
+      const float deltas[2] = {delta[k].x, delta[k].y}, inputs[2] = {delta[k].z, delta[k].w};
+      const float bs[4] = {b[k].x, b[k].y, b[k].z, b[k].w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int ch = i / 4, n = i % 4;
-      const float a = exp2_of(deltas[ch] * rates.at[ch][n]);
-      h.at[ch][n] = fmaf(a, h.at[ch][n], inputs[ch] * bs[n]);
+      for (int ch = 0; ch < 2; ++ch) shared.kept[t + k][ch][threadIdx.x] = h.get(ch);
+      if (kStarts && (starts >> (t + k) & 1)) h.fill(0);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int ch = i / 4, n = i % 4;
+        const float a = exp2_of(deltas[ch] * rates.at[ch][n]);
+        h.at[ch][n] = fmaf(a, h.at[ch][n], inputs[ch] * bs[n]);
+      }
     }
   }
 }
@@ -116,15 +130,16 @@ __device__ __forceinline__ void sweep_forward(BackwardTile<P>& shared, States& h
 // behind, then of this one. da: sum of delta a h g. kStart: a document starts with the step, whose
 // a is 0.
 template <bool kStart, int P>
-__device__ __forceinline__ void step_back(BackwardTile<P>& shared, int t, States& h, States& carry,
-                                          States& da, const States& rates, const Place<P>& place) {
+__device__ __forceinline__ void step_back(BackwardTile<P>& shared, int t, States<>& h,
+                                          States<>& carry, States<>& da, const States<>& rates,
+                                          const Place<P>& place) {
   const float4 delta = shared.deltas[t][place.pair];
   const float2 dp = shared.dp[t][place.pair];
   const float4 b = shared.cell(t, 0, place.p), c = shared.cell(t, 1, place.p);
   const float deltas[2] = {delta.x, delta.y}, inputs[2] = {delta.z, delta.w};
   const float dps[2] = {dp.x, dp.y};
   const float bs[4] = {b.x, b.y, b.z, b.w}, cs[4] = {c.x, c.y, c.z, c.w};
-  States before;
+  States<> before;
 #pragma unroll
   for (int ch = 0; ch < 2; ++ch) before.set(ch, shared.kept[t][ch][threadIdx.x]);
   float db[4] = {0, 0, 0, 0}, dc[4] = {0, 0, 0, 0};
@@ -157,54 +172,77 @@ __device__ __forceinline__ void step_back(BackwardTile<P>& shared, int t, States
   }
 }
 
-// db and dc of the block's channels: the threads' sums in a fixed order, four states a thread.
+// db and dc of the block's channels: the threads' sums in a fixed order, four states a thread. Of
+// each two neighbouring pairs every other group of P threads reads the second one first: with P = 4
+// a quarter of a warp then hits each bank once.
 template <int P>
 __device__ __forceinline__ void sum_channels(const BackwardTile<P>& shared, float4* to, int steps) {
   constexpr int kPairs = Map<P>::kPairs;
+  static_assert(kPairs % 2 == 0);
   for (int item = int(threadIdx.x); item < steps * 2 * P; item += kThreads) {
-    const float4* from = &shared.kept[item / (2 * P)][item / P % 2][item % P];
+    const int odd = item / P % 2;
+    const float4* from = &shared.kept[item / (2 * P)][odd][item % P];
+    const float4 *first = from + odd * P, *second = from + (1 - odd) * P;
     float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-    for (int k = 0; k < kPairs; ++k) {  // neighbours begin at other pairs: no bank conflicts
-      const float4 part = from[(k + item / P) % kPairs * P];
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+#pragma unroll 4
+    for (int k = 0; k < kPairs; k += 2) {
+      const float4 x = first[k * P], y = second[k * P];
+      sum.x += x.x + y.x, sum.y += x.y + y.y, sum.z += x.z + y.z, sum.w += x.w + y.w;
     }
     to[item] = sum;
   }
 }
 
-// du, ddt, dz of a tile; adds to the channel's dskip and ddt_bias.
+// softplus'(x) = 1 - exp(-softplus(x)), without cancellation: a series where delta is small.
+__device__ __forceinline__ float softplus_slope(float delta) {
+  float p = fmaf(delta, -1.0f / 720, 1.0f / 120);
+  p = fmaf(p, delta, -1.0f / 24);
+  p = fmaf(p, delta, 1.0f / 6);
+  p = fmaf(p, delta, -0.5f);
+  p = fmaf(p, delta, 1.0f);
+  return delta < 0.25f ? p * delta : 1.0f - exp2_of(-kLog2e * delta);
+}
+
+// du, ddt, dz of a tile; adds to the pair's dskip and ddt_bias.
 template <class Real, int P>
 __device__ __forceinline__ void write_elements(const BackwardCall<Real>& call,
-                                               BackwardTile<P>& shared, const Elementwise<P>& own,
-                                               const Place<P>& place, int tile, float skip,
-                                               float& dskip, float& ddt_bias) {
-  const Sizes& s = call.in.s;
-  const int steps = place.steps(s, tile), channel = place.channel;
-  const int64_t token = place.token(s, tile);
+                                               const BackwardTile<P>& shared,
+                                               const Elementwise<P>& own, const Place<P>& place,
+                                               const Span& span, float2& dskip,
+                                               float2& ddt_bias) {
+  const bool in_pairs = call.in.in_pairs;
+  const float2 skip = load_pair(call.in.skip, place);  // here, where registers are free
 #pragma unroll
-  for (int j = 0; j < Map<P>::kElements; ++j) {
+  for (int j = 0; j < Map<P>::kPasses; ++j) {
     const int t = place.row + j * Map<P>::kRows;
-    if (t >= steps || place.d >= s.D) continue;
-    const float g_b = *shared.input(t, channel), u = own.u[j], dp = own.dp[j];
-    const float ddelta = fmaf(u, g_b, kLn2 * *shared.rate(t, channel));
-    const float delta = *shared.delta(t, channel);
-    const float ddt = ddelta * -expm1f(-delta);  // softplus'(x) = 1 - exp(-softplus(x))
-    call.du.row(token + t)[place.d] = from_float<Real>(fmaf(skip, dp, delta * g_b));
-    call.ddt.row(token + t)[place.d] = from_float<Real>(ddt);
-    if (call.dz.at)
-      call.dz.row(token + t)[place.d] =
-          from_float<Real>(own.gate_slope[j] * fmaf(skip, u, *shared.slope(t, channel)));
-    dskip = fmaf(dp, u, dskip);
-    ddt_bias += ddt;
+    if (t >= span.steps) break;
+    const float4 sums = shared.deltas[t][place.column];  // delta, then sum_n g b
+    const float2 rate = shared.rates[t][place.column], slope = shared.dp[t][place.column];
+    const float2 u = own.u[j], dp = own.dp[j];
+    const float2 ddt =
+        make_float2(fmaf(u.x, sums.z, kLn2 * rate.x) * softplus_slope(sums.x),
+                    fmaf(u.y, sums.w, kLn2 * rate.y) * softplus_slope(sums.y));
+    const float2 du =
+        make_float2(fmaf(skip.x, dp.x, sums.x * sums.z), fmaf(skip.y, dp.y, sums.y * sums.w));
+    const int64_t token = span.token + t;
+    put_pair(call.du.row(token) + place.d, du, place.channels, in_pairs);
+    put_pair(call.ddt.row(token) + place.d, ddt, place.channels, in_pairs);
+    if (call.dz.at) {
+      const float2 dz = make_float2(own.gate_slope[j].x * fmaf(skip.x, u.x, slope.x),
+                                    own.gate_slope[j].y * fmaf(skip.y, u.y, slope.y));
+      put_pair(call.dz.row(token) + place.d, dz, place.channels, in_pairs);
+    }
+    dskip.x = fmaf(dp.x, u.x, dskip.x), dskip.y = fmaf(dp.y, u.y, dskip.y);
+    ddt_bias.x += ddt.x, ddt_bias.y += ddt.y;
   }
 }
 
 // What a block adds to the gradients of the parameters.
 template <int P>
-__device__ __forceinline__ void write_sums(BackwardTile<P>& shared, float* to, const States& da,
-                                           const States& rates, float dskip, float ddt_bias) {
-  float* const own = reinterpret_cast<float*>(&shared.kept[0][0][0]);
+__device__ __forceinline__ void write_sums(BackwardTile<P>& shared, float* to, const States<>& da,
+                                           const States<>& rates, float2 dskip, float2 ddt_bias) {
+  constexpr int kChannels = Map<P>::kChannels;
+  float2* const own = reinterpret_cast<float2*>(&shared.kept[0][0][0]);  // [2][kRows][kPairs]
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     to[i / 4 * 512 + int(threadIdx.x) * 4 + i % 4] =
@@ -213,12 +251,12 @@ __device__ __forceinline__ void write_sums(BackwardTile<P>& shared, float* to, c
   own[threadIdx.x] = dskip;
   own[kThreads + threadIdx.x] = ddt_bias;
   __syncthreads();
-  constexpr int kChannels = Map<P>::kChannels;
+  const float* const parts = &own[0].x;
   for (int i = int(threadIdx.x); i < 2 * kChannels; i += kThreads) {
     float sum = 0;
 #pragma unroll
     for (int row = 0; row < Map<P>::kRows; ++row)
-      sum += own[i / kChannels * kThreads + row * kChannels + i % kChannels];
+      sum += parts[(i / kChannels * Map<P>::kRows + row) * kChannels + i % kChannels];
     to[1024 + i] = sum;
   }
 }
@@ -233,27 +271,29 @@ __global__ void __launch_bounds__(kThreads, P == 2 ? 2 : 3)
   extern __shared__ float4 memory[];
   auto& shared = *reinterpret_cast<BackwardTile<P>*>(memory);
   const Sizes& s = call.in.s;
-  const Place<P> place(s);
-  const States rates = load_rates(call.in.a_log, s, place);
-  const bool there = place.d < s.D, gated = call.in.z.at != nullptr;
-  const float bias = there ? call.in.dt_bias[place.d] : 0.0f;
-  const float skip = there ? call.in.skip[place.d] : 0.0f;
-  States carry, da;
+  const Place<P> place(s, s.blocks);
+  const States<> rates = load_rates(call.in.a_log, s, place);
+  const bool gated = call.in.z.at != nullptr;
+  const float2 bias = load_pair(call.in.dt_bias, place);
+  const int64_t part = place.sequence * s.splits + place.split;
+  States<> carry, da;
   da.fill(0);
-  if (call.entering) carry.load(call.entering, blockIdx.x, place);
+  if (call.entering) carry.load(call.entering, part, s, place);
   else carry.load(call.dfinal, s, place);
-  float dskip = 0, ddt_bias = 0;
+  float2 dskip = make_float2(0, 0), ddt_bias = dskip;
   RawElements<Real, P> raw;
   if (place.first_tile < place.last_tile) raw.load(call, place, place.last_tile - 1);
   for (int tile = place.last_tile - 1; tile >= place.first_tile; --tile) {
-    States h;
-    h.load(call.states, (place.sequence * s.tiles + tile) * s.blocks + place.block, place);
+    States<> h;
+    h.load(call.states, place.sequence * s.tiles + tile, s, place);
     Elementwise<P> own;
-    stage(shared, own, raw, place, there, gated, bias);
-    const unsigned starts = starts_of(call.in.starts, s, place, tile);
-    const int steps = place.steps(s, tile);
+    const Span span = place.span(s, tile);
+    const int steps = span.steps;
+    stage(shared, own, raw, place, gated, bias, steps);
+    const unsigned starts = starts_of(call.in.starts, span);
     __syncthreads();  // the tile is there, and the last one's sums over channels are taken
-    sweep_forward(shared, h, rates, place, steps, starts);
+    if (starts == 0) sweep_forward<false>(shared, h, rates, place, steps, 0);
+    else sweep_forward<true>(shared, h, rates, place, steps, starts);
     if (tile > place.first_tile) raw.load(call, place, tile - 1);
 #pragma unroll 1
     for (int t = steps - 1; t >= 0; --t) {
@@ -263,9 +303,8 @@ __global__ void __launch_bounds__(kThreads, P == 2 ? 2 : 3)
         step_back<false>(shared, t, h, carry, da, rates, place);
     }
     __syncthreads();  // the sums are there
-    const int64_t token = place.block * s.B * s.L + place.token(s, tile);
-    sum_channels(shared, call.cell_parts + token * 2 * P, steps);
-    write_elements(call, shared, own, place, tile, skip, dskip, ddt_bias);
+    sum_channels(shared, call.cell_parts + (place.block * s.B * s.L + span.token) * 2 * P, steps);
+    write_elements(call, shared, own, place, span, dskip, ddt_bias);
   }
   if (call.dinitial.at && place.split == 0) carry.store(call.dinitial, s, place);
   write_sums(shared, call.sums + int64_t(blockIdx.x) * Map<P>::kSums, da, rates, dskip, ddt_bias);
@@ -280,11 +319,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ float4 memory[];
   auto& shared = *reinterpret_cast<BackwardTile<P>*>(memory);
   const Sizes& s = call.in.s;
-  const Place<P> place(s);
-  const States rates = load_rates(call.in.a_log, s, place);
-  const bool there = place.d < s.D, gated = call.in.z.at != nullptr;
-  const float bias = there ? call.in.dt_bias[place.d] : 0.0f;
-  States carry, decays;
+  const Place<P> place(s, s.blocks);
+  const States<> rates = load_rates(call.in.a_log, s, place);
+  const bool gated = call.in.z.at != nullptr;
+  const float2 bias = load_pair(call.in.dt_bias, place);
+  States<> carry, decays;
   carry.fill(0);
   float time[2] = {0, 0};  // the sum of delta
   bool cut = false;        // a document starts in this part: nothing gets through
@@ -292,11 +331,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int tile = place.last_tile - 1; tile >= place.first_tile; --tile) {
     Elementwise<P> own;
     raw.load(call, place, tile);
-    stage(shared, own, raw, place, there, gated, bias);
-    const unsigned starts = starts_of(call.in.starts, s, place, tile);
+    const Span span = place.span(s, tile);
+    stage(shared, own, raw, place, gated, bias, span.steps);
+    const unsigned starts = starts_of(call.in.starts, span);
     cut |= starts != 0;
     __syncthreads();
-    for (int t = place.steps(s, tile) - 1; t >= 0; --t) {
+    for (int t = span.steps - 1; t >= 0; --t) {
       const float4 delta = shared.deltas[t][place.pair], c = shared.cell(t, 1, place.p);
       const float2 dp = shared.dp[t][place.pair];
       const float deltas[2] = {delta.x, delta.y}, dps[2] = {dp.x, dp.y};
@@ -314,8 +354,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     decays.at[i / 4][i % 4] = cut ? 0.0f : exp2_of(time[i / 4] * rates.at[i / 4][i % 4]);
-  carry.store(call.ends, blockIdx.x, place);
-  decays.store(call.decays, blockIdx.x, place);
+  const int64_t part = place.sequence * s.splits + place.split;
+  carry.store(call.ends, part, s, place);
+  decays.store(call.decays, part, s, place);
 }
 
 // db and dc: the sums over the blocks of channels, in their order. Bound by HBM.
@@ -367,7 +408,10 @@ struct BackwardMemory {
 template <class Real, int P>
 void launch(Stream& stream, const ScanBackward& op, const Sizes& s, const BackwardMemory& memory) {
   const bool split = s.splits > 1;
-  BackwardCall<Real> call{.in = {s, op},
+  check_strides({op.u, op.dt, op.b, op.c, op.z, op.dy});
+  const bool pairs =
+      lie_on_pairs({op.u, op.dt, op.z, op.dy, op.du, op.ddt, op.z ? op.dz : Tensor()});
+  BackwardCall<Real> call{.in = {s, op, pairs},
                           .dy = Strided<Real>(op.dy),
                           .du = Strided<Real>(op.du),
                           .ddt = Strided<Real>(op.ddt),
@@ -406,7 +450,8 @@ void launch(Stream& stream, const ScanBackward& op, const Sizes& s, const Backwa
 
 void run_cuda(Stream& stream, const ScanBackward& op) {
   const scan::Sizes s =
-      scan::sizes_of(op.sequences, op.u.rows(), op.u.cols(), op.a_log.cols());
+      scan::sizes_of(op.sequences, op.u.rows(), op.u.cols(), op.a_log.cols(),
+                     scan::kBackwardBlocks);
   scan::Cutter count;
   scan::BackwardMemory(count, s);
   scan::Cutter cutter(stream.workspace(count.bytes()));

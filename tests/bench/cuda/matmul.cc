@@ -1,7 +1,9 @@
 // Products at the sizes of a training step (d 512, inner width 1024, vocabulary 50304, 65536
 // tokens, 32 experts of 1536), in bf16 on one GPU: median of 20, TFLOP/s, and the share of what an
-// H100's largest bf16 product reaches.
+// H100's largest bf16 product reaches. Grouped products: as they are run (wgmma on Hopper), beside
+// mma.sync; MISMATCH where the two differ by more than rounding.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <deque>
 #include <exception>
@@ -12,6 +14,7 @@
 #include "core/gpu.h"
 #include "core/random.h"
 #include "kernels/cross_entropy.h"
+#include "kernels/cuda/products.h"
 #include "kernels/matmul.h"
 
 namespace moemamba {
@@ -55,22 +58,66 @@ class Bench {
 
   template <class Op>
   void time(const char* what, double flops, const Op& op) {
-    for (int i = 0; i < kWarmUps; ++i) run(stream_, op);
+    time_work(what, flops, [&] { run(stream_, op); }, "");
+  }
+
+  template <class Op>
+  void time_grouped(const std::string& what, double flops, const Op& op) {
+    const double error = difference(op);
+    char note[64];
+    std::snprintf(note, sizeof note, "  %.1e%s", error, error < 1e-2 ? "" : " MISMATCH");
+    time_work((what + ", wgmma").c_str(), flops, [&] { run(stream_, op); }, note);
+    time_work((what + ", mma.sync").c_str(), flops, [&] { multiply_by_mma(stream_, op); }, "");
+  }
+
+ private:
+  // ||run() - mma.sync|| / ||mma.sync||, from zeros; infinite where one is not finite.
+  template <class Op>
+  double difference(const Op& op) {
+    Op other = op;
+    other.out = take(op.out.shape, op.out.dtype);
+    for (const Tensor& out : {op.out, other.out}) fill_zero(stream_, out);
+    run(stream_, op);
+    multiply_by_mma(stream_, other);
+    const std::vector<float> found = numbers(op.out), expected = numbers(other.out);
+    double apart = 0, whole = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      apart += double(found[i] - expected[i]) * double(found[i] - expected[i]);
+      whole += double(expected[i]) * double(expected[i]);
+    }
+    return std::isfinite(apart) && whole > 0 ? std::sqrt(apart / whole) : INFINITY;
+  }
+  std::vector<float> numbers(const Tensor& tensor) {
+    std::vector<float> list(size_t(tensor.elements()));
+    if (tensor.dtype == DType::f32) {
+      copy(stream_, tensor, view(list.data(), tensor.shape));
+      stream_.synchronize();
+      return list;
+    }
+    std::vector<bf16> narrow(list.size());
+    copy(stream_, tensor, view(narrow.data(), tensor.shape));
+    stream_.synchronize();
+    for (size_t i = 0; i < list.size(); ++i) list[i] = float(narrow[i]);
+    return list;
+  }
+
+  template <class Work>
+  void time_work(const char* what, double flops, const Work& work, const char* note) {
+    for (int i = 0; i < kWarmUps; ++i) work();
     std::vector<double> times;
     for (int i = 0; i < kRuns; ++i) {
       const std::shared_ptr<void> begin = gpu::mark(stream_);
-      run(stream_, op);
+      work();
       const std::shared_ptr<void> end = gpu::mark(stream_);
       times.push_back(gpu::seconds_between(begin, end));
     }
     std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
     const double seconds = times[kRuns / 2], rate = flops / seconds;
-    std::printf("%-52s %9.1f us %7.1f TFLOP/s %5.1f %%\n", what, seconds * 1e6, rate * 1e-12,
-                100 * rate / kCeiling);
+    std::printf("%-52s %9.1f us %7.1f TFLOP/s %5.1f %%%s\n", what, seconds * 1e6, rate * 1e-12,
+                100 * rate / kCeiling, note);
     std::fflush(stdout);
   }
 
- private:
   Stream stream_ = Stream::cuda();
   std::deque<Buffer> buffers_;
 };
@@ -112,12 +159,16 @@ void time_experts(Bench& bench, const Experts& s) {
   const Tensor dw = bench.take({s.E, s.N, s.K}, DType::f32);
   const double flops = 2.0 * double(s.R) * double(s.N) * double(s.K);
   const auto label = [&](const char* what) { return std::string(s.name) + what; };
-  bench.time(label(", y").c_str(), flops,
-             GroupedMatmul{.a = x, .b = w, .offsets = offsets, .out = y, .b_transposed = true});
-  bench.time(label(", dx").c_str(), flops,
-             GroupedMatmul{.a = dy, .b = w, .offsets = offsets, .out = dx});
-  bench.time(label(", dW").c_str(), flops,
-             GroupedOuter{.a = dy, .b = x, .offsets = offsets, .out = dw, .accumulate = true});
+  bench.time_grouped(
+      label(", y"), flops,
+      GroupedMatmul{.a = x, .b = w, .offsets = offsets, .out = y, .b_transposed = true});
+  bench.time_grouped(label(", dx"), flops,
+                     GroupedMatmul{.a = dy, .b = w, .offsets = offsets, .out = dx});
+  bench.time_grouped(label(", dW"), flops,
+                     GroupedOuter{.a = dy, .b = x, .offsets = offsets, .out = dw});
+  bench.time_grouped(
+      label(", dW +="), flops,
+      GroupedOuter{.a = dy, .b = x, .offsets = offsets, .out = dw, .accumulate = true});
   bench.forget();
 }
 

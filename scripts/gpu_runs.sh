@@ -1,0 +1,92 @@
+#!/bin/sh
+# Trainings on GPUs that are too long for tests: what they printed stands in docs/benchmarks.md.
+# usage: sh scripts/gpu_runs.sh FOLDER [single|double ...]   (after scripts/gpu_check.sh has built)
+#   single: one GPU; pair: a step on two; double: trainings on two. Text: data/austen/tokens (scripts/fetch_austen.sh).
+set -eu
+cd "$(dirname "$0")/.."
+out=$1
+shift
+mkdir -p "$out"
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+moemamba=build/cuda-release/moemamba
+tokens=data/austen/tokens
+text="--data.train=$tokens/train --data.validation=$tokens/validation --data.tokenizer=$tokens/tokenizer.model"
+peers="--config configs/moe_mamba_32_25m.textproto --model.vocabulary=50304 --model.capacity_factor=0
+  --data.tokenizer=none --data.sampling=EPOCHS --model.compute_dtype=BF16 --device=CUDA"
+
+# name, then a command: its last lines, and how long it took.
+try() {
+  name=$1
+  shift
+  begun=$(date +%s)
+  code=0
+  timeout 280 "$@" >"$out/$name.log" 2>&1 || code=$?
+  echo "== $name: code $code, $(($(date +%s) - begun)) s"
+  tail -n "${lines:-6}" "$out/$name.log"
+}
+# Columns of metrics.jsonl of two runs that must be the same.
+chain_of() { sed -n 's/.*"chain": *"\([0-9a-f]*\)".*/\1/p' "$1/metrics.jsonl" | tail -n 1; }
+
+for part in "$@"; do
+  case $part in
+    single)
+      lines=40 try step_32 "$moemamba" bench step $peers --profile
+      try step_32_f32 "$moemamba" bench step $peers --model.compute_dtype=F32 --steps 5 --warmup 2
+      try moe_42 "$moemamba" train --config configs/moe_mamba_25m.textproto --run="$out/r42" \
+        --model.vocabulary=0 --model.experts=42 $text --data.sampling=EPOCHS --train.steps=500 \
+        --train.global_batch_size=64 --train.routing_group=64 --train.sequence_length=1024 \
+        --train.warmup_steps=50 --train.log_interval=100 --train.eval_interval=250 \
+        --model.compute_dtype=BF16 --device=CUDA --train.save_interval=1000
+      for dtype in F32 BF16; do
+        try "austen_$dtype" "$moemamba" train --config configs/quickstart.textproto $text \
+          --run="$out/a$dtype" --parallel.expert=1 --train.steps=200 --train.log_interval=50 \
+          --model.compute_dtype=$dtype --device=CUDA
+      done
+      python3 - "$out/aF32/metrics.jsonl" "$out/aBF16/metrics.jsonl" <<'END'
+import json, sys
+of = [[json.loads(line) for line in open(name)] for name in sys.argv[1:]]
+apart = [abs(a["ce"] - b["ce"]) for a, b in zip(*of)]
+print(f"bf16 within {max(apart):.4f} of f32 over {len(apart)} steps, the last at {of[0][-1]['ce']:.4f}")
+END
+      ;;
+    pair)
+      for rows in 1.25 2; do
+        lines=12 try "two_32_rows_$rows" "$moemamba" bench step --ranks 2 $peers \
+          --parallel.expert=2 --parallel.exchange_rows=$rows --train.global_batch_size=128 \
+          --train.routing_group=64 --profile
+      done
+      ;;
+    double)
+      lines=40 try two_32 "$moemamba" bench step --ranks 2 $peers --parallel.expert=2 \
+        --train.global_batch_size=128 --train.routing_group=64 --profile
+      try two_32_dp "$moemamba" bench step --ranks 2 $peers --parallel.expert=1 \
+        --train.global_batch_size=128 --train.routing_group=64
+      try moe_100m "$moemamba" bench step --ranks 2 --config configs/moe_mamba_100m.textproto \
+        --model.experts=42 --parallel.expert=2 --data.tokenizer=none --data.sampling=EPOCHS \
+        --model.compute_dtype=BF16 --device=CUDA --train.global_batch_size=32 \
+        --train.routing_group=16 --steps 5 --warmup 2
+      small="--config configs/quickstart.textproto $text --model.experts=42 --train.steps=50
+        --train.global_batch_size=16 --device=CUDA --model.compute_dtype=BF16 --train.log_interval=25"
+      for n in 1 2; do
+        try "chain_$n" "$moemamba" train --ranks 2 $small --run="$out/c$n" --parallel.expert=2
+      done
+      echo "chains: $(chain_of "$out/c1") $(chain_of "$out/c2")"
+      # Killed amid its steps, resumed: the same chain. Then on one GPU, then on the CPU.
+      (
+        "$moemamba" train --ranks 2 $small --run="$out/k" --parallel.expert=2 \
+          --train.save_interval=10 >"$out/kill.log" 2>&1 &
+        launcher=$!
+        until [ "$(wc -l 2>/dev/null <"$out/k/metrics.jsonl" || echo 0)" -ge 25 ]; do sleep 0.01; done
+        pkill -KILL -P "$(pgrep -P $launcher mpirun | head -n 1)" || true
+        wait $launcher || echo "killed: code $?"
+      )
+      try resumed "$moemamba" train --ranks 2 $small --run="$out/k" --parallel.expert=2 \
+        --overwrite=false
+      echo "chain of the killed and resumed run: $(chain_of "$out/k")"
+      try one_gpu "$moemamba" train $small --run="$out/k" --parallel.expert=1 --overwrite=false \
+        --train.steps=55
+      try cpu "$moemamba" train $small --run="$out/k" --parallel.expert=1 --overwrite=false \
+        --train.steps=57 --device=CPU --model.compute_dtype=F32
+      ;;
+  esac
+done
