@@ -4,7 +4,11 @@ namespace moemamba {
 
 std::string matmul_table_digest() { return ""; }
 
-void tune_matmul(Stream&, std::span<const ProductShape>, std::ostream&) {
+std::vector<TuningCase> products_met(Stream&) {
+  throw Error("this build has no CUDA: there are no matmul algorithms to tune");
+}
+
+void tune_matmul(Stream&, std::span<const TuningCase>, std::ostream&) {
   throw Error("this build has no CUDA: there are no matmul algorithms to tune");
 }
 

@@ -15,7 +15,8 @@ std::string_view build_sources();   // a digest of all sources (sources.cmake)
 std::string_view run_config_descriptors();
 
 // All that decides about bits, and must be the same on all ranks: version, sources, compiler,
-// flags, the core that OpenBLAS computes for, the instruction set of the vector kernels.
+// flags, the core that OpenBLAS computes for, the instruction set of the vector kernels, and in a
+// build with CUDA the digest of its table of matmul algorithms.
 Facts build_facts();
 std::string version_text();  // for --version, one fact a line
 

@@ -9,7 +9,6 @@
 #include "launcher/machine.h"
 #include "launcher/plan_text.h"
 #include "launcher/settings.h"
-#include "runtime/commands.h"
 
 namespace moemamba {
 
@@ -22,34 +21,11 @@ struct PlanOptions {
   bool json = false;
 };
 
-// The vocabulary where the settings leave it to the tokenizer. One that is set is compared with a
-// tokenizer that is there; "bytes", the default, may only mean that none was chosen yet.
-int64_t tokenizer_vocabulary(const RunConfig& config) {
-  const bool needed = config.model().vocabulary() == 0;
-  if (!needed && config.data().tokenizer() == "bytes") return 0;
-  try {
-    const auto tokenizer = open_tokenizer(config.data().tokenizer());
-    return tokenizer ? tokenizer->vocabulary() : 0;
-  } catch (const Error& error) {
-    if (!needed) return 0;
-    throw BadSettings(concat(error.what(), "; or set model.vocabulary"));
-  }
-}
-
-ModelSizes planned_sizes(const RunConfig& config) {
-  const int64_t vocabulary = tokenizer_vocabulary(config);
-  try {
-    return model_sizes(config.model(), vocabulary, config.train().sequence_length());
-  } catch (const Error& error) {
-    throw BadSettings(error.what());
-  }
-}
-
 int plan(const PlanOptions& options) {
   const RunConfig config = read_settings(options.source, Purpose::plan, options.ranks);
   const int64_t memory =
       options.memory.empty() ? machine_memory() / options.ranks : read_bytes(options.memory);
-  const ModelSizes sizes = planned_sizes(config);
+  const ModelSizes sizes = sizes_of(config);
   TrainerOptions trainer = trainer_options(sizes, config.parallel(), config.train());
   // bf16 is a GPU's, and so is memory that is given as one's.
   const bool on_gpu = config.device() == RunConfig::CUDA ||

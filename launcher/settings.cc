@@ -9,6 +9,7 @@
 #include "core/file.h"
 #include "core/schema.h"
 #include "model/config.h"
+#include "runtime/commands.h"
 #include "runtime/run_folder.h"
 
 namespace moemamba {
@@ -91,7 +92,30 @@ void check_training(Settings& settings, const RunConfig& config) {
   if (config.run().empty()) settings.object("run", "the run needs a folder; give --run=FOLDER");
 }
 
+// The vocabulary where the settings leave it to the tokenizer. One that is set is compared with a
+// tokenizer that is there; "bytes", the default, may only mean that none was chosen yet.
+int64_t tokenizer_vocabulary(const RunConfig& config) {
+  const bool needed = config.model().vocabulary() == 0;
+  if (!needed && config.data().tokenizer() == "bytes") return 0;
+  try {
+    const auto tokenizer = open_tokenizer(config.data().tokenizer());
+    return tokenizer ? tokenizer->vocabulary() : 0;
+  } catch (const Error& error) {
+    if (!needed) return 0;
+    throw BadSettings(concat(error.what(), "; or set model.vocabulary"));
+  }
+}
+
 }  // namespace
+
+ModelSizes sizes_of(const RunConfig& config) {
+  const int64_t vocabulary = tokenizer_vocabulary(config);
+  try {
+    return model_sizes(config.model(), vocabulary, config.train().sequence_length());
+  } catch (const Error& error) {
+    throw BadSettings(error.what());
+  }
+}
 
 bool is_about_the_run(const std::string& setting) {
   return setting == "run" || setting == "overwrite" || setting == "init_from" ||

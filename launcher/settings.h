@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "launcher/run_config.pb.h"
+#include "model/config.h"
 
 namespace CLI {
 class App;
@@ -30,6 +31,10 @@ enum class Purpose {
 
 // BadSettings lists every problem.
 RunConfig read_settings(const SettingsSource& source, Purpose purpose, int ranks);
+
+// Of the model that they describe; the vocabulary is the tokenizer's where they leave it to that.
+// BadSettings where they contradict each other.
+ModelSizes sizes_of(const RunConfig& config);
 
 // Settings that say how and where a command is run, not what is trained.
 bool is_about_the_run(const std::string& setting);

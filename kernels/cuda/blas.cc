@@ -208,6 +208,13 @@ bool Blas::multiply_by(Stream& stream, const Matmul& op, const cublasLtMatmulAlg
   return works;
 }
 
+std::vector<Product> Blas::products() const {
+  std::vector<Product> list;
+  for (const auto& [product, plan] : plans_)
+    if (plan.found && on_borders(product)) list.push_back(product);
+  return list;
+}
+
 bool blas_takes(Stream& stream, const Matmul& op) { return Blas::of(stream).takes(op); }
 
 bool multiply_by_blas(Stream& stream, const Matmul& op) {

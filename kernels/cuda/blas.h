@@ -46,6 +46,9 @@ class Blas {
   std::vector<cublasLtMatmulAlgo_t> candidates(const Matmul& op);
   bool multiply_by(Stream& stream, const Matmul& op, const cublasLtMatmulAlgo_t& algorithm);
 
+  // All that were taken so far and lie as the table's do, in order.
+  std::vector<Product> products() const;
+
   const std::string& gpu_name() const { return gpu_name_; }
 
  private:

@@ -16,30 +16,41 @@ namespace {
 
 constexpr int kRuns = 20, kWarmUps = 3;
 
-// A dense tensor of numbers below one in size; zeros would let the GPU clock higher than training.
+// Numbers below one in size; zeros would let the GPU clock higher than training. What is between
+// rows is filled like them.
 class RandomTensor {
  public:
-  RandomTensor(Stream& stream, Shape shape, DType dtype, const char* purpose)
-      : buffer_(DeviceKind::cuda, std::max<int64_t>(shape.elements(), 1) * size_of(dtype)),
-        tensor_(view(buffer_, 0, shape, dtype)) {
+  struct Form {
+    Shape shape;
+    int64_t stride;  // 0: dense
+    DType dtype;
+  };
+  RandomTensor(Stream& stream, const Form& form, const char* purpose)
+      : buffer_(DeviceKind::cuda, std::max<int64_t>(elements(form), 1) * size_of(form.dtype)),
+        tensor_(view(buffer_, 0, form.shape, form.dtype)) {
+    if (form.stride > 0) tensor_.stride = form.stride;
     constexpr int64_t kPeriod = 65537;
     const Random random(1, purpose);
     std::vector<float> values;
     for (int64_t i = 0; i < kPeriod; ++i)
       values.push_back(float(2 * random.uniform(uint64_t(i)) - 1));
-    Buffer host = Buffer::staging(DeviceKind::cuda, std::max<int64_t>(tensor_.bytes(), 1));
-    const int64_t count = shape.elements();
+    const int64_t count = elements(form);
+    Buffer host = Buffer::staging(DeviceKind::cuda, buffer_.bytes());
     for (int64_t i = 0; i < count; ++i) {
       const float value = values[size_t(i % kPeriod)];
-      if (dtype == DType::bf16) reinterpret_cast<bf16*>(host.data())[i] = bf16(value);
+      if (form.dtype == DType::bf16) reinterpret_cast<bf16*>(host.data())[i] = bf16(value);
       else reinterpret_cast<float*>(host.data())[i] = value;
     }
-    copy(stream, view(host.data(), shape, dtype), tensor_);
+    copy(stream, view(host.data(), {1, count}, form.dtype),
+         view(buffer_, 0, {1, count}, form.dtype));
     stream.synchronize();
   }
   const Tensor& tensor() const { return tensor_; }
 
  private:
+  static int64_t elements(const Form& form) {
+    return form.shape.rows() * std::max(form.stride, form.shape.last());
+  }
   Buffer buffer_;
   Tensor tensor_;
 };
@@ -80,13 +91,15 @@ constexpr TunedProduct kTable[] = {
     {},  // so that an empty table is one; no version is 0
 };
 
-void tune(Stream& stream, const ProductShape& shape, std::ostream& out) {
+void tune(Stream& stream, const TuningCase& product, std::ostream& out) {
+  const ProductShape& shape = product.shape;
   const auto sides = [](bool transposed, int64_t rows, int64_t cols) {
     return transposed ? Shape{cols, rows} : Shape{rows, cols};
   };
-  const RandomTensor a(stream, sides(shape.a_transposed, shape.M, shape.K), shape.a, "a"),
-      b(stream, sides(shape.b_transposed, shape.K, shape.N), shape.b, "b"),
-      result(stream, {shape.M, shape.N}, shape.out, "out");
+  const RandomTensor a(
+      stream, {sides(shape.a_transposed, shape.M, shape.K), product.a_stride, shape.a}, "a"),
+      b(stream, {sides(shape.b_transposed, shape.K, shape.N), product.b_stride, shape.b}, "b"),
+      result(stream, {{shape.M, shape.N}, product.out_stride, shape.out}, "out");
   const Matmul op{.a = a.tensor(),
                   .b = b.tensor(),
                   .out = result.tensor(),
@@ -128,10 +141,21 @@ std::string matmul_table_digest() {
   return digest.hex();
 }
 
-void tune_matmul(Stream& stream, std::span<const ProductShape> shapes, std::ostream& out) {
+std::vector<TuningCase> products_met(Stream& stream) {
   check(stream.device() == DeviceKind::cuda, "matmul algorithms are tuned on a GPU's stream");
-  for (const ProductShape& shape : shapes) tune(stream, shape, out);
-  out.flush();
+  std::vector<TuningCase> list;
+  for (const Product& product : Blas::of(stream).products())  // in order of their shapes
+    if (list.empty() || list.back().shape != product.shape)
+      list.push_back({product.shape, product.a_stride, product.b_stride, product.out_stride});
+  return list;
+}
+
+void tune_matmul(Stream& stream, std::span<const TuningCase> products, std::ostream& out) {
+  check(stream.device() == DeviceKind::cuda, "matmul algorithms are tuned on a GPU's stream");
+  for (const TuningCase& product : products) {
+    tune(stream, product, out);
+    out.flush();
+  }
 }
 
 }  // namespace moemamba
