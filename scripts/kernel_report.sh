@@ -42,6 +42,7 @@ rows=$(for source in $(find kernels/cuda parallel/cuda -name '*.cu' | sort); do
       return substr(text, RSTART, RLENGTH - length(what) - 1) + 0
     }
     /Compiling entry function/ {
+      stack = spills = 0
       name = $0
       sub(/^[^\047]*\047/, "", name)
       sub(/\047 for \047.*/, "", name)
@@ -65,8 +66,9 @@ rows=$(for source in $(find kernels/cuda parallel/cuda -name '*.cu' | sort); do
       gsub(/\|/, "\\|", name)
     }
     /bytes stack frame/ {
-      stack = number_before($0, "bytes stack frame")
-      spills = number_before($0, "bytes spill stores") + number_before($0, "bytes spill loads")
+      n = number_before($0, "bytes stack frame")
+      if (n > stack) stack = n
+      spills += number_before($0, "bytes spill stores") + number_before($0, "bytes spill loads")
     }
     /Used [0-9]+ registers/ {
       match($0, /Used [0-9]+/)

@@ -1,5 +1,4 @@
 #include "kernels/cuda/scan_tiles.cuh"
-#include "kernels/cuda/scan_variants.h"
 
 namespace moemamba {
 
@@ -239,17 +238,21 @@ void launch_on(Stream& stream, void (*kernel)(Call), const Call& call, int64_t b
   kernel<<<grid_of(blocks), kThreads, shared_bytes, native(stream)>>>(call);
 }
 
-template <class Real, int P, int H, int kSteps, int kMinBlocks>
+// A thread holds four states of two channels. Seven steps between two stores of their sums suit the
+// N of all models (docs/benchmarks.md has the other cuts that were measured); with fewer or more
+// states, shorter runs leave more registers.
+template <class Real, int P, int kSteps, int kMinBlocks>
 void launch(Stream& stream, ForwardCall<Real> call) {
+  constexpr int kStates = 4;
   const Sizes& s = call.in.s;
-  call.blocks = int(ceil_divide(s.D, Map<P, H>::kChannels));
-  launch_on(stream, forward<Real, P, H, kSteps, kMinBlocks>, call, s.B * s.splits * call.blocks,
-            sizeof(ForwardTile<P, H>));
+  call.blocks = int(ceil_divide(s.D, Map<P, kStates>::kChannels));
+  launch_on(stream, forward<Real, P, kStates, kSteps, kMinBlocks>, call,
+            s.B * s.splits * call.blocks, sizeof(ForwardTile<P, kStates>));
 }
 
-// The whole operator; main(call) launches the pass over the states that enter.
-template <class Real, int P, class Main>
-void run_forward(Stream& stream, const ScanForward& op, const Sizes& s, Main&& main) {
+// The whole operator.
+template <class Real, int P>
+void run_forward(Stream& stream, const ScanForward& op, const Sizes& s) {
   check_strides({op.u, op.dt, op.b, op.c, op.z, op.y});
   const int64_t parts = s.splits > 1 ? s.grid() * 1024 : 0;
   float* const ends =
@@ -269,59 +272,20 @@ void run_forward(Stream& stream, const ScanForward& op, const Sizes& s, Main&& m
         <<<grid_of(s.units() * 1024 / kThreads), kThreads, 0, native(stream)>>>(
             s, ends, decays, call.in.initial, false);
   }
-  main(call);
+  launch<Real, P, P == 4 ? 7 : 2, P == 2 ? 3 : 4>(stream, call);
   cuda_check(cudaGetLastError(), op.name);
-}
-
-Sizes forward_sizes(const ScanForward& op) {
-  return sizes_of(op.sequences, op.u.rows(), op.u.cols(), op.a_log.cols(), kForwardBlocks);
-}
-
-// Fewer blocks where f32 elements in flight need more registers than kMinBlocks leaves.
-template <class Real, int kCut>
-void launch_cut(Stream& stream, const ForwardCall<Real>& call) {
-  constexpr Cut cut = kCuts[kCut];
-  constexpr int kMin = sizeof(Real) == 4 && cut.states == 8 ? cut.min_blocks - 1 : cut.min_blocks;
-  launch<Real, 16 / cut.states, cut.states, cut.steps, kMin>(stream, call);
-}
-
-template <class Real, int kCut = 0>
-void visit_cut(Stream& stream, const ForwardCall<Real>& call, int cut) {
-  if (cut == kCut) return launch_cut<Real, kCut>(stream, call);
-  if constexpr (kCut + 1 < kCutCount) visit_cut<Real, kCut + 1>(stream, call, cut);
 }
 
 }  // namespace
 
-// Threads that hold 8 states do less beside the exp2 than those with 4, but there must be enough of
-// them: a multiprocessor wants 12 warps. Fewer warps want longer runs without a branch.
-int cut_of(int64_t sequences, int64_t channels) {
-  return sequences * ceil_divide(channels, 128) >= 384 ? 4 : 2;
-}
-
-void run_cut(Stream& stream, const ScanForward& op, int cut) {
-  const Sizes s = forward_sizes(op);
-  check(s.P == 4 && cut >= 0 && cut < kCutCount, "cut ", cut, " of a scan with N = ", s.N);
-  if (s.grid() == 0) return;
-  visit_real(op.u.dtype, [&]<class Real>() {
-    run_forward<Real, 4>(stream, op, s, [&](const ForwardCall<Real>& call) {
-      visit_cut(stream, call, cut);
-    });
-  });
-}
-
 }  // namespace scan
 
 void run_cuda(Stream& stream, const ScanForward& op) {
-  const scan::Sizes s = scan::forward_sizes(op);
+  const scan::Sizes s = scan::sizes_of(op.sequences, op.u.rows(), op.u.cols(), op.a_log.cols(),
+                                       scan::kForwardBlocks);
   if (s.grid() == 0) return;
-  if (s.P == 4) return scan::run_cut(stream, op, scan::cut_of(s.B, s.D));
-  scan::visit(op.u.dtype, s.P, [&]<class Real, int P>() {
-    if constexpr (P != 4)
-      scan::run_forward<Real, P>(stream, op, s, [&](const scan::ForwardCall<Real>& call) {
-        scan::launch<Real, P, 4, 2, P == 2 ? 3 : 4>(stream, call);
-      });
-  });
+  scan::visit(op.u.dtype, s.P,
+              [&]<class Real, int P>() { scan::run_forward<Real, P>(stream, op, s); });
 }
 
 }  // namespace moemamba

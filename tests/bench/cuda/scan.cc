@@ -12,7 +12,6 @@
 #include "core/gpu.h"
 #include "core/random.h"
 #include "kernels/conv.h"
-#include "kernels/cuda/scan_variants.h"
 #include "kernels/scan.h"
 
 namespace moemamba {
@@ -74,68 +73,12 @@ class Bench {
   }
   Stream& stream() { return stream_; }
 
-  // The first and the last elements of a tensor of rows without gaps.
-  std::vector<float> ends(const Tensor& tensor) {
-    constexpr int64_t kMost = int64_t{1} << 22;
-    const int64_t count = std::min(kMost, tensor.elements());
-    const bool is_narrow = tensor.dtype == DType::bf16;
-    std::vector<float> wide(static_cast<size_t>(count)), all;
-    std::vector<bf16> narrow(static_cast<size_t>(count));
-    void* const to = is_narrow ? static_cast<void*>(narrow.data()) : wide.data();
-    for (const int64_t first : {int64_t{0}, tensor.elements() - count}) {
-      auto* const from = static_cast<std::byte*>(tensor.data) + first * size_of(tensor.dtype);
-      copy(stream_, view(from, {count}, tensor.dtype, DeviceKind::cuda),
-           view(to, {count}, tensor.dtype));
-      stream_.synchronize();
-      for (size_t i = 0; is_narrow && i < narrow.size(); ++i) wide[i] = float(narrow[i]);
-      all.insert(all.end(), wide.begin(), wide.end());
-    }
-    return all;
-  }
-
  private:
   Stream stream_ = Stream::cuda();
   Arena arena_;
 };
 
-// The largest distance, as a share of the largest value.
-double distance(const std::vector<float>& x, const std::vector<float>& y) {
-  double most = 0, size = 0;
-  for (size_t i = 0; i < x.size(); ++i) {
-    const double d = std::abs(double(x[i]) - double(y[i]));
-    most = d <= most ? most : d;  // a NaN stays
-    size = std::max(size, std::abs(double(x[i])));
-  }
-  return most / size;
-}
-
-// Every way to cut the forward scan: y and the kept states are compared with those that forward
-// leaves by itself, then it is timed. True where all agree.
-bool bench_cuts(Bench& bench, const ScanForward& op, const std::string& shape, DType dtype,
-                double bytes, double exps) {
-  run(bench.stream(), op);
-  const std::vector<float> y = bench.ends(op.y), h = bench.ends(op.states);
-  bool agree = true;
-  for (int cut = 0; cut < scan::kCutCount; ++cut) {
-    const scan::Cut& c = scan::kCuts[cut];
-    scan::run_cut(bench.stream(), op, cut);
-    const double of_y = distance(y, bench.ends(op.y));
-    const double of_h = distance(h, bench.ends(op.states));
-    const bool same = of_y <= (dtype == DType::bf16 ? 8e-3 : 1e-5) && of_h <= 1e-5;
-    agree = agree && same;
-    const double median =
-        bench.median_of([&] { scan::run_cut(bench.stream(), op, cut); });
-    bench.print(same ? "  cut" : "  DIFFERS",
-                concat(c.states, " states, ", c.steps, " steps, ", c.min_blocks, " blocks"), dtype,
-                median, bytes, exps);
-    if (!same) std::printf("    y by %.2g, states by %.2g\n", of_y, of_h);
-  }
-  std::printf("  %s by itself takes cut %d of 0 .. %d\n", shape.c_str(),
-              scan::cut_of(op.sequences, op.u.cols()), scan::kCutCount - 1);
-  return agree;
-}
-
-bool bench_scan(Bench& bench, int64_t B, int64_t D, int64_t L, int64_t N, DType dtype) {
+void bench_scan(Bench& bench, int64_t B, int64_t D, int64_t L, int64_t N, DType dtype) {
   Frame frame(bench.arena());
   const int64_t T = B * L;
   const auto tokens = [&](double low, double high) {
@@ -189,7 +132,6 @@ bool bench_scan(Bench& bench, int64_t B, int64_t D, int64_t L, int64_t N, DType 
                 elements * double(N));
   bench.measure(f, shape, dtype, forward, elements * double(N));
   bench.measure(b, shape, dtype, backward, elements * double(N));
-  return L == 1 || bench_cuts(bench, f, shape, dtype, forward, elements * double(N));
 }
 
 void bench_conv(Bench& bench, int64_t B, int64_t D, int64_t L, DType dtype) {
@@ -231,16 +173,15 @@ int run_all() {
   std::printf("%s, %s; B x D x L x N; shares of 3.0 TB/s and 4.16 T exp2/s\n",
               facts[0].name.c_str(), gpu::build().c_str());
   Bench bench(int64_t{10} << 30);
-  bool agree = true;
   for (DType dtype : {DType::bf16, DType::f32}) {
-    agree &= bench_scan(bench, 64, 1024, 1024, 16, dtype);
-    agree &= bench_scan(bench, 8, 2048, 2048, 16, dtype);
-    agree &= bench_scan(bench, 1, 2048, 65536, 16, dtype);
-    agree &= bench_scan(bench, 1, 1024, 8192, 16, dtype);
-    agree &= bench_scan(bench, 64, 1024, 1, 16, dtype);
+    bench_scan(bench, 64, 1024, 1024, 16, dtype);
+    bench_scan(bench, 8, 2048, 2048, 16, dtype);
+    bench_scan(bench, 1, 2048, 65536, 16, dtype);
+    bench_scan(bench, 1, 1024, 8192, 16, dtype);
+    bench_scan(bench, 64, 1024, 1, 16, dtype);
     bench_conv(bench, 64, 1024, 1024, dtype);
   }
-  return agree ? 0 : 1;
+  return 0;
 }
 
 }  // namespace
