@@ -1,7 +1,8 @@
 #!/bin/sh
 # Trainings on GPUs that are too long for tests: what they printed stands in docs/benchmarks.md.
 # usage: sh scripts/gpu_runs.sh FOLDER [single|double ...]   (after scripts/gpu_check.sh has built)
-#   single: one GPU; pair: a step on two; double: trainings on two. Text: data/austen/tokens (scripts/fetch_austen.sh).
+#   single: one GPU; austen: bf16 beside f32; pair: a step on two; tables: `moemamba bench`;
+#   double: trainings on two. Text: data/austen/tokens (scripts/fetch_austen.sh).
 set -eu
 cd "$(dirname "$0")/.."
 out=$1
@@ -37,10 +38,12 @@ for part in "$@"; do
         --train.global_batch_size=64 --train.routing_group=64 --train.sequence_length=1024 \
         --train.warmup_steps=50 --train.log_interval=100 --train.eval_interval=250 \
         --model.compute_dtype=BF16 --device=CUDA --train.save_interval=1000
+      ;;
+    austen)
       for dtype in F32 BF16; do
         try "austen_$dtype" "$moemamba" train --config configs/quickstart.textproto $text \
           --run="$out/a$dtype" --parallel.expert=1 --train.steps=200 --train.log_interval=50 \
-          --model.compute_dtype=$dtype --device=CUDA
+          --train.lr=1e-3 --train.warmup_steps=20 --model.compute_dtype=$dtype --device=CUDA
       done
       python3 - "$out/aF32/metrics.jsonl" "$out/aBF16/metrics.jsonl" <<'END'
 import json, sys
@@ -55,6 +58,13 @@ END
           --parallel.expert=2 --parallel.exchange_rows=$rows --train.global_batch_size=128 \
           --train.routing_group=64 --profile
       done
+      ;;
+    tables)
+      lines=60 try kernels "$moemamba" bench kernels --device=CUDA --model.compute_dtype=BF16
+      lines=40 try exchange "$moemamba" bench exchange --ranks 2 --device=CUDA \
+        --model.compute_dtype=BF16 --parallel.expert=2
+      lines=30 try checkpoint "$moemamba" bench checkpoint --run="$out/saves" --device=CUDA
+      lines=60 try tune "$moemamba" bench tune $peers
       ;;
     double)
       lines=40 try two_32 "$moemamba" bench step --ranks 2 $peers --parallel.expert=2 \
