@@ -22,14 +22,11 @@ constexpr uint32_t kABytes = kRows * kDepth * sizeof(Real), kBBytes = kCols * kD
 constexpr uint32_t kStageBytes = kABytes + kBBytes;  // 48 KiB
 static_assert(kPanelBytes % hopper::kPatternBytes == 0 && kABytes == kConsumers * kPanelBytes);
 
-// kBlocks is 1, or 2: then blocks work in pairs (clusters) on tiles one above the other, and each
-// brings half of their b to both.
-
 // The boxes that TMA brings: rows of 64 elements.
 constexpr int kBoxCols = kDepth;
 constexpr int a_box_rows(GroupedKind kind) { return kind == GroupedKind::outer ? kDepth : kRows; }
-constexpr int b_box_rows(GroupedKind kind, int blocks) {
-  return kind == GroupedKind::matmul_b_transposed ? kCols / blocks : kDepth;
+constexpr int b_box_rows(GroupedKind kind) {
+  return kind == GroupedKind::matmul_b_transposed ? kCols : kDepth;
 }
 
 // The stages, full and empty, as a role of the block walks over them, and their barriers.
@@ -50,11 +47,9 @@ struct Ring {
 };
 
 // This block's tiles, one after another: blockIdx.x, + gridDim.x, ... in the order of GroupedTiles.
-// With pairs, all of that counts pairs of blocks and of tiles; a tile may then have no rows.
-template <GroupedKind kKind, class Out, int kBlocks>
+template <GroupedKind kKind, class Out>
 struct Walk {
   static constexpr bool outer = kKind == GroupedKind::outer;
-  static constexpr int kHigh = kRows * kBlocks;
 
   const GroupedWork<Real, Out>& work;
   const int* first;  // of matmul: count_tiles's result
@@ -64,21 +59,18 @@ struct Walk {
   int group = 0, row = 0, col = 0, rows = 0, begin = 0, K = 0;
 
   __device__ __forceinline__ Walk(const GroupedWork<Real, Out>& work, const int* first)
-      : work(work), first(first), across((work.N + kCols - 1) / kCols),
-        index(blockIdx.x / kBlocks) {
+      : work(work), first(first), across((work.N + kCols - 1) / kCols), index(blockIdx.x) {
     if constexpr (outer)
-      count = work.groups * ((work.M + kHigh - 1) / kHigh) * across;
+      count = work.groups * ((work.M + kRows - 1) / kRows) * across;
     else
       count = first[work.groups] * across;
     find();
   }
   __device__ __forceinline__ bool more() const { return index < count; }
   __device__ __forceinline__ void next() {
-    index += gridDim.x / kBlocks;
+    index += gridDim.x;
     find();
   }
-  // Of this block in its pair.
-  __device__ __forceinline__ int rank() const { return int(blockIdx.x % kBlocks); }
   __device__ __forceinline__ int stages() const { return max((K + kDepth - 1) / kDepth, 1); }
   __device__ __forceinline__ int cols() const { return work.N - col; }
   __device__ __forceinline__ Out* out() const {
@@ -88,13 +80,13 @@ struct Walk {
 
  private:
   __device__ __forceinline__ void find() {
-    for (; index < count; index += gridDim.x / kBlocks) {
+    for (; index < count; index += gridDim.x) {
       const int down = index / across;
       col = (index - down * across) * kCols;
       if constexpr (outer) {
-        const int of_group = (work.M + kHigh - 1) / kHigh;
+        const int of_group = (work.M + kRows - 1) / kRows;
         group = down / of_group;
-        row = (down - group * of_group) * kHigh + rank() * kRows;
+        row = (down - group * of_group) * kRows;
         rows = work.M - row;
         const int2 range = group_rows(work.offsets, group, work.rows);
         begin = range.x;
@@ -103,7 +95,7 @@ struct Walk {
       } else {
         while (first[group + 1] <= down) ++group;  // down < first[groups], and it never goes back
         const int2 range = group_rows(work.offsets, group, work.rows);
-        const int before = (down - first[group]) * kHigh + rank() * kRows;
+        const int before = (down - first[group]) * kRows;
         row = range.x + before;
         rows = range.y - before;
         K = work.K;
@@ -115,14 +107,10 @@ struct Walk {
 
 // Fills the stages. One warp; lane 0 starts the copies. What out has before it is added to comes
 // into L2 meanwhile.
-template <GroupedKind kKind, class Out, int kBlocks>
+template <GroupedKind kKind, class Out>
 __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b,
-                                        Walk<kKind, Out, kBlocks> walk, Ring ring) {
+                                        Walk<kKind, Out> walk, Ring ring) {
   constexpr bool outer = kKind == GroupedKind::outer;
-  const auto bring_b = [&](uint32_t to, uint32_t full, int x, int y, int z) {
-    if constexpr (kBlocks == 1) hopper::bring_box(to, b, full, x, y, z);
-    else hopper::bring_box_to_both(to, b, full, x, y, z);
-  };
   const int lane = threadIdx.x % 32;
   for (; walk.more(); walk.next()) {
     if (outer && walk.work.accumulate && walk.work.wide_out) {
@@ -146,22 +134,17 @@ __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap&
           hopper::bring_box(ring.a(), a, full, k, walk.row, 0);
         }
         if constexpr (kKind == GroupedKind::matmul_b_transposed) {
-          const int from = walk.rank() * (kCols / kBlocks);
-          bring_b(ring.b() + from * hopper::kRowBytes, full, k, walk.col + from, walk.group);
+          hopper::bring_box(ring.b(), b, full, k, walk.col, walk.group);
         } else {
-          const int from = walk.rank() * (kCols / 64 / kBlocks);
 #pragma unroll
-          for (int i = 0; i < kCols / 64 / kBlocks; ++i)
-            bring_b(ring.b() + (from + i) * kPanelBytes, full, walk.col + (from + i) * 64,
-                    outer ? walk.begin + k : k, outer ? 0 : walk.group);
+          for (int p = 0; p < kCols / 64; ++p)
+            hopper::bring_box(ring.b() + p * kPanelBytes, b, full, walk.col + p * 64,
+                              outer ? walk.begin + k : k, outer ? 0 : walk.group);
         }
       }
       __syncwarp();
     }
   }
-  // This block stays until the other has read what it was sent and has freed all stages here.
-  for (int s = 0; kBlocks > 1 && s < kStages; ++s, ring.next())
-    hopper::wait(ring.when_empty(), ring.parity ^ 1);
 }
 
 // Clears the rows of K from `there` on in all panels of a stage: they are the next group's, or
@@ -278,17 +261,10 @@ __device__ __forceinline__ void store(const Walk& walk, const float (&sums)[kSum
 
 // Multiplies what is in the stages. A stage is free when the products that read it are done, which
 // is known one stage later. `memory` is where ring.memory says, for ordinary stores.
-template <GroupedKind kKind, class Out, int kBlocks>
-__device__ __forceinline__ void consume(Walk<kKind, Out, kBlocks> walk, Ring ring,
-                                        std::byte* memory, int warpgroup) {
-  const int lane = threadIdx.x % 32;
-  const auto give_back = [&](uint32_t when_empty) {  // a lane for this warp, at each block
-    if constexpr (kBlocks > 1) {
-      if (lane < kBlocks) hopper::arrive_at(when_empty, uint32_t(lane));
-    } else if (lane == 0) {
-      hopper::arrive(when_empty);
-    }
-  };
+template <GroupedKind kKind, class Out>
+__device__ __forceinline__ void consume(Walk<kKind, Out> walk, Ring ring, std::byte* memory,
+                                        int warpgroup) {
+  const bool arrives = threadIdx.x % 32 == 0;  // one lane for its warp
   float sums[kSums];
   for (; walk.more(); walk.next()) {
     const int stages = walk.stages();
@@ -303,13 +279,13 @@ __device__ __forceinline__ void consume(Walk<kKind, Out, kBlocks> walk, Ring rin
       multiply_stage<kKind>(sums, ring, warpgroup, s > 0);
       hopper::end_products();
       hopper::wait_products<1>();
-      if (s > 0) give_back(last);
+      if (s > 0 && arrives) hopper::arrive(last);
       last = ring.when_empty();
       ring.next();
     }
     hopper::wait_products<0>();
     hopper::hold(sums);
-    give_back(last);
+    if (arrives) hopper::arrive(last);
     store(walk, sums, walk.out());
   }
 }
@@ -322,9 +298,8 @@ inline size_t shared_bytes(int groups) {
 // order. A stage is 64 of K; four of them lie in shared memory and are filled by TMA, also while a
 // tile is stored. Reads a tile's operands once (from L2, mostly) and stores out once. Bound by the
 // tensor cores (128 cycles for each of the 8 wgmma of a stage) beside L2: 48 KiB in 1,024 cycles.
-// Pairs halve what b takes of it: 32 KiB. Its body needs sm_90a; elsewhere there is none, and no
-// static shared memory.
-template <GroupedKind kKind, class Out, int kBlocks>
+// Its body needs sm_90a; elsewhere there is none, and no static shared memory.
+template <GroupedKind kKind, class Out>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
              const __grid_constant__ GroupedWork<Real, Out> work) {
@@ -339,22 +314,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       hopper::init_barrier(ring.full + stage * 8, 1);
-      hopper::init_barrier(ring.empty + stage * 8, kConsumers * 4 * kBlocks);
+      hopper::init_barrier(ring.empty + stage * 8, kConsumers * 4);
     }
     hopper::publish_barriers();
   }
   if constexpr (kKind != GroupedKind::outer)
-    count_tiles<kThreads, kRows * kBlocks>(work.offsets, work.groups, work.rows, first);
-  if constexpr (kBlocks > 1) hopper::meet_cluster();  // the other's barriers are there
-  else __syncthreads();
+    count_tiles<kThreads, kRows>(work.offsets, work.groups, work.rows, first);
+  __syncthreads();
   const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
   if (warpgroup == kConsumers) {
     hopper::give_registers<kProducerRegisters>();
     if (threadIdx.x / 32 == kProducerWarp)
-      produce(a, b, Walk<kKind, Out, kBlocks>(work, first), ring);
+      produce<kKind>(a, b, Walk<kKind, Out>(work, first), ring);
   } else {
     hopper::take_registers<kConsumerRegisters>();
-    consume(Walk<kKind, Out, kBlocks>(work, first), ring, memory + skip, warpgroup);
+    consume<kKind>(Walk<kKind, Out>(work, first), ring, memory + skip, warpgroup);
   }
 #endif
 }

@@ -19,7 +19,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
-// Barriers ("Parallel Synchronization and Communication Instructions: mbarrier").
+// --- Barriers ("Parallel Synchronization and Communication Instructions: mbarrier") --------------
 // A phase ends when `arrivals` threads have arrived and all bytes that they expect have come.
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
@@ -36,22 +36,6 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
 __device__ __forceinline__ void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
-}
-// At the barrier of the same place in block `rank` of this cluster, this block's own included.
-__device__ __forceinline__ void arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-// All threads of a cluster's blocks meet ("barrier.cluster").
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 // Whether the phase of this parity has ended; sleeps a moment if not.
 __device__ __forceinline__ bool has_ended(uint32_t barrier, uint32_t parity) {
@@ -74,7 +58,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
     if (tries == 1 << 27) __trap();
 }
 
-// Copies ("Data Movement and Conversion Instructions: cp.async.bulk.tensor").
+// --- Copies ("Data Movement and Conversion Instructions: cp.async.bulk.tensor") ------------------
 
 // Brings the map's box at (x, y, z) to shared memory; x runs along rows. Zeros where the tensor
 // ends. Its bytes, zeros included, count for `barrier`. By one thread.
@@ -86,15 +70,8 @@ __device__ __forceinline__ void bring_box(uint32_t to, const CUtensorMap& map, u
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
-// The same to both blocks of a pair, at the same places of their shared memories and barriers.
-__device__ __forceinline__ void bring_box_to_both(uint32_t to, const CUtensorMap& map,
-                                                  uint32_t barrier, int x, int y, int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(x), "r"(y), "r"(z),
-      "h"((unsigned short)(3))
-      : "memory");
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 // Brings bytes into the L2 cache. REQUIRES: `from` and `bytes` are multiples of 16.
 __device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {
@@ -108,7 +85,7 @@ __device__ __forceinline__ void publish_stores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Registers ("Miscellaneous Instructions: setmaxnreg"), of all warps of a warpgroup.
+// --- Registers ("Miscellaneous Instructions: setmaxnreg"), of all warps of a warpgroup -----------
 
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
@@ -119,7 +96,7 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Products ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions").
+// --- Products ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions") -----------
 
 // A matrix descriptor ("Matrix Descriptor Format"), of a tile whose patterns lie one after another:
 //   bits  0-13  start address / 16
@@ -209,7 +186,7 @@ __device__ __forceinline__ void multiply_64_256_16(float (&d)[128], uint64_t a, 
       : "l"(a), "l"(b), "r"(int(add)), "n"(int(!kAAlongK)), "n"(int(!kBAlongK)));
 }
 
-// On the host.
+// --- On the host ---------------------------------------------------------------------------------
 
 // How TMA reads bf16 [depth, rows, cols], `cols` running fastest, in boxes of box_rows x box_cols
 // elements that lie in shared memory as swizzled rows of 128 bytes ("Tensors" and

@@ -13,10 +13,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMostGroups = 4096;  // their first tiles lie in shared memory
 constexpr bool kUseWgmma = true;   // false: grouped products go to mma.sync on every GPU
-constexpr bool kUsePairs = false;  // of blocks, for wgmma
-constexpr GroupedBy kGroupedBy = !kUseWgmma  ? GroupedBy::mma_sync
-                                 : kUsePairs ? GroupedBy::wgmma_in_pairs
-                                             : GroupedBy::wgmma;
 
 // to = from, or to += from, in f32. A warp takes a row, a lane four neighbours at a time. Reads and
 // writes each element once. Bound by HBM.
@@ -104,7 +100,7 @@ bool has_wgmma() {
              "cudaDeviceGetAttribute");
   if (major != 9) return false;
   cudaFuncAttributes facts{};
-  cuda_check(cudaFuncGetAttributes(&facts, grouped_wgmma::multiply<kKind, Out, 1>),
+  cuda_check(cudaFuncGetAttributes(&facts, grouped_wgmma::multiply<kKind, Out>),
              "cudaFuncGetAttributes");
   return facts.sharedSizeBytes > 0;
 }
@@ -115,7 +111,7 @@ bool tma_takes(const Op& op) {
   return in_sixteens(op.a) && in_sixteens(op.b) && op.a.elements() > 0 && op.b.elements() > 0;
 }
 
-template <GroupedKind kKind, class Out, int kBlocks, class Op>
+template <GroupedKind kKind, class Out, class Op>
 void launch_wgmma(Stream& stream, const Op& op, GroupedWork<__nv_bfloat16, Out> work,
                   int64_t tiles) {
   constexpr bool outer = kKind == GroupedKind::outer;
@@ -124,23 +120,13 @@ void launch_wgmma(Stream& stream, const Op& op, GroupedWork<__nv_bfloat16, Out> 
                                            grouped_wgmma::a_box_rows(kKind));
   const CUtensorMap b = hopper::tensor_map(
       op.b, uint64_t(outer ? 1 : op.b.shape[0]), uint64_t(outer ? op.b.rows() : op.b.shape[1]),
-      grouped_wgmma::kBoxCols, grouped_wgmma::b_box_rows(kKind, kBlocks));
-  const auto kernel = grouped_wgmma::multiply<kKind, Out, kBlocks>;
+      grouped_wgmma::kBoxCols, grouped_wgmma::b_box_rows(kKind));
+  const auto kernel = grouped_wgmma::multiply<kKind, Out>;
   const size_t bytes = grouped_wgmma::shared_bytes(outer ? 0 : work.groups);
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
              "cudaFuncSetAttribute");
-  const int64_t most = std::max(multiprocessors() / kBlocks, 1);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kBlocks, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid_of(std::min<int64_t>(tiles, most) * kBlocks);
-  config.blockDim = grouped_wgmma::kThreads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = native(stream);
-  config.attrs = &cluster;
-  config.numAttrs = kBlocks > 1 ? 1 : 0;
-  cuda_check(cudaLaunchKernelEx(&config, kernel, a, b, work), op.name);
+  const unsigned blocks = grid_of(std::min<int64_t>(tiles, multiprocessors()));
+  kernel<<<blocks, grouped_wgmma::kThreads, bytes, native(stream)>>>(a, b, work);
 }
 
 // At most this many tiles; how many there are depends on the groups' rows.
@@ -176,7 +162,7 @@ GroupedWork<Real, Out> work_of(const Op& op) {
 }
 
 template <GroupedKind kKind, class Op>
-void multiply_groups(Stream& stream, const Op& op, bool accumulate, GroupedBy by) {
+void multiply_groups(Stream& stream, const Op& op, bool accumulate, bool wgmma) {
   constexpr bool outer = kKind == GroupedKind::outer;
   using Narrow = std::conditional_t<outer, float, __nv_bfloat16>;  // out's, for bf16 operands
   const bool narrow = op.a.dtype == DType::bf16;
@@ -190,10 +176,8 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate, GroupedBy by
     auto work = work_of<__nv_bfloat16, Narrow>(op);
     work.accumulate = accumulate;
     const bool fast = in_sixteens(op.a) && in_sixteens(op.b);
-    const bool wgmma = by != GroupedBy::mma_sync && tma_takes(op) && has_wgmma<kKind, Narrow>();
-    if (wgmma && by == GroupedBy::wgmma_in_pairs)
-      launch_wgmma<kKind, Narrow, 2>(stream, op, work, tiles);
-    else if (wgmma) launch_wgmma<kKind, Narrow, 1>(stream, op, work, tiles);
+    if (wgmma && tma_takes(op) && has_wgmma<kKind, Narrow>())
+      launch_wgmma<kKind, Narrow>(stream, op, work, tiles);
     else if (fast) launch_mma<kKind, Narrow, true>(stream, work, tiles);
     else launch_mma<kKind, Narrow, false>(stream, work, tiles);
   } else {
@@ -205,6 +189,17 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate, GroupedBy by
         <<<blocks, grouped_simt::kThreads, bytes, native(stream)>>>(work);
   }
   cuda_check(cudaGetLastError(), op.name);
+}
+
+void multiply_groups(Stream& stream, const GroupedMatmul& op, bool wgmma) {
+  if (op.b_transposed)
+    multiply_groups<GroupedKind::matmul_b_transposed>(stream, op, false, wgmma);
+  else
+    multiply_groups<GroupedKind::matmul>(stream, op, false, wgmma);
+}
+
+void multiply_groups(Stream& stream, const GroupedOuter& op, bool wgmma) {
+  multiply_groups<GroupedKind::outer>(stream, op, op.accumulate, wgmma);
 }
 
 }  // namespace
@@ -247,19 +242,14 @@ void run_cuda(Stream& stream, const Matmul& op) {
   multiply_widened(stream, op, stream.workspace(size_t(widened_bytes(op))));
 }
 
-void multiply_groups(Stream& stream, const GroupedMatmul& op, GroupedBy by) {
-  if (op.b_transposed)
-    multiply_groups<GroupedKind::matmul_b_transposed>(stream, op, false, by);
-  else
-    multiply_groups<GroupedKind::matmul>(stream, op, false, by);
+void run_cuda(Stream& stream, const GroupedMatmul& op) { multiply_groups(stream, op, kUseWgmma); }
+
+void run_cuda(Stream& stream, const GroupedOuter& op) { multiply_groups(stream, op, kUseWgmma); }
+
+void multiply_by_mma(Stream& stream, const GroupedMatmul& op) {
+  multiply_groups(stream, op, false);
 }
 
-void multiply_groups(Stream& stream, const GroupedOuter& op, GroupedBy by) {
-  multiply_groups<GroupedKind::outer>(stream, op, op.accumulate, by);
-}
-
-void run_cuda(Stream& stream, const GroupedMatmul& op) { multiply_groups(stream, op, kGroupedBy); }
-
-void run_cuda(Stream& stream, const GroupedOuter& op) { multiply_groups(stream, op, kGroupedBy); }
+void multiply_by_mma(Stream& stream, const GroupedOuter& op) { multiply_groups(stream, op, false); }
 
 }  // namespace moemamba

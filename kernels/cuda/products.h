@@ -14,11 +14,9 @@ bool multiply_by_blas(Stream& stream, const Matmul& op);
 int64_t widened_bytes(const Matmul& op);
 void multiply_widened(Stream& stream, const Matmul& op, std::byte* scratch);
 
-// How grouped products of bf16 are computed. By wgmma only where the GPU is a Hopper and rows of a
-// and b lie on 16-byte borders; by mma.sync elsewhere. run() has one choice; the others are what it
-// is compared with and timed beside.
-enum class GroupedBy { mma_sync, wgmma, wgmma_in_pairs };
-void multiply_groups(Stream& stream, const GroupedMatmul& op, GroupedBy by);
-void multiply_groups(Stream& stream, const GroupedOuter& op, GroupedBy by);
+// Grouped products by mma.sync (f32: by FFMA) on every GPU: what run() is compared with and timed
+// beside where it goes to wgmma.
+void multiply_by_mma(Stream& stream, const GroupedMatmul& op);
+void multiply_by_mma(Stream& stream, const GroupedOuter& op);
 
 }  // namespace moemamba

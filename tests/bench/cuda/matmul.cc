@@ -1,15 +1,13 @@
 // Products at the sizes of a training step (d 512, inner width 1024, vocabulary 50304, 65536
 // tokens, 32 experts of 1536), in bf16 on one GPU: median of 20, TFLOP/s, and the share of what an
-// H100's largest bf16 product reaches. Grouped products: by mma.sync and by wgmma, alone and
-// in pairs of blocks; MISMATCH where a result differs from mma.sync's by more than rounding.
+// H100's largest bf16 product reaches. Grouped products: as they are run (wgmma on Hopper), beside
+// mma.sync; MISMATCH where the two differ by more than rounding.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <deque>
 #include <exception>
 #include <memory>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "core/arena.h"
@@ -25,16 +23,6 @@ namespace {
 constexpr int kRuns = 20, kWarmUps = 3;
 constexpr double kCeiling = 745e12;  // speed.md, section M: 8192^3 on an H100
 constexpr int64_t T = 65536, D = 512, V = 50304;
-constexpr std::pair<const char*, GroupedBy> kWays[] = {{"mma.sync", GroupedBy::mma_sync},
-                                                       {"wgmma", GroupedBy::wgmma},
-                                                       {"wgmma pairs", GroupedBy::wgmma_in_pairs}};
-
-// Of a result that differs so much from mma.sync's.
-std::string note_of(double difference) {
-  char note[64];
-  std::snprintf(note, sizeof note, "  %.1e%s", difference, difference < 1e-2 ? "" : " MISMATCH");
-  return note;
-}
 
 class Bench {
  public:
@@ -75,36 +63,29 @@ class Bench {
 
   template <class Op>
   void time_grouped(const std::string& what, double flops, const Op& op) {
-    const std::vector<float> expected = result(op, GroupedBy::mma_sync);
-    for (const auto& [name, by] : kWays)
-      time_work((what + ", " + name).c_str(), flops,
-                [&, by = by] { multiply_groups(stream_, op, by); },
-                note_of(difference(result(op, by), expected)).c_str());
-  }
-  template <class Op>
-  void check_grouped(const std::string& what, const Op& op) {
-    const std::vector<float> expected = result(op, GroupedBy::mma_sync);
-    std::printf("%-36s", what.c_str());
-    for (const auto& [name, by] : kWays)
-      std::printf("  %s%s", name, note_of(difference(result(op, by), expected)).c_str());
-    std::printf("\n");
+    const double error = difference(op);
+    char note[64];
+    std::snprintf(note, sizeof note, "  %.1e%s", error, error < 1e-2 ? "" : " MISMATCH");
+    time_work((what + ", wgmma").c_str(), flops, [&] { run(stream_, op); }, note);
+    time_work((what + ", mma.sync").c_str(), flops, [&] { multiply_by_mma(stream_, op); }, "");
   }
 
  private:
-  // ||found - expected|| / ||expected||; infinite where one is not finite.
-  static double difference(const std::vector<float>& found, const std::vector<float>& expected) {
+  // ||run() - mma.sync|| / ||mma.sync||, from zeros; infinite where one is not finite.
+  template <class Op>
+  double difference(const Op& op) {
+    Op other = op;
+    other.out = take(op.out.shape, op.out.dtype);
+    for (const Tensor& out : {op.out, other.out}) fill_zero(stream_, out);
+    run(stream_, op);
+    multiply_by_mma(stream_, other);
+    const std::vector<float> found = numbers(op.out), expected = numbers(other.out);
     double apart = 0, whole = 0;
     for (size_t i = 0; i < found.size(); ++i) {
       apart += double(found[i] - expected[i]) * double(found[i] - expected[i]);
       whole += double(expected[i]) * double(expected[i]);
     }
     return std::isfinite(apart) && whole > 0 ? std::sqrt(apart / whole) : INFINITY;
-  }
-  template <class Op>
-  std::vector<float> result(const Op& op, GroupedBy by) {  // from zeros
-    fill_zero(stream_, op.out);
-    multiply_groups(stream_, op, by);
-    return numbers(op.out);
   }
   std::vector<float> numbers(const Tensor& tensor) {
     std::vector<float> list(size_t(tensor.elements()));
@@ -191,33 +172,6 @@ void time_experts(Bench& bench, const Experts& s) {
   bench.forget();
 }
 
-// Groups of less and more rows than a tile, one empty; columns and K that end within one.
-void check_experts(Bench& bench) {
-  const Tensor offsets = bench.integers({0, 0, 1, 64, 128, 193, 320, 448, 577, 877});
-  for (int64_t N : {136, 512})
-    for (int64_t K : {64, 72, 512}) {
-      const Tensor x = bench.normal({900, K}), dy = bench.normal({900, N});
-      const Tensor w = bench.normal({9, N, K});
-      const std::string size = std::to_string(K) + " -> " + std::to_string(N);
-      bench.check_grouped("uneven, " + size + ", y", GroupedMatmul{.a = x,
-                                                                   .b = w,
-                                                                   .offsets = offsets,
-                                                                   .out = bench.take({900, N}),
-                                                                   .b_transposed = true});
-      bench.check_grouped(
-          "uneven, " + size + ", dx",
-          GroupedMatmul{.a = dy, .b = w, .offsets = offsets, .out = bench.take({900, K})});
-      for (bool accumulate : {false, true})
-        bench.check_grouped("uneven, " + size + (accumulate ? ", dW +=" : ", dW"),
-                            GroupedOuter{.a = dy,
-                                         .b = x,
-                                         .offsets = offsets,
-                                         .out = bench.take({9, N, K}, DType::f32),
-                                         .accumulate = accumulate});
-    }
-  bench.forget();
-}
-
 void time_head(Bench& bench) {
   std::vector<int32_t> targets;
   for (int64_t t = 0; t < T; ++t) targets.push_back(int32_t(t * 7919 % V));
@@ -244,7 +198,6 @@ int run_all() {
   std::printf("%s, %s; share of %.0f TFLOP/s\n", facts[0].name.c_str(), gpu::build().c_str(),
               kCeiling * 1e-12);
   Bench bench;
-  check_experts(bench);
   time_linear(bench, "in, 65536: 512 -> 2048", T, 512, 2048);
   time_linear(bench, "out, 65536: 1024 -> 512", T, 1024, 512);
   time_linear(bench, "x, 65536: 1024 -> 64", T, 1024, 64);
