@@ -77,38 +77,50 @@ class Block {
   std::unique_ptr<char, Free> data_;
 };
 
-// A new file that is written in blocks past the page cache, where that can be. The copy into the
-// block costs a tenth of the writing; memory of pieces begins on no border of the file's blocks.
-class BlockFile {
+// A shard's bytes from its first to its last: the header, then the pieces' memory.
+class ByteStream {
  public:
-  BlockFile(FileSystem& files, const std::string& path, const Block& block)
-      : file_(files.open(path, OpenMode::create_direct)), block_(block) {}
-
-  void write(const void* data, size_t bytes) {
-    const auto* from = static_cast<const char*>(data);
-    while (bytes > 0) {
-      const size_t part = std::min(bytes, block_.bytes() - filled_);
-      std::memcpy(block_.data() + filled_, from, part);
-      from += part, bytes -= part, filled_ += part;
-      if (filled_ == block_.bytes()) flush();
-    }
+  void add(const void* data, size_t bytes) {
+    if (bytes > 0) runs_.push_back({static_cast<const char*>(data), bytes});
   }
-  void finish() {
-    flush();
-    file_->sync();
-    file_->close();
+  // The next bytes, at most `most`; how many there were.
+  size_t take(char* to, size_t most) {
+    size_t taken = 0;
+    while (taken < most && next_ < runs_.size()) {
+      Run& run = runs_[next_];
+      const size_t part = std::min(run.bytes, most - taken);
+      std::memcpy(to + taken, run.data, part);
+      run.data += part, run.bytes -= part, taken += part;
+      if (run.bytes == 0) ++next_;
+    }
+    return taken;
   }
 
  private:
-  void flush() {
-    if (filled_ > 0) file_->write(block_.data(), filled_);
-    filled_ = 0;
-  }
-
-  std::unique_ptr<OutputFile> file_;
-  const Block& block_;
-  size_t filled_ = 0;
+  struct Run {
+    const char* data;
+    size_t bytes;
+  };
+  std::vector<Run> runs_;
+  size_t next_ = 0;
 };
+
+// Writes a new file in blocks, past the page cache where that can be. Pieces begin on no border of
+// the file's blocks, so that they are copied; one block is filled while the other is written.
+void write_blocks(FileSystem& files, const std::string& path, ByteStream& bytes,
+                  Block (&blocks)[2]) {
+  const auto file = files.open(path, OpenMode::create_direct);
+  size_t filled = bytes.take(blocks[0].data(), blocks[0].bytes());
+  for (int at = 0; filled > 0; at = 1 - at) {
+    Block& other = blocks[1 - at];
+    std::future<size_t> next =
+        std::async(std::launch::async, [&] { return bytes.take(other.data(), other.bytes()); });
+    file->write(blocks[at].data(), filled);
+    filled = next.get();
+  }
+  file->sync();
+  file->close();
+}
 
 void report_piece(const StatePiece& piece, int file, int64_t offset, ShardReport& report) {
   CheckpointManifest::Tensor* tensor = report.add_tensors();
@@ -144,11 +156,11 @@ class ShardBytes {
     for (const StatePiece& piece : shard_.pieces) digest.add(piece.data, bytes_of(piece));
     return digest.hex();
   }
-  void write(FileSystem& files, const std::string& path, const Block& block) const {
-    BlockFile file(files, path, block);
-    file.write(header_.data(), header_.size());
-    for (const StatePiece& piece : shard_.pieces) file.write(piece.data, bytes_of(piece));
-    file.finish();
+  ByteStream stream() const {
+    ByteStream stream;
+    stream.add(header_.data(), header_.size());
+    for (const StatePiece& piece : shard_.pieces) stream.add(piece.data, bytes_of(piece));
+    return stream;
   }
   // REQUIRES: the file is the next that `report` gets.
   void report_pieces(ShardReport& report) const {
@@ -200,9 +212,11 @@ void write_shards(FileSystem& files, const std::string& folder, const std::vecto
     for (const Shard& shard : shards) sum += state_hash_of(shard.pieces);
     return sum;
   });
-  const Block block(block_bytes);
-  for (size_t i = 0; i < shards.size(); ++i)
-    contents[i].write(files, join_path(folder, shards[i].name), block);
+  Block blocks[2] = {Block(block_bytes), Block(block_bytes)};
+  for (size_t i = 0; i < shards.size(); ++i) {
+    ByteStream bytes = contents[i].stream();
+    write_blocks(files, join_path(folder, shards[i].name), bytes, blocks);
+  }
   report.set_state_hash(state.get());  // first: it looks at a digest
   for (size_t i = 0; i < shards.size(); ++i) {
     contents[i].report_pieces(report);
