@@ -241,7 +241,7 @@ void copy(Stream& stream, const Tensor& from, const Tensor& to) {
   check(from.elements() == to.elements() && from.cols() == to.cols() && from.dtype == to.dtype,
         "copy: ", to_string(from.shape), " ", name_of(from.dtype), " to ", to_string(to.shape), " ",
         name_of(to.dtype));
-  if (stream.is_dry()) return;
+  if (stream.is_dry() || from.elements() == 0) return;
   if (stream.device() == DeviceKind::cuda) return gpu::copy_rows(stream, from, to);
   stream.submit([from, to] {
     const int64_t size = size_of(from.dtype);
@@ -257,7 +257,7 @@ void copy(Stream& stream, const Tensor& from, const Tensor& to) {
 }
 
 void fill_zero(Stream& stream, const Tensor& to) {
-  if (stream.is_dry()) return;
+  if (stream.is_dry() || to.elements() == 0) return;
   if (stream.device() == DeviceKind::cuda) return gpu::zero_rows(stream, to);
   stream.submit([to] {
     const int64_t size = size_of(to.dtype);
