@@ -77,14 +77,18 @@ cudaStream_t native_of(const Stream& stream) { return static_cast<cudaStream_t>(
 
 }  // namespace
 
-std::vector<Facts> devices(std::string* why_none) {
+// Any error of asking means that there is none.
+int count_devices(std::string* why_none) {
   int count = 0;
   const cudaError_t code = cudaGetDeviceCount(&count);
-  if (code != cudaSuccess || count == 0) {
-    if (why_none) *why_none = code == cudaSuccess ? "no GPU" : cudaGetErrorString(code);
-    (void)cudaGetLastError();
-    return {};
-  }
+  if (code == cudaSuccess && count > 0) return count;
+  if (why_none) *why_none = code == cudaSuccess ? "no GPU" : cudaGetErrorString(code);
+  (void)cudaGetLastError();
+  return 0;
+}
+
+std::vector<Facts> devices(std::string* why_none) {
+  const int count = count_devices(why_none);
   std::vector<Facts> list;
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties{};
@@ -162,7 +166,7 @@ double seconds_between(const std::shared_ptr<void>& from, const std::shared_ptr<
 
 std::unique_ptr<Stream::Impl> make_stream() {
   std::string why;
-  check(!devices(&why).empty(), "no GPU: ", why, "; use --device=cpu");
+  check(count_devices(&why) > 0, "no GPU: ", why, "; use --device=cpu");
   return std::make_unique<CudaStream>();
 }
 

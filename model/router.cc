@@ -101,15 +101,16 @@ void Router::balance(Stream& stream, const double* counts, float rate) const {
   const int64_t E = experts();
   double sum = 0;
   for (int64_t e = 0; e < E; ++e) sum += counts[e];
-  std::vector<float> values(static_cast<size_t>(E));
-  const Tensor host = view(values.data(), {E});
-  copy(stream, bias->value, host);
+  const bool far = bias->value.device == DeviceKind::cuda;
+  std::vector<float> values(far ? size_t(E) : 0);  // the CPU's steps allocate nothing
+  const Tensor host = far ? view(values.data(), {E}) : bias->value;
+  if (far) copy(stream, bias->value, host);
   stream.synchronize();
   for (int64_t e = 0; e < E; ++e) {
     const double above = counts[e] * double(E) - sum;  // exact: counts are whole numbers
-    values[size_t(e)] += above < 0 ? rate : above > 0 ? -rate : 0.f;
+    host.as<float>()[e] += above < 0 ? rate : above > 0 ? -rate : 0.f;
   }
-  copy(stream, host, bias->value);
+  if (far) copy(stream, host, bias->value);
   stream.synchronize();
 }
 

@@ -124,7 +124,7 @@ Evaluation Evaluator::run() {
   RoutingFacts routing{.choices = {}, .sums = view(device_facts_, n * 8, {4}, DType::f64)};
   if (n > 1) routing.choices = view(device_facts_, 8, {sizes.routers(), sizes.E}, DType::f64);
   loss_sum_ = view(device_facts_, 0, {1}, DType::f64);
-  fill_zero(session_.compute, facts);
+  fill_zero(session_.compute, view(device_facts_, 0, {n + 4}, DType::f64));
   for (size_t first = 0; first < pieces_.size(); first += ranks) {
     const bool takes_part = first + rank < pieces_.size();
     add_loss_of(takes_part ? pieces_[first + rank] : Piece{0, 0, 1, 1}, routing);

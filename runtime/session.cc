@@ -5,6 +5,16 @@
 
 namespace moemamba {
 
+namespace {
+
+// of_cpu: makes the kind of stream that a CPU has for the purpose.
+Stream stream_on(DeviceKind device, Session::Memory memory, FunctionRef<Stream()> of_cpu) {
+  if (memory == Session::Memory::planned_training) return Stream::dry(device);
+  return device == DeviceKind::cuda ? Stream::cuda() : of_cpu();
+}
+
+}  // namespace
+
 int64_t exchange_capacity(const ModelSizes& sizes, int64_t tokens, double factor, int group) {
   const int64_t share = std::max<int64_t>(1, tokens * std::max<int64_t>(1, sizes.K));
   const double rows = std::ceil(factor * double(share));
@@ -41,12 +51,8 @@ std::string idle_ranks_warning(int64_t global_batch, int64_t routing_group, int 
 Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
                  int64_t length, double exchange_rows, Memory memory)
     : groups(groups),
-      compute(memory == Memory::planned_training    ? Stream::dry(groups.device)
-              : groups.device == DeviceKind::cuda ? Stream::cuda()
-                                                  : Stream::immediate(threads)),
-      communication(memory == Memory::planned_training    ? Stream::dry(groups.device)
-                    : groups.device == DeviceKind::cuda ? Stream::cuda()
-                                                        : Stream::worker()),
+      compute(stream_on(groups.device, memory, [&] { return Stream::immediate(threads); })),
+      communication(stream_on(groups.device, memory, [] { return Stream::worker(); })),
       host(Stream::immediate()),
       store(groups, sizes.compute),
       model(sizes, store, groups.layout, groups.rank),
