@@ -3,9 +3,7 @@
 // ranks, or one rank alone, it says so and does nothing.
 #include <cstdio>
 
-#include "core/gpu.h"
 #include "core/random.h"
-#include "launcher/gpu_environment.h"
 #include "tests/support/bucket_scene.h"
 #include "tests/support/communicator_suite.h"
 #include "tests/support/exchange_scene.h"
@@ -86,41 +84,16 @@ void reduce_gradients(World& world) {
   agree_on_failures(world, 0);
 }
 
-// Empty, or why there is nothing to do here; the same on all ranks.
-std::string why_not(World& world) {
-  if (world.size() == 1) return "NCCL's groups have two ranks at least";
-  std::string why;
-  const auto gpus = int64_t(gpu::devices(&why).size());
-  if (agree_on_failures(world, gpus < world.node_size() ? 1 : 0) == 0) return "";
-  return concat(world.node_size(), " ranks on a machine with ", gpus, " GPUs",
-                why.empty() ? "" : " (" + why + ")");
-}
-
-int run() {
-  prepare_nccl_environment();
-  World world;
-  try {
-    if (const std::string why = why_not(world); !why.empty()) {
-      std::printf("rank %d of %d: skipped: %s\n", world.rank(), world.size(), why.c_str());
-      return 0;
+int64_t run_all(World& world) {
+  for (const CommunicatorCase& c : communicator_cases()) {
+    if (!applies(c, world.size())) continue;
+    if (const int64_t failed = run_case(world, c); failed > 0) {
+      std::fprintf(stderr, "%s: failed\n", c.name.c_str());
+      return failed;
     }
-    choose_gpu(world);
-    for (const CommunicatorCase& c : communicator_cases()) {
-      if (!applies(c, world.size())) continue;
-      const int64_t failed = run_case(world, c);
-      if (failed == 0) continue;
-      if (world.rank() == 0)
-        std::fprintf(stderr, "%s: %d ranks failed\n", c.name.c_str(), int(failed));
-      world.abort(3);
-    }
-    exchange_rows(world);
-    reduce_gradients(world);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "rank %d of %d: %s\n", world.rank(), world.size(), error.what());
-    world.abort(3);
   }
-  std::printf("rank %d of %d on %s: all promises kept over NCCL\n", world.rank(), world.size(),
-              world.hostname().c_str());
+  exchange_rows(world);
+  reduce_gradients(world);
   return 0;
 }
 
@@ -128,5 +101,5 @@ int run() {
 }  // namespace moemamba
 
 int main() {
-  return moemamba::run();
+  return moemamba::run_on_gpus("all promises kept over NCCL", moemamba::run_all);
 }

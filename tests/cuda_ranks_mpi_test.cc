@@ -6,10 +6,8 @@
 #include <cstdio>
 #include <thread>
 
-#include "core/gpu.h"
 #include "core/host_mirror.h"
 #include "core/random.h"
-#include "launcher/gpu_environment.h"
 #include "runtime/state_hash.h"
 #include "tests/support/mpi_world.h"
 #include "tests/support/training.h"
@@ -173,16 +171,6 @@ int64_t repeats_bit_for_bit(World& world, int expert) {
   return failed;
 }
 
-// Empty, or why there is nothing to do here; the same on all ranks.
-std::string why_not(World& world) {
-  if (world.size() == 1) return "one rank alone is compared with nothing";
-  std::string why;
-  const auto gpus = int64_t(gpu::devices(&why).size());
-  if (agree_on_failures(world, gpus < world.node_size() ? 1 : 0) == 0) return "";
-  return concat(world.node_size(), " ranks on a machine with ", gpus, " GPUs",
-                why.empty() ? "" : " (" + why + ")");
-}
-
 int64_t run_all(World& world) {
   const Equivalence equivalences[] = {
       {.name = "5 experts", .c = {.batch = 8}},
@@ -197,31 +185,9 @@ int64_t run_all(World& world) {
   return agree_on_failures(world, failed > 0 ? 1 : 0);
 }
 
-int start() {
-  prepare_nccl_environment();
-  World world;
-  try {
-    if (const std::string why = why_not(world); !why.empty()) {
-      std::printf("rank %d of %d: skipped: %s\n", world.rank(), world.size(), why.c_str());
-      return 0;
-    }
-    choose_gpu(world);
-    if (const int64_t failed = run_all(world); failed > 0) {
-      std::fprintf(stderr, "cuda_ranks: %d ranks failed\n", int(failed));
-      world.abort(3);
-    }
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "rank %d of %d: %s\n", world.rank(), world.size(), error.what());
-    world.abort(3);
-  }
-  std::printf("rank %d of %d on %s: all trainings held\n", world.rank(), world.size(),
-              world.hostname().c_str());
-  return 0;
-}
-
 }  // namespace
 }  // namespace moemamba
 
 int main() {
-  return moemamba::start();
+  return moemamba::run_on_gpus("all trainings held", moemamba::run_all);
 }
