@@ -5,7 +5,7 @@ add_library(fuzzed STATIC
   runtime/weights_files.cc runtime/checkpoint_folder.cc
   model/config.cc model/pattern.cc)
 foreach(proto model/model_config parallel/parallel_config runtime/train_config runtime/manifest
-        launcher/run_config)
+        launcher/launch_config launcher/run_config)
   target_sources(fuzzed PRIVATE ${CMAKE_BINARY_DIR}/generated/${proto}.pb.cc)
 endforeach()
 target_include_directories(fuzzed PUBLIC ${CMAKE_SOURCE_DIR})
