@@ -17,13 +17,13 @@ peers="--config configs/moe_mamba_32_25m.textproto --model.vocabulary=50304 --mo
 
 # name, then a command: its last lines, and how long it took.
 try() {
-  name=$1
+  label=$1
   shift
   begun=$(date +%s)
   code=0
-  timeout 280 "$@" >"$out/$name.log" 2>&1 || code=$?
-  echo "== $name: code $code, $(($(date +%s) - begun)) s"
-  tail -n "${lines:-6}" "$out/$name.log"
+  timeout 280 "$@" >"$out/$label.log" 2>&1 || code=$?
+  echo "== $label: code $code, $(($(date +%s) - begun)) s"
+  tail -n "${lines:-6}" "$out/$label.log"
 }
 # Columns of metrics.jsonl of two runs that must be the same.
 chain_of() { sed -n 's/.*"chain": *"\([0-9a-f]*\)".*/\1/p' "$1/metrics.jsonl" | tail -n 1; }
@@ -67,14 +67,15 @@ END
     quickstart)
       lines=60 try quickstart sh scripts/quickstart.sh
       ;;
-    tuned)  # the table's lines for this GPU, and a step without and with them
-      try step_before "$moemamba" bench step $peers
+    tuned)  # the table of products: its lines for this GPU, and a step with and without it
       try tune "$moemamba" bench tune $peers
-      grep '^{' "$out/tune.log" >"$out/lines.inc" || true
-      cat "$out/lines.inc" >>kernels/cuda/matmul_table.inc
-      sh scripts/build.sh cuda-release moemamba matmul_test >"$out/tuned_build.log" 2>&1
       try step_tuned "$moemamba" bench step $peers
-      try matmul_tuned build/cuda-release/matmul_test --require-cuda
+      cp kernels/cuda/matmul_table.inc "$out/table.inc"
+      sed -i '/^\/\//!d' kernels/cuda/matmul_table.inc
+      sh scripts/build.sh cuda-release moemamba >"$out/untuned_build.log" 2>&1
+      try step_untuned "$moemamba" bench step $peers
+      cp "$out/table.inc" kernels/cuda/matmul_table.inc
+      sh scripts/build.sh cuda-release moemamba >>"$out/untuned_build.log" 2>&1
       ;;
     lost)  # one of two ranks is killed, or stopped, amid its steps: how long until all have ended
       for signal in KILL STOP; do
