@@ -8,10 +8,10 @@
 namespace moemamba {
 namespace {
 
-// A list of protobuf grows by doubling: choices are 8 bytes for one of input, and while the list
-// moves the old ones are there too; an empty text is 32 behind a pointer. Both are of fixed length
-// (kMostChoices, kMostFields), as is what stays of a field that is not known.
-constexpr int64_t kMore = (16 << 10) + int64_t(12 * kMostChoices + 96 * kMostFields);
+// A list of protobuf doubles: a choice is 8 bytes for one of input, twice where there is room for
+// more, and while the list moves the old half is there too; an empty text is 32 behind a pointer.
+// Both lists are of fixed length (kMostChoices, kMostFields), as is what stays of unknown fields.
+constexpr int64_t kMore = (16 << 10) + int64_t(24 * kMostChoices + 96 * kMostFields);
 
 // Words in a stream until its end, or until one is refused. pieces: how it comes in.
 std::vector<std::string> read(std::string_view stream, size_t piece) {
