@@ -116,6 +116,7 @@ void Checkpoints::tell() {
                             " failed so far, older checkpoints are untouched"));
   }
   failed_in_a_row_ = 0;
+  newest_ = facts_.step;
   char text[200];
   int length =
       std::snprintf(text, sizeof text,

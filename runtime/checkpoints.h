@@ -34,7 +34,8 @@ class Checkpoints {
   // Says what became of the latest save, if it has ended. Between any steps, on this rank alone: it
   // waits for nobody.
   void announce();
-  int64_t failed() const { return failed_; }           // in all, as far as announced
+  int64_t failed() const { return failed_; }  // in all, as far as announced
+  int64_t newest() const { return newest_; }  // step of the latest good one, likewise; or -1
   double blocked_seconds() const { return blocked_; }  // of the latest save()
 
  private:
@@ -55,7 +56,7 @@ class Checkpoints {
   std::atomic<bool> ended_ = false;  // what follows is the caller's to read
   std::string problem_, untidy_;
   std::exception_ptr error_;
-  int64_t failed_ = 0, failed_in_a_row_ = 0;
+  int64_t failed_ = 0, failed_in_a_row_ = 0, newest_ = -1;
   double blocked_ = 0, seconds_ = 0, reread_seconds_ = 0;
 };
 

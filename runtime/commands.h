@@ -6,6 +6,7 @@
 #include "model/model_config.pb.h"
 #include "parallel/groups.h"
 #include "parallel/parallel_config.pb.h"
+#include "runtime/control.pb.h"
 #include "runtime/evaluate.h"
 #include "runtime/generate.h"
 #include "runtime/train_config.pb.h"
@@ -32,6 +33,9 @@ struct TrainRequest {
   int columns = 0;  // width of the terminal, 0 = not known
   // True on any rank: the run ends after the step at hand, with its weights. Empty: never.
   std::function<bool()> stop_wanted;
+  // What people want to know later; on rank 0 alone, from the thread that trains. Empty: nobody.
+  std::function<void(const RunEvent&)> on_event;
+  std::function<bool(int64_t step)> spoil;  // drill: TrainerOptions::spoil of this rank
 };
 
 struct TrainResult {
@@ -40,8 +44,7 @@ struct TrainResult {
 };
 // Leaves config.textproto, metrics.jsonl, loss.svg, experts.txt, checkpoints/ and weights/ in the
 // run's folder.
-TrainResult run_training(FileSystem& files, ProcessGroups& groups,
-                                       const TrainRequest& request);
+TrainResult run_training(FileSystem& files, ProcessGroups& groups, const TrainRequest& request);
 
 struct UseRequest {
   ModelConfig model;

@@ -79,6 +79,8 @@ size_t format_metrics(const StepRecord& record, char* buffer, size_t size) {
     line.put(",\"state_hash\":\"%016llx\"", static_cast<unsigned long long>(*record.state_hash));
   if (record.failed_saves != 0)
     line.put(",\"failed_saves\":%lld", static_cast<long long>(record.failed_saves));
+  if (record.replays != 0) line.put(",\"replays\":%lld", static_cast<long long>(record.replays));
+  if (record.skipped) line.put(",\"skipped\":true");
   line.put("}");
   return line.used();
 }
@@ -101,6 +103,14 @@ void MetricsWriter::record(const StepRecord& record) {
       std::fprintf(stderr, "metrics: %s; training goes on without these lines\n", error.what());
     drop_torn_line();
   }
+}
+
+void MetricsWriter::cut(FileSystem& files, int64_t step) {
+  file_.reset();
+  cut_metrics(files, path_, step);
+  file_ = files.open(path_, OpenMode::append);
+  bytes_ = size_of_file(path_);
+  torn_ = false;
 }
 
 void cut_metrics(FileSystem& files, const std::string& path, int64_t step) {

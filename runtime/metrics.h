@@ -37,6 +37,9 @@ struct StepRecord {
   std::array<char, 65> chain{};        // 64 hex digits; empty: none
   std::optional<uint64_t> state_hash;  // where the state was hashed after the step
   int64_t failed_saves = 0;            // checkpoints of this launch that failed so far
+  int64_t replays = 0;                 // attempts of this launch that were not finite, before it
+  bool skipped = false;                // nor was this one: nothing was changed by the step
+  int64_t skipped_steps = 0;           // of this launch so far
 };
 
 // metrics.jsonl: one JSON object a step, whole lines only; what is not finite becomes null.
@@ -47,6 +50,7 @@ class MetricsWriter {
   // Appends to `path`. Unlike a later write, failing to open is an Error.
   MetricsWriter(FileSystem& files, const std::string& path);
   void record(const StepRecord& record);
+  void cut(FileSystem& files, int64_t step);  // cut_metrics, and goes on behind it
   int64_t lost_lines() const { return lost_lines_; }
 
  private:

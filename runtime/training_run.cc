@@ -24,6 +24,7 @@ TrainerOptions options_of(const TrainRequest& request, const std::optional<Token
   options.data.sampling =
       request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular : Sampling::epochs;
   options.threads = request.threads;
+  options.spoil = request.spoil;
   return options;
 }
 
@@ -39,8 +40,8 @@ TrainerOptions fitting_options(const ProcessGroups& groups, const TrainRequest& 
 std::string devices_text(ProcessGroups& groups, Stream& host) {
   if (groups.device == DeviceKind::cpu) return "";
   std::map<std::string, int> kinds;
-  for (const std::string& name : gather_blobs(
-           *groups.control, host, gpu::devices()[size_t(gpu::used())].name))
+  for (const std::string& name :
+       gather_blobs(*groups.control, host, gpu::devices()[size_t(gpu::used())].name))
     ++kinds[name];
   std::string text;
   for (const auto& [name, count] : kinds)
@@ -133,12 +134,28 @@ void TrainingRun::take_folder() {
     tokenizer_->save(files_, join_path(request_.run, "tokenizer.model"));
 }
 
-void TrainingRun::resume() {
+// The newest checkpoint that holds, if there is one: state, hash chain and what is known of it.
+std::optional<CheckpointManifest> TrainingRun::load(std::string_view heading) {
   Session& session = trainer_.session();
-  const auto found = load_newest(files_, groups_, session.host, session.store,
-                                 {.run = request_.run,
-                                  .generation = generation_,
-                                  .say = [this](const std::string& text) { say(text); }});
+  auto found = load_newest(files_, groups_, session.host, session.store,
+                           {.run = request_.run,
+                            .generation = generation_,
+                            .say = [this](const std::string& text) { say(text); },
+                            .heading = heading});
+  if (!found) return found;
+  session.store.values_changed();
+  const uint64_t hash = hasher_.take(session.compute);
+  check(hash == found->state_hash(), request_.run, ": what was loaded has the hash ",
+        state_hash_text(hash), ", what was saved ", state_hash_text(found->state_hash()),
+        "; please report this");
+  loaded_step_ = found->step();
+  last_loss_ = found->loss();
+  chain_.resume(found->chain());
+  return found;
+}
+
+void TrainingRun::resume() {
+  const auto found = load("resumed    ");
   if (!found) {
     // It ended before its first checkpoint; but what has weights is not begun again unasked.
     check(!file_exists(join_path(request_.run, "weights")),
@@ -152,13 +169,8 @@ void TrainingRun::resume() {
     const std::string tokenizer = describe_tokenizer(tokenizer_);
     check(found->tokenizer() == tokenizer, request_.run, ": was trained with tokenizer ",
           found->tokenizer(), ", found ", tokenizer, "; give data.tokenizer as it was");
-    const uint64_t hash = hasher_.take(session.compute);
-    check(hash == found->state_hash(), request_.run, ": what was loaded has the hash ",
-          state_hash_text(hash), ", what was saved ", state_hash_text(found->state_hash()),
-          "; please report this");
-    first_step_ = loaded_step_ = found->step();
+    first_step_ = found->step();
     run_id_ = found->run_id();
-    chain_.resume(found->chain());
   }
   if (!speaks()) return;
   write_file(files_, join_path(request_.run, "config.textproto"), request_.resolved_text);
@@ -207,6 +219,11 @@ TrainResult TrainingRun::go() {
   for (; k < request_.train.steps() && !trainer_.stopping(); ++k) {
     if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
     StepRecord record = trainer_.step(k);
+    if (trainer_.skipped())
+      if (const std::optional<int64_t> back = mend(record)) {
+        k = *back - 1;
+        continue;
+      }
     after_step(record);
   }
   checkpoints_->finish();

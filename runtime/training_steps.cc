@@ -1,5 +1,6 @@
 // What a training run says and writes around its steps.
 #include <cstdio>
+#include <limits>
 
 #include "model/counts.h"
 #include "runtime/model_kind.h"
@@ -53,12 +54,15 @@ void TrainingRun::evaluate(StepRecord& record) {
   progress_->say(std::string_view(text, size_t(length)));
 }
 
-// The step's link in the hash chain, and now and then a hash of all that the steps have made.
+// The step's link in the hash chain, and now and then a hash of all that the steps have made. Of a
+// step that was left out nothing remains, so its numbers are none, whichever of them was not
+// finite.
 void TrainingRun::link(StepRecord& record) {
   const int64_t batch = request_.train.global_batch_size();
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
   chain_.add({.step = record.step,
-              .loss = record.loss,
-              .grad_norm = record.grad_norm,
+              .loss = record.skipped ? kNone : record.loss,
+              .grad_norm = record.skipped ? kNone : record.grad_norm,
               .first_sample = record.step * batch,
               .samples = batch});
   record.chain = chain_.text();
@@ -68,11 +72,11 @@ void TrainingRun::link(StepRecord& record) {
   record.state_hash = hasher_.take(trainer_.session().compute);
 }
 
-void TrainingRun::save_checkpoint(const StepRecord& record) {
+void TrainingRun::save_checkpoint(int64_t done) {
   trainer_.wait_weights();
-  CheckpointFacts facts{.step = record.step + 1,
-                        .next_sample = (record.step + 1) * request_.train.global_batch_size(),
-                        .loss = record.loss,
+  CheckpointFacts facts{.step = done,
+                        .next_sample = done * request_.train.global_batch_size(),
+                        .loss = last_loss_,
                         .chain = chain_.text().data(),
                         .run_id = run_id_,
                         .config = request_.resolved_text,
@@ -110,21 +114,6 @@ void TrainingRun::conclude(int64_t step) {
   save_weights_of(step);
 }
 
-// The terminal's line of a step, and what is out of the ordinary in it.
-void TrainingRun::report(const StepRecord& record, bool ends) {
-  constexpr int64_t kMostSkipped = 10;
-  skipped_in_a_row_ = trainer_.skipped() ? skipped_in_a_row_ + 1 : 0;
-  check(skipped_in_a_row_ < kMostSkipped, "steps ", record.step - kMostSkipped + 2, " to ",
-        record.step + 1,
-        ": loss or gradient is not finite; no parameter was changed by them. Try a "
-        "lower train.lr or a lower train.grad_clip");
-  if (!progress_) return;
-  if (trainer_.skipped())
-    progress_->say(
-        concat("step ", record.step + 1, ": loss or gradient is not finite: not applied"));
-  progress_->update(record, ends);
-}
-
 void TrainingRun::after_step(StepRecord& record) {
   const TrainConfig& train = request_.train;
   const int64_t done = record.step + 1;
@@ -132,15 +121,24 @@ void TrainingRun::after_step(StepRecord& record) {
   const bool last = done == train.steps(), stops = trainer_.stopping() && !last;
   checkpoints_->announce();
   record.failed_saves = checkpoints_->failed();
-  report(record, last || stops);
+  record.skipped_steps = skipped_steps_;
+  if (const auto trouble = troubles_.find(record.step); trouble != troubles_.end())
+    record.replays = trouble->second.failures - record.skipped;
+  if (!record.skipped) skipped_in_a_row_ = 0, last_loss_ = record.loss;
+  if (progress_) progress_->update(record, last || stops);
   if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
   link(record);
   if (metrics_) metrics_->record(record);
-  if (last || stops || due(train.save_interval())) save_checkpoint(record);
-  if (!last && !stops) return;
+  if (last || stops || due(train.save_interval())) save_checkpoint(done);
+  if (last || stops) end_after(done);
+}
+
+// The state of step `done` is in a checkpoint, or on its way there.
+void TrainingRun::end_after(int64_t done) {
+  const TrainConfig& train = request_.train;
   checkpoints_->finish();
   save_weights_of(done);
-  if (stops)
+  if (done < train.steps())
     say(concat("stopped    after step ", done, " of ", train.steps(),
                ", as asked; the same command goes on with it; the weights are in ",
                join_path(request_.run, "weights")));

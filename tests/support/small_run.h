@@ -28,6 +28,10 @@ struct SmallRun {
   int64_t crash_at = -1;
   std::function<void(int rank, int64_t step)> before_step;  // steps of this launch
   FileSystem* files = nullptr;                              // null: real ones that sync nothing
+  const char* train = "";  // further fields of TrainConfig, as text; they win
+  std::function<bool(int rank, int64_t step)> spoil;  // TrainerOptions::spoil of each rank
+  std::function<void(const RunEvent&)> on_event;
+  std::function<void(ProcessGroups&)> wire;  // on each rank, before its run
 };
 // One launch. Throws what it throws.
 TrainResult launch(const SmallRun& run);
