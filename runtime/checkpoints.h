@@ -13,6 +13,11 @@ namespace moemamba {
 // counts as a failed save and is set aside.
 class Checkpoints {
  public:
+  struct Ended {
+    int64_t step = 0;
+    std::string problem;  // "": it is there
+    double seconds = 0;   // from its step to its end, behind the steps for the most part
+  };
   struct Options {
     CheckpointWriter::Options writer;
     bool asynchronous = true;
@@ -22,6 +27,7 @@ class Checkpoints {
     // Rank 0, from the caller's thread: what became of a save. `warn`: of one that failed; empty:
     // as the others.
     std::function<void(const std::string&)> say, warn = {};
+    std::function<void(const Ended&)> on_end = {};  // rank 0, once for each save; empty: nobody
   };
   Checkpoints(FileSystem& files, ProcessGroups& groups, const ParameterStore& store,
               Options options);

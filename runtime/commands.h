@@ -9,6 +9,7 @@
 #include "runtime/control.pb.h"
 #include "runtime/evaluate.h"
 #include "runtime/generate.h"
+#include "runtime/metrics.h"
 #include "runtime/train_config.pb.h"
 
 namespace moemamba {
@@ -35,7 +36,16 @@ struct TrainRequest {
   std::function<bool()> stop_wanted;
   // What people want to know later; on rank 0 alone, from the thread that trains. Empty: nobody.
   std::function<void(const RunEvent&)> on_event;
-  std::function<bool(int64_t step)> spoil;  // drill: TrainerOptions::spoil of this rank
+  // Where a supervisor holds the lease of the run's folder: its generation now. Rank 0 then takes
+  // no lease, and commits while that one is the newest. Empty: rank 0 takes a lease of its own.
+  std::function<int64_t()> lease_generation;
+  // A step that has ended, with the time that this rank has waited for others in it; on every rank.
+  // Rank 0 gets the choices of all experts, [routers, E], with it.
+  std::function<void(const StepRecord&, const std::vector<double>& choices)> on_step;
+  // Drills: those of TrainerOptions, of this rank.
+  std::function<bool(int64_t step)> spoil;
+  std::function<void(int64_t step)> before_step;
+  std::function<void(int64_t step, double seconds)> before_verdict;
 };
 
 struct TrainResult {

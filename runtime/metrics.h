@@ -16,6 +16,8 @@ struct StepSeconds {
   double exchange = 0;   // waiting for expert rows
   double reduction = 0;  // waiting for gradients
   double optimizer = 0;
+  double all = 0;      // from its begin to its end
+  double waiting = 0;  // of these, for other ranks; 0 where nobody watches this rank
 };
 
 // What one step tells of itself. Losses are nats per token.
@@ -32,6 +34,7 @@ struct StepRecord {
   int64_t dead_experts = 0;       // over all layers
   int64_t dropped_rows = 0;
   StepSeconds seconds;
+  int64_t rows = 0;                // that this rank's experts worked on
   std::optional<double> val_loss;  // where the step ended with an evaluation
   std::optional<double> val_bpb;
   std::array<char, 65> chain{};        // 64 hex digits; empty: none

@@ -64,6 +64,7 @@ StateHasher::StateHasher(ProcessGroups& groups, const ParameterStore& store)
       host_(Stream::immediate()) {}
 
 uint64_t StateHasher::take(Stream& compute) {
+  const InPhase in_phase(groups_.activity, Phase::hashing);
   const Tensor sum = view(sum_, 0, {1}, DType::i64);
   fill_zero(compute, sum);
   add_hashes(compute, values_, sum);

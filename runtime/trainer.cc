@@ -6,6 +6,7 @@
 #include <limits>
 #include <utility>
 
+#include "core/gpu.h"
 #include "core/host_mirror.h"
 #include "kernels/adamw.h"
 #include "kernels/pointwise.h"
@@ -172,10 +173,12 @@ void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const double global_tokens = double(options_.data.global_batch * L);
   const double groups = double(options_.data.global_batch / options_.routing_group);
   const double routers = double(std::max<int64_t>(1, options_.sizes.routers()));
+  enter(Phase::data);
   auto start = Clock::now();
   const Tokens tokens = fill_tokens(k, index, count);
   seconds.data += since(start);
 
+  enter(Phase::forward);
   start = Clock::now();
   Step step = session_.begin(count, options_.routing_group);
   step.facts = &routing_;
@@ -190,6 +193,7 @@ void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const double forward_exchange = session_.exchange.take_seconds();
   seconds.forward += since(start) - forward_exchange;
 
+  enter(Phase::backward);
   start = Clock::now();
   const bool last = index + 1 == share_.micro_batches;
   if (last && options_.spoil && options_.spoil(k)) spoil_gradient();
@@ -210,6 +214,10 @@ void Trainer::share_facts(StepRecord& record) {
   if (staging_.data()) {
     copy(session_.compute, facts_tensor_, host_facts_);
     session_.compute.synchronize();
+  }
+  if (reduction_ends_) {
+    const double seconds = gpu::seconds_between(reduction_begins_, reduction_ends_);
+    session_.groups.activity->add_waited(std::chrono::nanoseconds(int64_t(seconds * 1e9)));
   }
   double* facts = host_facts_.as<double>();
   facts[kStop] = stop_wanted_;
@@ -249,28 +257,56 @@ StepRecord Trainer::step(int64_t k) {
   }
 }
 
-StepRecord Trainer::take_step(int64_t k) {
+void Trainer::enter(Phase phase) const {
+  if (session_.groups.activity) session_.groups.activity->enter(phase);
+}
+
+double Trainer::waited() const {
+  const Activity* activity = session_.groups.activity;
+  return activity ? std::chrono::duration<double>(activity->waited()).count() : 0;
+}
+
+// The host does not see how long a GPU waits here, so that one is measured where somebody asks.
+void Trainer::wait_reduction(StepSeconds& seconds) {
+  enter(Phase::reduction);
   const auto start = Clock::now();
+  const bool measures = session_.groups.activity && staging_.data();
+  if (measures) reduction_begins_ = gpu::mark(session_.compute);
+  buckets_.finish(session_.compute);
+  if (measures) reduction_ends_ = gpu::mark(session_.compute);
+  seconds.reduction = since(start);
+}
+
+StepRecord Trainer::take_step(int64_t k) {
+  if (session_.groups.activity) session_.groups.activity->begin_step(k);
+  if (options_.before_step) options_.before_step(k);
+  const auto start = Clock::now();
+  const double waited_before = waited();
+  session_.exchange.take_rows();
   StepRecord record;
   record.step = k;
   record.lr = learning_rate(options_.optimizer, k);
   fill_zero(session_.compute, facts_tensor_);
   for (int64_t i = 0; i < share_.micro_batches; ++i) micro_batch(k, i, record.seconds);
 
-  auto phase = Clock::now();
-  buckets_.finish(session_.compute);
-  record.seconds.reduction = since(phase);
-  phase = Clock::now();
+  record.rows = session_.exchange.take_rows();
+  wait_reduction(record.seconds);
+  if (options_.before_verdict)
+    options_.before_verdict(k, since(start) - (waited() - waited_before));
+  const auto phase = Clock::now();
   share_facts(record);
   judge(record);
+  enter(Phase::optimizer);
   session_.compute.wait(std::exchange(held_until_, {}));
   optimizer_.update(session_.compute, verdict_, k);
   if (!skipped_) session_.model.balance_routers(session_.compute, counts_);
   session_.store.values_changed();
   buckets_.gather_weights(session_.compute);
   record.seconds.optimizer = since(phase);
+  record.seconds.all = since(start);
+  record.seconds.waiting = waited() - waited_before;
   record.tokens_per_second =
-      double(options_.data.global_batch * options_.data.sequence_length) / since(start);
+      double(options_.data.global_batch * options_.data.sequence_length) / record.seconds.all;
   return record;
 }
 

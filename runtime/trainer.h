@@ -22,6 +22,10 @@ struct TrainerOptions {
   // Drill: where true, one element of this rank's gradient becomes NaN before the reduction of the
   // step. Asked once for each attempt at it. Empty: never.
   std::function<bool(int64_t step)> spoil = {};
+  // Drills, on the thread that trains: at the begin of an attempt at a step; and before what the
+  // ranks tell each other at its end, with the seconds that this one has computed. Empty: nothing.
+  std::function<void(int64_t step)> before_step = {};
+  std::function<void(int64_t step, double seconds)> before_verdict = {};
 };
 OptimizerSettings optimizer_settings(const TrainConfig& config);
 // All but `threads` and what belongs to files and their tokens.
@@ -83,6 +87,9 @@ class Trainer {
   Tokens host_tokens(int64_t tokens, int slot) const;
   Tokens fill_tokens(int64_t k, int64_t index, int64_t count);
   void micro_batch(int64_t k, int64_t index, StepSeconds& seconds);
+  void wait_reduction(StepSeconds& seconds);
+  void enter(Phase phase) const;
+  double waited() const;  // so far, as far as somebody watches this rank
   void spoil_gradient();
   int32_t own_trouble();
   Tensor fact(int which) const;  // [1] f64, where the model works
@@ -102,6 +109,7 @@ class Trainer {
   RoutingFacts routing_;
   std::vector<double> counts_;
   Event held_until_;
+  std::shared_ptr<void> reduction_begins_, reduction_ends_;  // marks of a GPU that is watched
   bool skipped_ = false, stop_wanted_ = false, stopping_ = false;
 };
 

@@ -27,13 +27,7 @@ std::string TrainingRun::place_of(int64_t k) const {
 
 void TrainingRun::tell(const char* kind, int64_t k, const std::string& text, double seconds) {
   warn(text);
-  if (!speaks() || !request_.on_event) return;
-  RunEvent event;
-  event.set_kind(kind);
-  event.set_step(k);
-  event.set_text(text);
-  if (seconds > 0) event.set_seconds(seconds);
-  request_.on_event(event);
+  note(kind, k, text, seconds);
 }
 
 // Takes the step again, then the way from the newest checkpoint, then leaves its batch out.

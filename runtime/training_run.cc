@@ -25,6 +25,8 @@ TrainerOptions options_of(const TrainRequest& request, const std::optional<Token
       request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular : Sampling::epochs;
   options.threads = request.threads;
   options.spoil = request.spoil;
+  options.before_step = request.before_step;
+  options.before_verdict = request.before_verdict;
   return options;
 }
 
@@ -65,6 +67,7 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
       hasher_(groups, trainer_.session().store) {
   open_evaluation();
   if (!request.init_from.empty()) {
+    const InPhase in_phase(groups.activity, Phase::loading);
     Session& session = trainer_.session();
     const FoundWeights found = find_weights(request.init_from, groups, session.host);
     load_weights(found.path, session.store, groups);
@@ -119,11 +122,13 @@ void TrainingRun::take_folder() {
     there();  // before anything is written
     const auto lifetime =
         std::chrono::milliseconds(int64_t(request_.checkpoint.lease_seconds() * 1e3));
-    lease_ = std::make_unique<Lease>(files_, request_.run, Lease::Options{.lifetime = lifetime});
+    if (!request_.lease_generation)
+      lease_ = std::make_unique<Lease>(files_, request_.run, Lease::Options{.lifetime = lifetime});
     const bool resumes = there() && !request_.overwrite;  // another may have begun it meanwhile
     if (!resumes)
       claim_run_folder(files_, request_.run, request_.resolved_text, request_.overwrite);
-    facts = concat(resumes ? "resume " : "new ", lease_->generation(), " ", fresh_nonce());
+    facts = concat(resumes ? "resume " : "new ",
+                   lease_ ? lease_->generation() : request_.lease_generation(), " ", fresh_nonce());
   }
   facts = broadcast_blob(*groups_.control, stream, facts);
   const size_t first = facts.find(' '), second = facts.rfind(' ');
@@ -136,6 +141,7 @@ void TrainingRun::take_folder() {
 
 // The newest checkpoint that holds, if there is one: state, hash chain and what is known of it.
 std::optional<CheckpointManifest> TrainingRun::load(std::string_view heading) {
+  const InPhase in_phase(groups_.activity, Phase::loading);
   Session& session = trainer_.session();
   auto found = load_newest(files_, groups_, session.host, session.store,
                            {.run = request_.run,
@@ -171,6 +177,7 @@ void TrainingRun::resume() {
           found->tokenizer(), ", found ", tokenizer, "; give data.tokenizer as it was");
     first_step_ = found->step();
     run_id_ = found->run_id();
+    note("resumed", first_step_, concat("goes on after step ", first_step_));
   }
   if (!speaks()) return;
   write_file(files_, join_path(request_.run, "config.textproto"), request_.resolved_text);
@@ -206,9 +213,15 @@ void TrainingRun::open_checkpoints() {
                     .always = loaded_step_},
       .max_failed = config.max_failed_saves(),
       .say = [this](const std::string& text) { say(text); },
-      .warn = [this](const std::string& text) { warn(text); }};
-  if (lease_) options.writer.may_write = [this] { return lease_->ours(); };
+      .warn = [this](const std::string& text) { warn(text); },
+      .on_end = [this](const Checkpoints::Ended& save) { note_save(save); }};
+  if (speaks()) options.writer.may_write = [this] { return may_write(); };
   checkpoints_.emplace(files_, groups_, trainer_.session().store, std::move(options));
+}
+
+// On rank 0: this launch still has the lease, or its supervisor has.
+bool TrainingRun::may_write() const {
+  return lease_ ? lease_->ours() : newest_lease(request_.run) == request_.lease_generation();
 }
 
 TrainResult TrainingRun::go() {

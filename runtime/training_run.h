@@ -26,6 +26,7 @@ class TrainingRun {
   void take_folder();
   void resume();
   std::optional<CheckpointManifest> load(std::string_view heading);
+  bool may_write() const;
   void open_reports();
   void open_checkpoints();
   void introduce();
@@ -54,6 +55,9 @@ class TrainingRun {
   void leave_out(int64_t k, const std::string& what);
   std::string place_of(int64_t k) const;
   void tell(const char* kind, int64_t k, const std::string& text, double seconds = 0);
+  // For TrainRequest::on_event alone: what people have been told already.
+  void note(const char* kind, int64_t step, const std::string& text, double seconds = 0);
+  void note_save(const Checkpoints::Ended& save);
 
   FileSystem& files_;
   ProcessGroups& groups_;

@@ -44,14 +44,35 @@ void TrainingRun::evaluate(StepRecord& record) {
   evaluation_ = evaluator_->run();
   record.val_loss = evaluation_->loss;
   record.val_bpb = evaluation_->bits_per_byte;
-  if (!progress_) return;
   char text[160];
+  std::snprintf(text, sizeof text, "held-out loss %.4f after step %lld", evaluation_->loss,
+                static_cast<long long>(record.step + 1));
+  note("evaluated", record.step, text);
+  if (!progress_) return;
   int length = std::snprintf(text, sizeof text, "held-out   after step %lld: loss %.4f",
                              static_cast<long long>(record.step + 1), evaluation_->loss);
   if (evaluation_->bits_per_byte)
     length += std::snprintf(text + length, sizeof text - size_t(length), ", %.4f bits per byte",
                             *evaluation_->bits_per_byte);
   progress_->say(std::string_view(text, size_t(length)));
+}
+
+void TrainingRun::note(const char* kind, int64_t step, const std::string& text, double seconds) {
+  if (!speaks() || !request_.on_event) return;
+  RunEvent event;
+  event.set_kind(kind);
+  event.set_step(step);
+  event.set_text(text);
+  if (seconds > 0) event.set_seconds(seconds);
+  request_.on_event(event);
+}
+
+void TrainingRun::note_save(const Checkpoints::Ended& save) {
+  const std::string which = concat("the checkpoint after step ", save.step);
+  if (save.problem.empty())
+    note("saved", save.step, which + " is there", save.seconds);
+  else
+    note("save_failed", save.step, concat(which, " could not be saved: ", save.problem));
 }
 
 // The step's link in the hash chain, and now and then a hash of all that the steps have made. Of a
@@ -92,6 +113,7 @@ void TrainingRun::save_checkpoint(int64_t done) {
 }
 
 void TrainingRun::save_weights_of(int64_t step) {
+  const InPhase in_phase(groups_.activity, Phase::finishing);
   Session& session = trainer_.session();
   WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
   metadata["config"] = request_.resolved_text;
@@ -125,7 +147,9 @@ void TrainingRun::after_step(StepRecord& record) {
   if (const auto trouble = troubles_.find(record.step); trouble != troubles_.end())
     record.replays = trouble->second.failures - record.skipped;
   if (!record.skipped) skipped_in_a_row_ = 0, last_loss_ = record.loss;
+  if (request_.on_step) request_.on_step(record, trainer_.expert_counts());
   if (progress_) progress_->update(record, last || stops);
+  if (stops) note("stopping", record.step, concat("ending after step ", done, ", as asked"));
   if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
   link(record);
   if (metrics_) metrics_->record(record);
@@ -145,6 +169,7 @@ void TrainingRun::end_after(int64_t done) {
 }
 
 void TrainingRun::finish() {
+  if (groups_.activity) groups_.activity->enter(Phase::finishing);
   if (!speaks()) return;
   if (progress_) progress_->finish();
   if (metrics_->lost_lines() > 0)

@@ -40,10 +40,16 @@ struct Told {
   }
 };
 
-// Its launch, and what it tells on the way.
+// Saves and the like are told as well.
+bool is_of_recovery(const RunEvent& event) {
+  return event.kind() == "replayed" || event.kind() == "rolled_back" || event.kind() == "skipped";
+}
+
+// Its launch, and what it tells of its recovery on the way.
 Told launch_and_listen(SmallRun run) {
   Told told;
   run.on_event = [&](const RunEvent& event) {
+    if (!is_of_recovery(event)) return;
     told.kinds.push_back(event.kind());
     told.texts.push_back(event.text());
     told.steps.push_back(event.step());
@@ -204,6 +210,7 @@ TEST(Nonfinite, ARollBackWaitsForTheSaveThatIsOnItsWay) {
     Kinds kinds;
     std::string text;
     run.on_event = [&](const RunEvent& event) {
+      if (!is_of_recovery(event)) return;
       if (event.kind() == "replayed") replayed.reach();
       kinds.push_back(event.kind());
       text = event.text();
@@ -224,7 +231,9 @@ TEST(Nonfinite, TenStepsInARowEndTheRun) {
     const int64_t first = save_interval == 0 ? 0 : 6;
     run.spoil = [first](int rank, int64_t step) { return rank == 1 && step >= first; };
     Kinds kinds;
-    run.on_event = [&](const RunEvent& event) { kinds.push_back(event.kind()); };
+    run.on_event = [&](const RunEvent& event) {
+      if (is_of_recovery(event)) kinds.push_back(event.kind());
+    };
     const std::string said = message_of([&] { launch(run); });
     EXPECT_NE(said.find(concat("steps ", first + 1, " to ", first + 10,
                                ": loss or gradient is not finite (in the last one: gradient of "
@@ -261,7 +270,9 @@ TEST(Nonfinite, TheRunEndsWhereItIsToStopAndNothingIsLost) {
   SmallRun spoilt = run;
   spoilt.spoil = Fault{.rank = 1, .times = kAlways}.spoil();
   Kinds kinds;
-  spoilt.on_event = [&](const RunEvent& event) { kinds.push_back(event.kind()); };
+  spoilt.on_event = [&](const RunEvent& event) {
+    if (is_of_recovery(event)) kinds.push_back(event.kind());
+  };
   const std::string said = message_of([&] { launch(spoilt); });
   for (const char* part : {"step 6 (samples 20 to 23)", "gradient of rank 1",
                            "also when taken again and on the way from the newest checkpoint",
@@ -286,7 +297,9 @@ TEST(Nonfinite, ARunThatIsAskedToStopMeanwhileEndsBeforeTheStep) {
     part.stop_rank = 1;
     part.spoil = Fault{.times = 2}.spoil();
     Kinds kinds;
-    part.on_event = [&](const RunEvent& event) { kinds.push_back(event.kind()); };
+    part.on_event = [&](const RunEvent& event) {
+      if (is_of_recovery(event)) kinds.push_back(event.kind());
+    };
     EXPECT_TRUE(launch(part).stopped);
     EXPECT_EQ(kinds, kReplayed);
     EXPECT_EQ(newest_manifest(run.folder).step(), 5);
