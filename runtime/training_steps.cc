@@ -44,6 +44,7 @@ void TrainingRun::evaluate(StepRecord& record) {
   evaluation_ = evaluator_->run();
   record.val_loss = evaluation_->loss;
   record.val_bpb = evaluation_->bits_per_byte;
+  if (samples_) write_sample(record.step);
   if (!progress_) return;
   char text[160];
   int length = std::snprintf(text, sizeof text, "held-out   after step %lld: loss %.4f",
@@ -52,6 +53,13 @@ void TrainingRun::evaluate(StepRecord& record) {
     length += std::snprintf(text + length, sizeof text - size_t(length), ", %.4f bits per byte",
                             *evaluation_->bits_per_byte);
   progress_->say(std::string_view(text, size_t(length)));
+}
+
+void TrainingRun::write_sample(int64_t k) {
+  const std::string text = samples_->take();
+  if (!sample_lines_) return;
+  const std::string line = sample_line(k, samples_->prompt(), text);
+  sample_lines_->add(line.data(), line.size());
 }
 
 // The step's link in the hash chain, and now and then a hash of all that the steps have made. Of a
