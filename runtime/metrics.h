@@ -1,10 +1,9 @@
 #pragma once
 #include <array>
-#include <memory>
 #include <optional>
 #include <string>
 
-#include "core/file.h"
+#include "runtime/line_file.h"
 
 namespace moemamba {
 
@@ -45,28 +44,17 @@ struct StepRecord {
   int64_t skipped_steps = 0;           // of this launch so far
 };
 
-// metrics.jsonl: one JSON object a step, whole lines only; what is not finite becomes null.
-// A disk that refuses a line costs that line and one sentence on stderr, never the training.
-// Allocates nothing after construction while the disk accepts.
+// metrics.jsonl: one JSON object a step; what is not finite becomes null.
 class MetricsWriter {
  public:
-  // Appends to `path`. Unlike a later write, failing to open is an Error.
   MetricsWriter(FileSystem& files, const std::string& path);
   void record(const StepRecord& record);
-  void cut(FileSystem& files, int64_t step);  // cut_metrics, and goes on behind it
-  int64_t lost_lines() const { return lost_lines_; }
+  void cut(int64_t step) { lines_.cut(step); }
+  int64_t lost_lines() const { return lines_.lost_lines(); }
 
  private:
-  void drop_torn_line();
-  std::string path_;
-  std::unique_ptr<OutputFile> file_;
-  int64_t bytes_ = 0;  // whole lines so far
-  bool torn_ = false;  // a part of a line may follow them
-  int64_t lost_lines_ = 0;
+  LineFile lines_;
 };
-
-// Drops the lines of steps from `step` on, for a run that goes on there, and a torn last line.
-void cut_metrics(FileSystem& files, const std::string& path, int64_t step);
 
 // The line of `record` without its newline, into buffer; returns its length.
 // REQUIRES: size >= kMetricsLine.

@@ -66,6 +66,7 @@ TrainerOptions trainer_options(const ModelSizes& sizes, const ParallelConfig& pa
   options.data.seed = train.seed();
   options.micro_batch = train.micro_batch_size();
   options.routing_group = train.routing_group();
+  options.sample_tokens = train.sample_tokens();
   options.exchange_rows = parallel.exchange_rows();
   options.seed = train.seed();
   return options;

@@ -15,6 +15,7 @@ struct TrainerOptions {
   DataOptions data;  // sequence_length, global_batch and seed of the run
   int64_t micro_batch = 0;
   int64_t routing_group = 1;
+  int64_t sample_tokens = 0;  // of texts between steps (samples.h), for the plan
   double exchange_rows = 1.25;
   int threads = 1;
   uint64_t seed = 42;

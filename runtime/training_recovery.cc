@@ -84,7 +84,8 @@ std::optional<int64_t> TrainingRun::roll_back(int64_t k, const std::string& what
   if (!found) return std::nullopt;  // somebody has removed it
   for (auto at = troubles_.lower_bound(found->step()); at != troubles_.end(); ++at)
     skipped_steps_ -= std::exchange(at->second.skipped, false);
-  if (metrics_) metrics_->cut(files_, found->step());
+  if (metrics_) metrics_->cut(found->step());
+  if (sample_lines_) sample_lines_->cut(found->step());
   const std::chrono::duration<double> took = Clock::now() - start;
   tell("rolled_back", k,
        concat(place_of(k), ": not finite, also when taken again: ", what,

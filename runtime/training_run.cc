@@ -56,6 +56,10 @@ std::string metrics_path(const std::string& run) {
   return join_path(run, "metrics.jsonl");
 }
 
+std::string samples_path(const std::string& run) {
+  return join_path(run, "samples.jsonl");
+}
+
 }  // namespace
 
 TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRequest& request)
@@ -104,8 +108,17 @@ void TrainingRun::open_evaluation() {
   HeldOut held_out = open_held_out({files.begin(), files.end()});
   bytes_per_token_ = double(held_out.bytes) / double(held_out.tokens());
   if (!holds_out) return;
-  evaluator_.emplace(trainer_.session(), std::move(held_out),
-                     evaluator_options(request_.train, tokenizer_));
+  const TrainConfig& train = request_.train;
+  if (train.sample_tokens() > 0) {
+    check(tokenizer_.has_value(),
+          "train.sample_tokens: data.tokenizer is \"none\", which makes no ",
+          "text of ids; take 0");
+    samples_.emplace(trainer_.session(), *tokenizer_, held_out,
+                     SamplesOptions{.tokens = train.sample_tokens(),
+                                    .prompt = train.sample_prompt(),
+                                    .seed = train.seed()});
+  }
+  evaluator_.emplace(trainer_.session(), std::move(held_out), evaluator_options(train, tokenizer_));
 }
 
 // Rank 0 takes the folder under a lease and finds out whether the run begins or goes on; all ranks
@@ -181,13 +194,15 @@ void TrainingRun::resume() {
   }
   if (!speaks()) return;
   write_file(files_, join_path(request_.run, "config.textproto"), request_.resolved_text);
-  cut_metrics(files_, metrics_path(request_.run), first_step_);
+  cut_lines(files_, metrics_path(request_.run), first_step_);
+  cut_lines(files_, samples_path(request_.run), first_step_);
 }
 
 void TrainingRun::open_reports() {
   if (!speaks()) return;
   const TrainConfig& train = request_.train;
   metrics_.emplace(files_, metrics_path(request_.run));
+  if (samples_) sample_lines_.emplace(files_, samples_path(request_.run), "samples");
   if (train.progress() == TrainConfig::OFF) return;
   const ModelSizes& sizes = trainer_.session().model.sizes();
   progress_.emplace(

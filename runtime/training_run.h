@@ -5,6 +5,7 @@
 #include "runtime/commands.h"
 #include "runtime/lease.h"
 #include "runtime/progress.h"
+#include "runtime/samples.h"
 #include "runtime/state_hash.h"
 #include "runtime/trainer.h"
 
@@ -34,6 +35,7 @@ class TrainingRun {
   // After each.
   void after_step(StepRecord& record);
   void evaluate(StepRecord& record);
+  void write_sample(int64_t k);
   void link(StepRecord& record);
   void save_checkpoint(int64_t done);
   void end_after(int64_t done);
@@ -72,7 +74,9 @@ class TrainingRun {
   std::string run_id_;
   int64_t first_step_ = 0, generation_ = 0, loaded_step_ = -1;
   HashChain chain_;
+  std::optional<Samples> samples_;
   std::optional<MetricsWriter> metrics_;
+  std::optional<LineFile> sample_lines_;
   std::optional<Progress> progress_;
   std::optional<Checkpoints> checkpoints_;
   std::optional<Evaluation> evaluation_;

@@ -44,6 +44,7 @@ void TrainingRun::evaluate(StepRecord& record) {
   evaluation_ = evaluator_->run();
   record.val_loss = evaluation_->loss;
   record.val_bpb = evaluation_->bits_per_byte;
+  if (samples_) write_sample(record.step);
   char text[160];
   std::snprintf(text, sizeof text, "held-out loss %.4f after step %lld", evaluation_->loss,
                 static_cast<long long>(record.step + 1));
@@ -73,6 +74,14 @@ void TrainingRun::note_save(const Checkpoints::Ended& save) {
     note("saved", save.step, which + " is there", save.seconds);
   else
     note("save_failed", save.step, concat(which, " could not be saved: ", save.problem));
+}
+
+void TrainingRun::write_sample(int64_t k) {
+  const InPhase in_phase(groups_.activity, Phase::evaluation);
+  const std::string text = samples_->take();
+  if (!sample_lines_) return;
+  const std::string line = sample_line(k, samples_->prompt(), text);
+  sample_lines_->add(line.data(), line.size());
 }
 
 // The step's link in the hash chain, and now and then a hash of all that the steps have made. Of a

@@ -99,7 +99,7 @@ TEST(Metrics, AreCutWhereARunGoesBackAndGrowOnBehindThat) {
   PosixFileSystem files;
   MetricsWriter writer(files, folder / "metrics.jsonl");
   for (int64_t step = 0; step < 4; ++step) writer.record(record(step));
-  writer.cut(files, 2);
+  writer.cut(2);
   writer.record(record(2));
   EXPECT_EQ(read_file(folder / "metrics.jsonl"), metrics_line(record(0)) + "\n" +
                                                      metrics_line(record(1)) + "\n" +

@@ -99,7 +99,8 @@ TrainResult launch(const SmallRun& run) {
     own.stop_wanted = [&run, rank = groups.rank, step = int64_t{0}]() mutable {
       if (run.before_step) run.before_step(rank, step);
       check(step != run.crash_at || rank != run.ranks - 1, "crashed, as the test wants");
-      return ++step == run.launch_steps && rank == run.stop_rank;
+      const bool stops = ++step == run.launch_steps || (run.stop_when && run.stop_when());
+      return stops && rank == run.stop_rank;
     };
     if (run.spoil)
       own.spoil = [&run, rank = groups.rank](int64_t step) { return run.spoil(rank, step); };
