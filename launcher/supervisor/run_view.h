@@ -18,7 +18,8 @@ struct RankView {
   std::string host, gpu;
   int64_t pid = 0;
   RankState state = RankState::absent;
-  Activity::Now activity;            // of its latest heartbeat
+  Activity::Now activity;            // of its latest heartbeat; its `group` is always ""
+  std::string group;                 // of the latest collective
   double heard = 0, progressed = 0;  // when: the latest heartbeat; the latest that showed progress
   int64_t resident_bytes = 0, gpu_bytes = 0;
   int64_t step = -1;                                                // latest that ended
