@@ -7,7 +7,7 @@ set -eu
 
 packages="g++ cmake ninja-build pkg-config libopenmpi-dev openmpi-bin libprotobuf-dev
 protobuf-compiler libopenblas-dev libssl-dev zlib1g-dev libcli11-dev nlohmann-json3-dev
-libsentencepiece-dev libhwloc-dev libgtest-dev libbenchmark-dev iproute2 strace e2fsprogs mount
+libsentencepiece-dev libhwloc-dev libboost-dev libgtest-dev libbenchmark-dev iproute2 strace e2fsprogs mount
 procps xz-utils bzip2 ca-certificates ${MOEMAMBA_MORE_PACKAGES:-}"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
