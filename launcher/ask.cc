@@ -25,12 +25,14 @@ constexpr size_t kMostBytes = 1 << 20;
 
 // True for what mpirun and srun set for the ranks that they start, false for what people set.
 bool belongs_to_a_rank(std::string_view variable) {
+  if (variable.starts_with("PMIX_MCA_")) return false;
   if (variable.starts_with("PMIX_") || variable.starts_with("PMI_")) return true;
-  if (!variable.starts_with("OMPI_")) return false;
+  if (variable.starts_with("SLURM_"))
+    return std::getenv("SLURM_STEP_ID") && !variable.starts_with("SLURM_CONF=");
+  if (!variable.starts_with("OMPI_") || !std::getenv("OMPI_COMM_WORLD_RANK")) return false;
   for (const char* peoples : {"OMPI_ALLOW_", "OMPI_MCA_btl_", "OMPI_MCA_oob_", "OMPI_MCA_plm_"})
     if (variable.starts_with(peoples)) return false;
-  const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
-  return rank != nullptr;
+  return true;
 }
 
 std::vector<std::string> environment_with(

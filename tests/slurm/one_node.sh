@@ -35,8 +35,7 @@ tear_down() {
   done
   local left
   left=$(of_this_node)
-  kill -KILL $daemons $left 2>/dev/null
-  wait
+  { kill -KILL $daemons $left; wait; } 2>/dev/null
   [ -z "${MOEMAMBA_SLURM_LOGS:-}" ] || cp "$folder"/*.log "$MOEMAMBA_SLURM_LOGS" 2>/dev/null
   rm -rf "$folder"
 }
