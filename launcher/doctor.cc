@@ -70,7 +70,7 @@ HostReport examine_host(const DoctorOptions& options) {
                                      begin([&](HostReport& part) { check_machine(options, part); }),
                                      begin([&](HostReport& part) { check_limits(options, part); }),
                                      begin([](HostReport& part) { check_network(part); }),
-                                     begin([](HostReport& part) { check_gpus(part); }),
+                                     begin([&](HostReport& part) { check_gpus(options, part); }),
                                      begin([&](HostReport& part) { check_disk(options, part); })};
   HostReport report{.host = name.data()};
   for (auto& waited : parts) {

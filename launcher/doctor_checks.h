@@ -25,7 +25,7 @@ void check_machine(const DoctorOptions& options, HostReport& report);
 void check_limits(const DoctorOptions& options, HostReport& report);
 void check_network(HostReport& report);
 void check_mpi(HostReport& report);
-void check_gpus(HostReport& report);
+void check_gpus(const DoctorOptions& options, HostReport& report);
 void check_disk(const DoctorOptions& options, HostReport& report);
 
 // The processes of their own: what they print, and their exit code.

@@ -170,7 +170,7 @@ int probe_gpus() {
   return 0;
 }
 
-void check_gpus(HostReport& report) {
+void check_gpus(const DoctorOptions& options, HostReport& report) {
   const std::vector<SmiGpu> smi = ask_smi();
   const std::string driver = find_driver(smi);
   report.checks.push_back(check_driver(driver));
@@ -197,6 +197,11 @@ void check_gpus(HostReport& report) {
   report.facts.emplace_back("GPUs", names);
   check_links(gpus, report);
   if (gpus > 0) report.checks.push_back(check_multicast());
+  if (gpus > 0 && size_t(options.ranks) > gpus)
+    report.checks.push_back(
+        {"GPU slots", Verdict::fail,
+         concat(options.ranks, " ranks, but ", gpus, " GPUs, one for each rank"),
+         concat("slots=", gpus, " in the hostfile, or --ranks ", gpus)});
 }
 
 }  // namespace moemamba

@@ -26,7 +26,7 @@ TEST_F(Slurm, AJobThatIsInterruptedComesBackUntilItsLastStep) {
             "/tests/slurm/one_node.sh " MOEMAMBA_SOURCE_DIR
             "/tests/slurm/interruptions.sh " MOEMAMBA_SOURCE_DIR
             "/scripts/train.sbatch -- --model.width=64 --model.blocks=2 --model.experts=4 "
-            "--train.sequence_length=64 --train.global_batch_size=8 --train.steps=1500 "
+            "--train.sequence_length=64 --train.global_batch_size=8 --train.steps=2000 "
             "--train.save_interval=100 --data.train=tokens/train --parallel.expert=2");
   if (result.code == kCannotRun) GTEST_SKIP() << result.out;
   ASSERT_EQ(result.code, 0) << result.out << result.err;
@@ -35,9 +35,9 @@ TEST_F(Slurm, AJobThatIsInterruptedComesBackUntilItsLastStep) {
   const std::string log = read_file(*this / "job.log");
   EXPECT_EQ(count(log, "resumed    "), 3) << log;
   EXPECT_EQ(count(log, "stopped    after step"), 3) << log;
-  EXPECT_EQ(numbers_of(read_file(*this / "run/metrics.jsonl"), "loss").size(), 1500u);
+  EXPECT_EQ(numbers_of(read_file(*this / "run/metrics.jsonl"), "loss").size(), 2000u);
   const auto interrupted = newest_checkpoint("run"), straight = newest_checkpoint("straight");
-  EXPECT_EQ(interrupted.at("step"), 1500);
+  EXPECT_EQ(interrupted.at("step"), 2000);
   EXPECT_EQ(interrupted.at("chain"), straight.at("chain"));
   EXPECT_EQ(interrupted.at("state_hash"), straight.at("state_hash"));
 }

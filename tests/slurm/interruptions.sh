@@ -17,18 +17,18 @@ fail() {
   exit 1
 }
 field() { scontrol show job "$job" | grep -o "\\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
-lines() { wc -l <run/metrics.jsonl 2>/dev/null || echo 0; }
+lines() { cat run/metrics.jsonl 2>/dev/null | wc -l; }
 # The job has been started for the N-th time and has since done ten steps.
 in_full_run() {
   local what=$1 restarts=$2
-  for _ in $(seq 600); do
+  for _ in $(seq 1200); do
     [ "$(field Restarts)" = "$restarts" ] && [ "$(field JobState)" = RUNNING ] && break
     sleep 0.1
   done
   [ "$(field Restarts)" = "$restarts" ] || fail "$what: the job does not come back"
   local from
   from=$(lines)
-  for _ in $(seq 600); do
+  for _ in $(seq 1200); do
     [ "$(lines)" -ge $((from + 10)) ] && return
     sleep 0.1
   done

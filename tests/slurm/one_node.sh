@@ -48,10 +48,10 @@ begin() {  # name of the log, command
   "$@" >>"$log" 2>&1 &
   daemons="$daemons $!"
 }
-wait_for() {  # what is said if it does not come within 20 s, command
+wait_for() {  # what is said if it does not come within a minute, command
   local what=$1
   shift
-  for _ in $(seq 100); do
+  for _ in $(seq 300); do
     "$@" >/dev/null 2>&1 && return
     sleep 0.2
   done
@@ -96,7 +96,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
-SchedulerParameters=sched_interval=1
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MpiDefault=none
