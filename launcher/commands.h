@@ -23,5 +23,6 @@ Command add_settings(CLI::App& app, const Words& words);
 Command add_compare(CLI::App& app, const Words& words);
 Command add_inspect(CLI::App& app, const Words& words);
 Command add_bench(CLI::App& app, const Words& words);
+Command add_doctor(CLI::App& app, const Words& words);
 
 }  // namespace moemamba

@@ -46,7 +46,8 @@ int run(int argc, char** argv) {
       {"launch", add_launch(app, words)},     {"evaluate", add_evaluate(app, words)},
       {"generate", add_generate(app, words)}, {"plan", add_plan(app, words)},
       {"settings", add_settings(app, words)}, {"compare", add_compare(app, words)},
-      {"inspect", add_inspect(app, words)},   {"bench", add_bench(app, words)}};
+      {"inspect", add_inspect(app, words)},   {"bench", add_bench(app, words)},
+      {"doctor", add_doctor(app, words)}};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -8,7 +8,9 @@
 namespace moemamba {
 
 // While it lives, the first SIGINT, SIGTERM or SIGUSR1 only asks this process to stop, which says
-// `notice` on standard error; the next one ends it as ever. Afterwards they are ignored, unless
+// `notice` on standard error; the next one ends it as ever, but for SIGTERM and SIGUSR1 within two
+// seconds of the first: a scheduler that ends a job sends some of its processes two of a kind.
+// Afterwards they are ignored, unless
 // an exception is on its way: a process that has done its work must not die of them on its way out.
 // A signal that the process ignored
 // before stays ignored. REQUIRES: made before other threads of this program (those of libraries
@@ -23,6 +25,7 @@ class StopSignals {
 
  private:
   void watch();
+  bool outlasts_repeats();
   sigset_t signals_, before_;
   std::string notice_;
   std::atomic<int> received_ = 0;

@@ -358,4 +358,10 @@ std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicato
                                             exit_code);
 }
 
+std::string nccl_version() {
+  int version = 0;  // 22105: 2.21.5
+  if (ncclGetVersion(&version) != ncclSuccess) return "unknown";
+  return concat(version / 10000, ".", version % 10000 / 100, ".", version % 100);
+}
+
 }  // namespace moemamba

@@ -1,6 +1,7 @@
 #!/bin/sh
 # two_hosts.sh RANKS_PER_HOST PROGRAM [ARGUMENT...]: runs the program under mpirun on two hosts,
 # network namespaces "a" and "b" with an orted each, joined with mpirun's own namespace by a bridge.
+# RANKS_PER_HOST 0: runs the program as it is beside the two, and an mpirun of its own reaches them.
 # Exit code: mpirun's; 77 with a reason where namespaces cannot be made (1 where CI=true).
 ranks=$1
 shift
@@ -43,6 +44,12 @@ for host in a b; do
   number=$((number + 1))
 done
 
+if [ "$ranks" = 0 ]; then
+  export OMPI_MCA_plm_rsh_agent="$here/agent.sh" OMPI_MCA_plm_rsh_no_tree_spawn=1 \
+    OMPI_MCA_oob_tcp_if_include=wire OMPI_MCA_btl_tcp_if_include=wire
+  TMPDIR=$scratch ip netns exec "$MOEMAMBA_HOSTS-head" timeout 300 "$@"
+  exit
+fi
 # TMPDIR: the hosts share one file system here, and session folders must not outlive the test.
 TMPDIR=$scratch ip netns exec "$MOEMAMBA_HOSTS-head" timeout 300 \
   mpirun --allow-run-as-root --bind-to none --host "a:$ranks,b:$ranks" -n $((2 * ranks)) \
