@@ -13,6 +13,7 @@
 
 #include "core/error.h"
 #include "runtime/checkpoint_folder.h"
+#include "runtime/process_facts.h"
 
 namespace moemamba {
 
@@ -33,26 +34,10 @@ std::string first_line(const std::string& path) {
   return line;
 }
 
-// Ticks between the boot and the start of a process; 0: there is no such process, or a dead one.
-int64_t start_of(int64_t pid) {
-  const std::string line = first_line(concat("/proc/", pid, "/stat"));
-  const size_t name_end = line.rfind(')');  // the name may hold anything
-  if (name_end == std::string::npos) return 0;
-  std::istringstream fields(line.substr(name_end + 1));
-  std::string field;
-  fields >> field;
-  if (field == "Z" || field == "X") return 0;
-  for (int i = 4; i <= 22; ++i) fields >> field;
-  return std::atoll(field.c_str());
-}
-
 LeaseOwner this_process() {
   char host[256] = {};
   gethostname(host, sizeof host - 1);
-  return {.host = host,
-          .boot_id = first_line("/proc/sys/kernel/random/boot_id"),
-          .pid = getpid(),
-          .started = start_of(getpid())};
+  return {.host = host, .boot_id = boot_id(), .pid = getpid(), .started = process_start(getpid())};
 }
 
 std::string path_of(const std::string& run, int64_t generation) {
@@ -96,7 +81,7 @@ LeaseState read_lease(const std::string& path) {
 bool dead_here(const LeaseOwner& owner) {
   const LeaseOwner self = this_process();
   return owner.boot_id == self.boot_id && owner.host == self.host && owner.pid > 0 &&
-         start_of(owner.pid) != owner.started;
+         process_start(owner.pid) != owner.started;
 }
 
 // For people: who holds the newest lease. It may be replaced while it is being read.
