@@ -77,7 +77,8 @@ class NcclCommunicator final : public Communicator {
 
  private:
   // A call on its way. It is late when `done` does not follow `begun` within the deadline: what the
-  // stream has to do before does not count.
+  // stream has to do before does not count. Whoever watches this rank hears of a call when it is
+  // enqueued, and of its end when somebody looks.
   struct Pending {
     cudaEvent_t begun = nullptr, done = nullptr;
     std::optional<Clock::time_point> since;  // begun was seen
@@ -89,6 +90,7 @@ class NcclCommunicator final : public Communicator {
   void exchange(Stream& stream, const AllToAll& call);
   void look();  // what poll() looks for, in this order
   void look_at_calls();
+  static std::chrono::nanoseconds time_of(const Pending& pending);  // REQUIRES: it is past
   void take(ncclResult_t result);    // fails unless it is success or "in progress"
   void settle(ncclResult_t result);  // waits until NCCL has done what it does on the host
   [[noreturn]] void fail(ncclResult_t result);
@@ -121,8 +123,8 @@ NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> beside,
       exit_code_(exit_code),
       flags_(DeviceKind::cuda, 2 * beside_->size() * kFlag) {
   for (Pending& pending : calls_) {
-    call(cudaEventCreateWithFlags(&pending.begun, cudaEventDisableTiming), "cudaEventCreate");
-    call(cudaEventCreateWithFlags(&pending.done, cudaEventDisableTiming), "cudaEventCreate");
+    call(cudaEventCreate(&pending.begun), "cudaEventCreate");
+    call(cudaEventCreate(&pending.done), "cudaEventCreate");
   }
   try {
     connect();
@@ -228,8 +230,9 @@ void NcclCommunicator::all_gather(Stream& stream, const void* send, void* recv, 
 void NcclCommunicator::begin(const Stream& stream) {
   look();
   check(stream.device() == DeviceKind::cuda, "group ", name(), ": NCCL works on CUDA streams");
+  begin_call();
   tracked_ = last_ - first_ < calls_.size();  // else an earlier one hangs before this one can
-  if (!tracked_) return;
+  if (!tracked_) return end_call({});
   Pending& pending = calls_[last_ % calls_.size()];
   pending.since.reset();
   call(cudaEventRecord(pending.begun, native(stream)), "cudaEventRecord");
@@ -268,11 +271,20 @@ void NcclCommunicator::look_at_calls() {
   };
   for (; first_ < last_; ++first_) {
     Pending& pending = calls_[first_ % calls_.size()];
-    if (past(pending.done)) continue;
+    if (past(pending.done)) {
+      if (activity()) end_call(time_of(pending));
+      continue;
+    }
     if (!pending.since && past(pending.begun)) pending.since = Clock::now();
     if (pending.since && Clock::now() - *pending.since > deadline_) miss();
     return;
   }
+}
+
+std::chrono::nanoseconds NcclCommunicator::time_of(const Pending& pending) {
+  float time = 0;  // in milliseconds
+  call(cudaEventElapsedTime(&time, pending.begun, pending.done), "cudaEventElapsedTime");
+  return std::chrono::nanoseconds(int64_t(double(time) * 1e6));
 }
 
 void NcclCommunicator::take(ncclResult_t result) {

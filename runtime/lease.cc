@@ -52,16 +52,6 @@ std::optional<int64_t> generation_of(const std::string& name) {
   return std::atoll(name.c_str());
 }
 
-// The highest generation there is; 0: none.
-int64_t newest_generation(const std::string& run) {
-  int64_t newest = 0;
-  std::error_code error;
-  for (fs::directory_iterator at(join_path(run, kFolder), error), end; !error && at != end;
-       at.increment(error))
-    newest = std::max(newest, generation_of(at->path().filename().string()).value_or(0));
-  return newest;
-}
-
 struct LeaseState {
   LeaseOwner owner;
   int64_t beats = -1;  // -1: not written yet
@@ -88,7 +78,7 @@ bool dead_here(const LeaseOwner& owner) {
 std::string newest_owner(const std::string& run) {
   LeaseOwner owner;
   for (int i = 0; i < 20 && owner.pid == 0; ++i)
-    owner = read_lease(path_of(run, newest_generation(run))).owner;
+    owner = read_lease(path_of(run, newest_lease(run))).owner;
   return describe(owner);
 }
 
@@ -108,7 +98,7 @@ void wait_for_end(const std::string& run, int64_t generation, const Lease::Optio
     std::this_thread::sleep_for(milliseconds(50));
     const LeaseState now = read_lease(path);
     if (ended(now.owner)) return;
-    if (now.beats != first.beats || newest_generation(run) != generation) refuse(run);
+    if (now.beats != first.beats || newest_lease(run) != generation) refuse(run);
     if (!said && Clock::now() - start > options.patience) {
       said = true;
       std::fprintf(stderr,
@@ -121,6 +111,15 @@ void wait_for_end(const std::string& run, int64_t generation, const Lease::Optio
 
 }  // namespace
 
+int64_t newest_lease(const std::string& run) {
+  int64_t newest = 0;
+  std::error_code error;
+  for (fs::directory_iterator at(join_path(run, kFolder), error), end; !error && at != end;
+       at.increment(error))
+    newest = std::max(newest, generation_of(at->path().filename().string()).value_or(0));
+  return newest;
+}
+
 std::string describe(const LeaseOwner& owner) {
   return owner.pid > 0 ? concat("process ", owner.pid, " on ", owner.host) : "another launch";
 }
@@ -128,7 +127,7 @@ std::string describe(const LeaseOwner& owner) {
 Lease::Lease(FileSystem& files, std::string run, const Options& options)
     : files_(files), run_(std::move(run)), options_(options) {
   files.make_folders(join_path(run_, kFolder));
-  const int64_t newest = newest_generation(run_);
+  const int64_t newest = newest_lease(run_);
   if (newest > 0) wait_for_end(run_, newest, options_);
   generation_ = newest + 1;
   take();
@@ -160,7 +159,7 @@ void Lease::take() {
       files_.remove(draft);
     } catch (const Error&) {  // the next owner does it
     }
-    if (newest_generation(run_) < generation_) throw;  // not taken: the disk refuses
+    if (newest_lease(run_) < generation_) throw;  // not taken: the disk refuses
   }
   if (taken && !ours()) files_.remove(path);  // others have taken and left it since it was free
   if (!taken || !ours()) refuse(run_);
@@ -197,7 +196,7 @@ Lease::~Lease() {
 }
 
 bool Lease::ours() const {
-  return newest_generation(run_) == generation_;
+  return newest_lease(run_) == generation_;
 }
 
 void Lease::write(int64_t beats, bool released) {

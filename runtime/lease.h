@@ -57,6 +57,10 @@ class Lease {
   std::thread heart_;
 };
 
+// The highest generation in a run's folder; 0: none. For who works under the lease of another
+// process, which tells it the generation.
+int64_t newest_lease(const std::string& run);
+
 // For messages: "process 123 on host" of a lease's file.
 std::string describe(const LeaseOwner& owner);
 
