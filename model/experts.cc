@@ -6,16 +6,6 @@
 
 namespace moemamba {
 
-namespace {
-
-// [1] i32, beside the chunk's rows: how many there are.
-Tensor row_count(const Rows& rows) {
-  const Tensor offsets = rows.offsets;
-  return view(offsets.row<int32_t>(0) + offsets.cols() - 1, {1}, DType::i32, offsets.device);
-}
-
-}  // namespace
-
 Experts Experts::make(ParameterStore& store, const std::string& name, const ModelSizes& s,
                       const Form& form) {
   const FirstValues first(s);
@@ -50,21 +40,20 @@ Experts::Chunk Experts::take_chunk(Step& step) const {
   if (linear) return chunk;
   chunk.up = step.arena.take({C, F}, dtype, "expert hidden rows");
   if (kind.gated) chunk.gate = step.arena.take({C, F}, dtype, "expert gate rows");
-  // relu'(x) can be told from relu(x): what goes in need not be kept beside what comes out.
-  const bool in_place = !kind.gated && kind.activation == Activation::relu;
-  chunk.hidden = in_place ? chunk.up : step.arena.take({C, F}, dtype, "expert activations");
+  chunk.hidden = with_product() ? chunk.up : step.arena.take({C, F}, dtype, "expert activations");
   return chunk;
 }
 
 // Fills chunk.hidden; returns what the last matrix reads.
 Tensor Experts::hidden_rows(Step& step, const Chunk& chunk) const {
   if (linear) return chunk.x.values;
-  const Tensor offsets = chunk.x.offsets, rows = row_count(chunk.x);
+  const Tensor offsets = chunk.x.offsets, rows = grouped_rows(chunk.x.offsets);
   run(step.stream, GroupedMatmul{.a = chunk.x.values,
                                  .b = up->compute,
                                  .offsets = offsets,
                                  .out = chunk.up,
-                                 .b_transposed = true});
+                                 .b_transposed = true,
+                                 .relu = with_product()});
   if (kind.gated) {
     run(step.stream, GroupedMatmul{.a = chunk.x.values,
                                    .b = gate->compute,
@@ -73,7 +62,7 @@ Tensor Experts::hidden_rows(Step& step, const Chunk& chunk) const {
                                    .b_transposed = true});
     run(step.stream,
         SwiGluForward{.gate = chunk.gate, .up = chunk.up, .rows = rows, .y = chunk.hidden});
-  } else {
+  } else if (!with_product()) {
     run(step.stream,
         ActivationForward{.x = chunk.up, .rows = rows, .y = chunk.hidden, .kind = kind.activation});
   }
@@ -129,10 +118,10 @@ Tensor Experts::forward(Step& step, Tensor x, const Router::Saved& routing, Save
   return y;
 }
 
-// From the gradient of the activations to that of the rows.
+// From the gradient of the activations (with_product(): of what goes into them) to that of rows.
 void Experts::hidden_backward(Step& step, const Chunk& chunk, Tensor dhidden, Tensor dx,
                               bool accumulate) const {
-  const Tensor offsets = chunk.x.offsets, x = chunk.x.values, rows = row_count(chunk.x);
+  const Tensor offsets = chunk.x.offsets, x = chunk.x.values, rows = grouped_rows(chunk.x.offsets);
   Tensor dgate;
   if (kind.gated) {
     dgate = step.arena.take(chunk.hidden.shape, dhidden.dtype, "gradient of the gate");
@@ -144,7 +133,7 @@ void Experts::hidden_backward(Step& step, const Chunk& chunk, Tensor dhidden, Te
                                     .dup = dhidden});
     step.weight_work(GroupedOuter{
         .a = dgate, .b = x, .offsets = offsets, .out = gate->gradient, .accumulate = accumulate});
-  } else {
+  } else if (!with_product()) {
     run(step.stream,
         ActivationBackward{
             .x = chunk.up, .dy = dhidden, .rows = rows, .dx = dhidden, .kind = kind.activation});
@@ -168,7 +157,11 @@ void Experts::chunk_backward(Step& step, const Chunk& chunk, Tensor dy, Tensor d
   Frame frame(step.arena);
   Tensor dlast =
       linear ? dx : step.arena.take(chunk.hidden.shape, dy.dtype, "gradient of activations");
-  run(step.stream, GroupedMatmul{.a = dy, .b = last.compute, .offsets = offsets, .out = dlast});
+  run(step.stream, GroupedMatmul{.a = dy,
+                                 .b = last.compute,
+                                 .offsets = offsets,
+                                 .out = dlast,
+                                 .positive = with_product() ? chunk.hidden : Tensor()});
   step.weight_work(GroupedOuter{.a = dy,
                                 .b = linear ? chunk.x.values : chunk.hidden,
                                 .offsets = offsets,

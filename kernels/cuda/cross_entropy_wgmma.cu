@@ -83,6 +83,7 @@ struct Walk {
     return (chunk.D + tiles::kDepth - 1) / tiles::kDepth;
   }
   __device__ __forceinline__ int cols() const { return chunk.V - col; }
+  __device__ __forceinline__ void prefetch(int) const {}
 
  private:
   __device__ __forceinline__ void find() {
