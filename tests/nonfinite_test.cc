@@ -242,6 +242,7 @@ TEST(Nonfinite, TenStepsInARowEndTheRun) {
     EXPECT_EQ(std::ranges::count(kinds, "replayed"), 10);
     EXPECT_EQ(std::ranges::count(kinds, "skipped"), 9);
     EXPECT_EQ(std::ranges::count(kinds, "rolled_back"), save_interval == 0 ? 0 : 1);
+    if (save_interval > 0) EXPECT_EQ(newest_manifest(run.folder).step(), 4) << "one from before";
   }
 }
 
