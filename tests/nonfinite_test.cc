@@ -242,7 +242,11 @@ TEST(Nonfinite, TenStepsInARowEndTheRun) {
     EXPECT_EQ(std::ranges::count(kinds, "replayed"), 10);
     EXPECT_EQ(std::ranges::count(kinds, "skipped"), 9);
     EXPECT_EQ(std::ranges::count(kinds, "rolled_back"), save_interval == 0 ? 0 : 1);
-    if (save_interval > 0) EXPECT_EQ(newest_manifest(run.folder).step(), 4) << "one from before";
+    const auto places = list_checkpoints(run.folder);
+    ASSERT_EQ(places.size(), save_interval == 0 ? 0u : 1u);
+    if (save_interval > 0) {
+      EXPECT_EQ(places[0].step, 4) << "one from before";
+    }
   }
 }
 
