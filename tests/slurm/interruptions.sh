@@ -43,6 +43,7 @@ restarts=1
 if [ -n "$limit" ]; then
   scontrol update JobId="$job" TimeLimit=2
   in_full_run "time limit" 1
+  scontrol update JobId="$job" TimeLimit=600
   restarts=2
 fi
 scancel --batch --signal=USR1 "$job"
@@ -52,7 +53,7 @@ in_full_run "requeued by Slurm" $((restarts + 1))
 sbatch --wait --output=other.log --partition=high --exclusive --wrap "echo ran" || fail "the other job"
 in_full_run "preempted with grace" $((restarts + 2))
 for _ in $(seq 3000); do
-  [ "$(field JobState)" = RUNNING ] || break
+  case $(field JobState) in RUNNING | PENDING | COMPLETING) ;; *) break ;; esac
   sleep 0.1
 done
 echo "job: $(field JobState) after $(field Restarts) restarts, exit code $(field ExitCode)"
