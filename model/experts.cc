@@ -84,16 +84,23 @@ Tensor Experts::forward(Step& step, Tensor x, const Router::Saved& routing, Save
   exchange.plan(step.stream, routing.offsets);
   exchange.keep(saved.plan);
   saved.first = take_chunk(step);
-  saved.returned = step.arena.take({T * K, out()}, x.dtype, "exchange rows returned");
-  Tensor y = step.arena.take({T, out()}, x.dtype, "MoE output");
   const int64_t C = exchange.capacity();
+  const bool stay = exchange.rows_stay();  // in the one chunk, and in what it gives
+  const auto take = [&](int64_t rows, int64_t width, const char* who) {
+    return step.arena.take({rows, width}, x.dtype, who);
+  };
+  saved.returned = take(stay ? C : T * K, out(), "exchange rows returned");
+  const Tensor returned = saved.returned.row_range(0, T * K);
+  Tensor y = take(T, out(), "MoE output");
   {
     Frame frame(step.arena);
-    Tensor rows = step.arena.take({T * K, in()}, x.dtype, "exchange rows to send");
-    Tensor staging = step.arena.take({C, in()}, x.dtype, "exchange staging");
-    Tensor chunk_out = step.arena.take({C, out()}, x.dtype, "exchange outputs of experts");
-    Tensor back =
-        out() == in() ? staging : step.arena.take({C, out()}, x.dtype, "exchange staging");
+    const Tensor first = saved.first.x.values;
+    Tensor rows = stay ? first.row_range(0, T * K) : take(T * K, in(), "exchange rows to send");
+    Tensor staging = stay ? first : take(C, in(), "exchange staging");
+    Tensor chunk_out = stay ? saved.returned : take(C, out(), "exchange outputs of experts");
+    Tensor back = stay              ? saved.returned
+                  : out() == in() ? staging
+                                  : take(C, out(), "exchange staging");
     run(step.stream, Permute{.x = x,
                              .source = routing.source,
                              .offsets = routing.offsets,
@@ -104,17 +111,17 @@ Tensor Experts::forward(Step& step, Tensor x, const Router::Saved& routing, Save
       const Chunk chunk = i == 0 ? saved.first : take_chunk(step);
       exchange.dispatch(step.stream, i, rows, chunk.x, staging);
       chunk_forward(step, chunk, chunk_out);
-      exchange.combine(step.stream, i, {chunk_out, chunk.x.offsets}, saved.returned, back);
+      exchange.combine(step.stream, i, {chunk_out, chunk.x.offsets}, returned, back);
     }
   }
   if (weighted)
-    run(step.stream, Unpermute{.rows = saved.returned,
+    run(step.stream, Unpermute{.rows = returned,
                                .position = routing.position,
                                .weight = routing.weight,
                                .y = y});
   else  // the sum of a token's rows, which is what permute's gradient is
     run(step.stream,
-        PermuteBackward{.drows = saved.returned, .position = routing.position, .dx = y});
+        PermuteBackward{.drows = returned, .position = routing.position, .dx = y});
   return y;
 }
 
@@ -173,18 +180,19 @@ void Experts::chunk_backward(Step& step, const Chunk& chunk, Tensor dy, Tensor d
 // The gradient of what the experts returned takes its place: that was its last use.
 void Experts::return_gradients(Step& step, const Gradient& g, const Router::Saved& routing,
                                const Saved& saved) const {
+  const Tensor returned = saved.returned.row_range(0, g.dy.rows() * routing.expert.cols());
   if (weighted)
     run(step.stream, UnpermuteBackward{.dy = g.dy,
-                                       .rows = saved.returned,
+                                       .rows = returned,
                                        .position = routing.position,
                                        .weight = routing.weight,
-                                       .drows = saved.returned,
+                                       .drows = returned,
                                        .dweight = g.dweight});
   else
     run(step.stream, Permute{.x = g.dy,
                              .source = routing.source,
                              .offsets = routing.offsets,
-                             .rows = saved.returned,
+                             .rows = returned,
                              .top_k = routing.expert.cols()});
 }
 
@@ -197,21 +205,27 @@ void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routi
   return_gradients(step, g, routing, saved);
   exchange.use(saved.plan);
   const int64_t C = exchange.capacity();
-  Tensor rows = step.arena.take({T * K, in()}, dtype, "exchange gradients returned");
+  const bool stay = exchange.rows_stay();
+  const auto take = [&](int64_t rows, int64_t width, const char* who) {
+    return step.arena.take({rows, width}, dtype, who);
+  };
+  const Tensor returned = saved.returned.row_range(0, T * K);
+  Tensor din = take(C, in(), "exchange gradients of rows");
+  Tensor rows = stay ? din.row_range(0, T * K) : take(T * K, in(), "exchange gradients returned");
   Tensor sent;
   if (exchange.chunks() > 1) {
-    sent = step.arena.take({T * K, in()}, dtype, "exchange rows to send again");
+    sent = take(T * K, in(), "exchange rows to send again");
     run(step.stream, Permute{.x = saved.x,
                              .source = routing.source,
                              .offsets = routing.offsets,
                              .rows = sent,
                              .top_k = K});
   }
-  Tensor staging = step.arena.take({C, in()}, dtype, "exchange staging");
-  Tensor out_staging =
-      out() == in() ? staging : step.arena.take({C, out()}, dtype, "exchange staging");
-  Tensor dout = step.arena.take({C, out()}, dtype, "exchange gradients of outputs");
-  Tensor din = step.arena.take({C, in()}, dtype, "exchange gradients of rows");
+  Tensor staging = stay ? din : take(C, in(), "exchange staging");
+  Tensor dout = stay ? saved.returned : take(C, out(), "exchange gradients of outputs");
+  Tensor out_staging = stay              ? dout
+                       : out() == in() ? staging
+                                       : take(C, out(), "exchange staging");
   for (int64_t i = 0; i < exchange.chunks(); ++i) {
     Frame again(step.arena);
     const Chunk chunk = i == 0 ? saved.first : take_chunk(step);
@@ -219,7 +233,7 @@ void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routi
       exchange.dispatch(step.stream, i, sent, chunk.x, staging);
       hidden_rows(step, chunk);
     }
-    exchange.dispatch(step.stream, i, saved.returned, {dout, chunk.x.offsets}, out_staging);
+    exchange.dispatch(step.stream, i, returned, {dout, chunk.x.offsets}, out_staging);
     chunk_backward(step, chunk, dout, din, step.accumulate || i > 0);
     exchange.combine(step.stream, i, {din, chunk.x.offsets}, rows, staging);
   }

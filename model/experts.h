@@ -26,7 +26,7 @@ struct Experts {
     Tensor x;  // [T, Din]
     ExpertExchange::Plan plan;
     Chunk first;
-    Tensor returned;  // [S, Dout] the experts' outputs
+    Tensor returned;  // the experts' outputs: [S, Dout], or [C, Dout] where rows stay
   };
   struct Form {
     FeedForwardKind kind;
