@@ -227,7 +227,7 @@ bool damage_on_disk(const std::string& image, const std::string& file) {
 TEST(ADiskThatForgets, IsFoundOutBehindThePageCache) {
   if (const std::string why = obstacle(); !why.empty()) GTEST_SKIP() << why;
   for (const char* name : {"model-00001-of-00002.safetensors",
-                           "optimizer-00002-of-00002.safetensors", kManifestName}) {
+                           "optimizer-exp_avg-00002-of-00002.safetensors", kManifestName}) {
     MemoryFolder folder("crash-power");
     const std::string image = folder / "image", run = folder / "disk/run";
     ASSERT_TRUE(quietly("truncate -s 8M " + image + " && mkfs.ext4 -q -F " + image));
