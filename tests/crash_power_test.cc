@@ -145,7 +145,7 @@ Campaign run_campaign(int64_t images, const Dropped& dropped, bool until_lost) {
     const auto start = std::chrono::steady_clock::now();
     const auto more = [&](int64_t i) {  // 5,000 as far as there is time for them
       const bool soaks =
-          !until_lost && i < 5000 &&
+          !until_lost && campaign.images < 5000 &&
           std::chrono::steady_clock::now() - start < std::chrono::seconds(soak_seconds());
       return ((campaign.images < images && i < 4 * images) || soaks) &&
              !(until_lost && campaign.lost) && !testing::Test::HasFailure();
