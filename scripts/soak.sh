@@ -1,26 +1,30 @@
 #!/bin/sh
 # The long parts of the tests, round after round with another seed: the fuzz targets, and every test
 # program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test.
-# usage: sh scripts/soak.sh --minutes M [--seed S]
+# usage: sh scripts/soak.sh --minutes M [--seed S] [--only "PROGRAM ..."]
+# --only: these alone ("fuzz": its targets), with all the time, for the full count of one property.
 # Ends with a table: property, cases, failures, first and last seed. Exit code 0: no failures. Logs
 # of rounds that failed stay in build/soak.
 set -eu
 cd "$(dirname "$0")/.."
 minutes=
 seed=1
+only=
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:-}; shift ;;
     --seed) seed=${2:-}; shift ;;
+    --only) only=${2:-}; shift ;;
     *) minutes= seed=; break ;;
   esac
   shift
 done
+usage="usage: sh scripts/soak.sh --minutes M [--seed S] [--only \"PROGRAM ...\"]"
 case $minutes$seed in
-  '' | *[!0-9]*) echo "usage: sh scripts/soak.sh --minutes M [--seed S]" >&2; exit 2 ;;
+  '' | *[!0-9]*) echo "$usage" >&2; exit 2 ;;
 esac
 if [ -z "$minutes" ] || [ -z "$seed" ]; then
-  echo "usage: sh scripts/soak.sh --minutes M [--seed S]" >&2
+  echo "$usage" >&2
   exit 2
 fi
 
@@ -29,6 +33,19 @@ for source in tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc \
   tests/reshard_*_test.cc tests/resume_bits_test.cc tests/kill_*_test.cc; do
   [ ! -f "$source" ] || programs="$programs $(basename "$source" .cc)"
 done
+fuzz=1
+if [ -n "$only" ]; then
+  fuzz=0
+  chosen=
+  for name in $only; do
+    case "$name:$programs " in
+      fuzz:*) fuzz=1 ;;
+      *":"*" $name "*) chosen="$chosen $name" ;;
+      *) echo "--only $name: no such program; there are fuzz$programs" >&2; exit 2 ;;
+    esac
+  done
+  programs=$chosen
+fi
 sh scripts/install.sh tests
 # shellcheck disable=SC2086  # a list of words
 sh scripts/build.sh cpu-release moemamba $programs
@@ -41,6 +58,8 @@ end=$(($(date +%s) + minutes * 60))
 count=$(echo "$programs" | wc -w)
 round=$((minutes * 60 < 600 ? minutes * 60 : 600))
 fuzz_seconds=$((round / 10 > 5 ? round / 10 : 5))
+[ "$count" -gt 0 ] || fuzz_seconds=$((round / 3))
+[ "$fuzz" -eq 1 ] || fuzz_seconds=0
 share=$((count > 0 ? (round - 2 * fuzz_seconds) / count : 0))
 [ "$share" -ge 5 ] || share=5
 lines=$results/lines  # property|cases|failures|seed
@@ -55,7 +74,7 @@ counts() {  # seed
     sed "s/ *|/|/; s/\$/|0|$1/"
 }
 
-while [ "$(date +%s)" -lt "$end" ]; do
+fuzz_targets() {
   log=$results/fuzz-$seed.log
   sh scripts/fuzz.sh "$fuzz_seconds" >"$log" 2>&1 || true
   sed -n 's/^fuzz: \([a-z_]*\): \([0-9]*\) executions.*: passed$/P23 hostile \1|\2|0|'"$seed/p" \
@@ -63,6 +82,10 @@ while [ "$(date +%s)" -lt "$end" ]; do
   sed -n 's/^fuzz: \([a-z_]*\): \([0-9]*\) executions.*FAILED.*/P23 hostile \1|\2|1|'"$seed/p" \
     "$log" >>"$lines"
   grep -q '^fuzz: ' "$log" || echo "P23 hostile: did not run|0|1|$seed" >>"$lines"
+}
+
+while [ "$(date +%s)" -lt "$end" ]; do
+  [ "$fuzz" -eq 0 ] || fuzz_targets
   for program in $programs; do
     [ "$(date +%s)" -lt "$end" ] || break
     log=$results/$program-$seed.log
