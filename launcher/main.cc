@@ -43,10 +43,10 @@ int run(int argc, char** argv) {
       "`moemamba COMMAND --help` says more, `moemamba settings` lists every setting.");
   const std::pair<const char*, Command> commands[] = {
       {"prepare", add_prepare(app, words)},   {"train", add_train(app, words)},
-      {"evaluate", add_evaluate(app, words)}, {"generate", add_generate(app, words)},
-      {"plan", add_plan(app, words)},         {"settings", add_settings(app, words)},
-      {"compare", add_compare(app, words)},   {"inspect", add_inspect(app, words)},
-      {"bench", add_bench(app, words)}};
+      {"launch", add_launch(app, words)},     {"evaluate", add_evaluate(app, words)},
+      {"generate", add_generate(app, words)}, {"plan", add_plan(app, words)},
+      {"settings", add_settings(app, words)}, {"compare", add_compare(app, words)},
+      {"inspect", add_inspect(app, words)},   {"bench", add_bench(app, words)}};
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -48,6 +48,16 @@ bool has_entry(const std::string& environment, const std::string& entry) {
   return false;
 }
 
+// Of the same name of the host: a container with one of its own is another machine, whose ranks the
+// launch there looks after.
+bool is_of_this_host(int64_t pid) {
+  const auto name_space = [](const std::string& process) {
+    std::error_code error;
+    return fs::read_symlink("/proc/" + process + "/ns/uts", error).string();
+  };
+  return name_space(concat(pid)) == name_space("self");
+}
+
 bool bears(int64_t pid, const ProcessMark& mark) {
   const std::string environment = content(concat("/proc/", pid, "/environ"));
   const auto in = [&](const std::string& entry) { return has_entry(environment, entry); };
@@ -85,7 +95,7 @@ void kill_marked(const FoundProcess& process, const ProcessMark& mark) {
 std::vector<FoundProcess> marked_processes(const ProcessMark& mark) {
   std::vector<FoundProcess> found;
   for (int64_t pid : numbers_in("/proc")) {
-    if (pid == getpid() || !bears(pid, mark)) continue;
+    if (pid == getpid() || !bears(pid, mark) || !is_of_this_host(pid)) continue;
     FoundProcess process{.pid = pid_t(pid), .started = process_start(pid), .program = ""};
     process.program = content(concat("/proc/", pid, "/comm"));
     if (!process.program.empty()) process.program.pop_back();

@@ -1,5 +1,6 @@
 #include "runtime/json_text.h"
 
+#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -49,15 +50,8 @@ std::string json_text(std::string_view text) {
 
 std::string json_number(double value) {
   if (!std::isfinite(value)) return "null";
-  char text[32];
-  std::snprintf(text, sizeof text, "%.17g", value);
-  char shorter[32];
-  for (int digits = 1; digits < 17; ++digits) {  // the shortest that reads back
-    std::snprintf(shorter, sizeof shorter, "%.*g", digits, value);
-    double back = 0;
-    if (std::sscanf(shorter, "%lf", &back) == 1 && back == value) return shorter;
-  }
-  return text;
+  char text[32];  // the shortest that reads back
+  return std::string(text, std::to_chars(text, text + sizeof text, value).ptr);
 }
 
 }  // namespace moemamba

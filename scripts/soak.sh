@@ -29,7 +29,7 @@ for source in tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc \
   tests/reshard_*_test.cc tests/resume_bits_test.cc tests/kill_*_test.cc; do
   [ ! -f "$source" ] || programs="$programs $(basename "$source" .cc)"
 done
-sh scripts/install.sh
+sh scripts/install.sh tests
 # shellcheck disable=SC2086  # a list of words
 sh scripts/build.sh cpu-release moemamba $programs
 

@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 started=$(date +%s)
 
-sh scripts/install.sh
+sh scripts/install.sh tests
 sh scripts/build.sh cpu-release
 sh scripts/build.sh cpu-asan unit_tests
 

@@ -59,6 +59,7 @@ struct RunView {
   double save_seconds = 0;  // of the latest save
   std::vector<RankView> of_ranks;
   std::vector<std::string> hosts_left_out;
+  int64_t refused_connections = 0;  // to the control server: wrong secret, job, rank or words
   ExpertView experts;
   std::deque<EventView> events;  // the newest 200; all of them are in <run>/events.jsonl
   std::string hang_report;       // of the latest hang or loss; empty: none
