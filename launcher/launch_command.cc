@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 
 #include "core/error.h"
@@ -20,11 +21,38 @@ struct LaunchOptions {
   bool fresh = false;
 };
 
+// Which machines, and how many ranks: what is asked for, what the machines take, one.
+void place(const LaunchConfig& launch, LaunchRequest& request) {
+  for (const std::string& word : launch.mpirun_options())
+    if (word == "--host" || word == "-host" || word == "-H" || word == "--hostfile" ||
+        word == "-hostfile" || word == "--machinefile" || word == "-n" || word == "-np")
+      throw BadSettings(concat("--launch.mpirun_options=", word,
+                               ": give machines with --launch.hostfile=FILE and the number of "
+                               "ranks with --ranks"));
+  int slots = 0;
+  if (!launch.hostfile().empty()) {
+    request.hosts = read_hostfile(launch.hostfile());
+    for (const HostSlots& host : request.hosts) slots += host.slots;
+  } else if (auto allocation = slurm_allocation()) {
+    request.hosts = std::move(allocation->hosts);
+    request.srun_mpi = allocation->mpi;
+    slots = allocation->ranks;
+  }
+  if (slots > 0 && request.ranks > slots)
+    throw BadSettings(concat("--ranks=", request.ranks, ": the machines take ", slots,
+                             " ranks; leave it out, or give them more slots"));
+  if (request.ranks == 0) request.ranks = std::max(1, slots);
+  if (launch.min_ranks() > request.ranks)
+    throw BadSettings(concat("launch.min_ranks: must be at most the ", request.ranks,
+                             " ranks of the run, found ", launch.min_ranks()));
+}
+
 int supervise(const LaunchOptions& options) {
   if (started_rank() >= 0)
     throw BadSettings("moemamba launch starts mpirun itself; run it without mpirun");
   LaunchRequest request{.ranks = options.ranks, .fresh = options.fresh};
-  if (request.ranks == 0) request.ranks = 1;
+  // Where to is needed to know how many, and that to know whether the settings fit.
+  place(read_settings(options.source, Purpose::show, 1).launch(), request);
   request.config = read_settings(options.source, Purpose::train, request.ranks);
   if (!options.fresh && !request.config.overwrite())
     check_goes_on(request.config, stderr, /*quietly=*/true);
@@ -43,7 +71,12 @@ int supervise(const LaunchOptions& options) {
 Command add_launch(CLI::App& app, const Words&) {
   CLI::App* command = app.add_subcommand("launch", "Train, and start again whatever fails");
   auto options = std::make_shared<LaunchOptions>();
-  add_ranks_option(*command, options->ranks);
+  command
+      ->add_option("--ranks", options->ranks,
+                   "Processes to train with (default: all that launch.hostfile or the Slurm\n"
+                   "allocation has places for, else 1)")
+      ->type_name("N")
+      ->check(CLI::Range(1, 4096).description(""));
   command->add_flag("--fresh", options->fresh,
                     "Begin in an empty folder or not at all; never go on with a run");
   add_settings_options(*command, options->source);

@@ -6,16 +6,20 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/udp.hpp>
 #include <charconv>
+#include <cstdio>
+#include <cstdlib>
 #include <sstream>
 
 #include "core/error.h"
 #include "core/file.h"
 #include "core/schema.h"
+#include "launcher/supervisor/command_output.h"
 
 namespace moemamba {
 
 namespace {
 
+constexpr auto kSlurmPatience = std::chrono::seconds(30);
 constexpr const char* kLoopback = "127.0.0.1";
 constexpr unsigned short kAnyPort = 9;  // nothing is sent: the system only chooses a way
 
@@ -96,6 +100,41 @@ std::string hostfile_text(const std::vector<HostSlots>& hosts) {
   std::string text;
   for (const HostSlots& host : hosts) text += concat(host.name, " slots=", host.slots, "\n");
   return text;
+}
+
+std::vector<int> tasks_per_node(const std::string& text) {
+  std::vector<int> tasks;
+  std::istringstream parts(text);
+  for (std::string part; std::getline(parts, part, ',');) {
+    int count = 0, times = 1, end = 0;
+    const bool repeated = std::sscanf(part.c_str(), "%d(x%d)%n", &count, &times, &end) == 2;
+    if (!repeated && std::sscanf(part.c_str(), "%d%n", &count, &end) != 1) return {};
+    if (size_t(end) != part.size() || count < 1 || times < 1 || times > 100000) return {};
+    tasks.insert(tasks.end(), size_t(times), count);
+  }
+  return tasks;
+}
+
+std::optional<Allocation> slurm_allocation() {
+  const auto variable = [](const char* name) {
+    const char* value = std::getenv(name);
+    return std::string(value ? value : "");
+  };
+  const std::string tasks = variable("SLURM_NTASKS");
+  if (variable("SLURM_JOB_ID").empty() || tasks.empty()) return std::nullopt;
+  Allocation allocation{.ranks = std::atoi(tasks.c_str())};
+  const auto end = std::chrono::steady_clock::now() + kSlurmPatience;
+  const std::vector<int> slots = tasks_per_node(variable("SLURM_TASKS_PER_NODE"));
+  std::istringstream names(
+      output_of({"scontrol", "show", "hostnames", variable("SLURM_JOB_NODELIST")}, end));
+  for (std::string name; std::getline(names, name);)
+    allocation.hosts.push_back({.name = name, .slots = 1});
+  if (allocation.hosts.size() != slots.size()) allocation.hosts.clear();
+  for (size_t i = 0; i < allocation.hosts.size(); ++i) allocation.hosts[i].slots = slots[i];
+  std::istringstream words(output_of({"srun", "--mpi=list"}, end, /*errors_too=*/true));
+  for (std::string word; words >> word;)
+    if (word == "pmix") allocation.mpi = word;
+  return allocation;
 }
 
 std::string control_address(const std::string& wanted, const std::vector<HostSlots>& hosts) {

@@ -96,7 +96,7 @@ void Supervisor::open() {
                              .fence_seconds = launch_.fence_seconds(),
                              .heartbeat_seconds = launch_.heartbeat_seconds()},
       ControlServer::Events{
-          .joined = [this](const Hello& hello, const std::string&) { joined(hello); },
+          .joined = [this](const Hello& hello, const std::string& from) { joined(hello, from); },
           .said = [this](int rank, const ControlWord& word) { said(rank, word); },
           .closed = [this](int rank) { closed(rank); },
           .refused = [this](const std::string&) { ++view_.refused_connections; }});
@@ -227,6 +227,16 @@ std::vector<std::string> Supervisor::command_of_attempt() {
 }
 
 void Supervisor::begin_attempt() {
+  try {
+    start_ranks();
+  } catch (const Error& error) {  // a full disk, no more processes: it may be better later
+    end_attempt({.kind = AttemptEnd::Kind::not_begun, .event = "failed", .text = error.what()});
+  }
+}
+
+// Under a lease of its own, so that nothing that is left of the attempt before can write.
+void Supervisor::start_ranks() {
+  doing_ = Doing::running;
   state_.attempt += 1;
   state_.job = hex(random_bytes(16));
   const std::string log = join_path(folder_, concat("ranks-", state_.attempt, ".log"));
@@ -234,7 +244,7 @@ void Supervisor::begin_attempt() {
   reset_view(recovery_->ranks(), recovery_->expert());
   view_.job = state_.job;
   view_.state_text = concat("starting ", view_.ranks, view_.ranks == 1 ? " rank" : " ranks");
-  doing_ = Doing::running;
+  lease_->advance();
   server_->expect(state_.job, view_.ranks, lease_->generation());
   const std::vector<std::string> command = command_of_attempt();
   job_.start(command, log, [this] { job_ended(); });
@@ -262,7 +272,18 @@ void Supervisor::remember(bool running) {
   }
 }
 
+// Another supervisor holds the run, since this one was away for too long: what runs is that one's.
+bool Supervisor::replaced() {
+  if (doing_ == Doing::over || lease_->ours()) return doing_ == Doing::over;
+  doing_ = Doing::over;
+  outlet_.say(concat("moemamba: ", run_, ": another supervisor has taken over; this one ends"));
+  context_.stop();
+  return true;
+}
+
 void Supervisor::tick() {
+  constexpr int kLeaseTicks = 10;
+  if (++ticks_made_ % kLeaseTicks == 1 && replaced()) return;
   log_.follow(outlet_);
   outlet_.pump();
   events_.flush();

@@ -44,7 +44,8 @@ class Supervisor {
   enum class Doing { running, ending, pausing, over };
   // What is known of a rank beside the view.
   struct RankLink {
-    bool local = false;  // a process of this machine, in sight
+    bool local = false;   // a process of this machine, in sight
+    std::string address;  // that it connects from
     std::unique_ptr<ProcessEnd> end;
     bool process_ended = false;
     bool closed = false;  // its connection is, and it has not come back
@@ -59,16 +60,18 @@ class Supervisor {
   bool go_on_with(const JobState& before);
   bool is_finished() const;
   void begin_attempt();
+  void start_ranks();
   std::vector<std::string> command_of_attempt();
   void reset_view(int ranks, int expert);
   void remember(bool running);
   void tick();
+  bool replaced();
   void wait_for_signals();
   void stop_asked(int signal);
   void order_stop();
 
   // supervisor_ranks.cc: what ranks say.
-  void joined(const Hello& hello);
+  void joined(const Hello& hello, const std::string& address);
   void said(int rank, const ControlWord& word);
   void heard(int rank, const Heartbeat& beat);
   void stepped(int rank, const StepReport& report);
@@ -89,10 +92,12 @@ class Supervisor {
   void job_ended();
   void judge();
   void end_attempt(Fault fault);
+  std::string process_text(int rank) const;
   void got_stack(const std::vector<std::string>& frames);
   void kill_all(std::function<void()> gone);
   void kill_round();
   bool others_gone();
+  std::string listed_host(int rank) const;
   void conclude();
   void restart(const Verdict& verdict);
   void finish(int exit_code, const std::string& kind, const std::string& text);
@@ -134,6 +139,7 @@ class Supervisor {
   bool stepped_ = false;    // a step of this attempt has ended
   int signals_got_ = 0, first_signal_ = 0, last_signal_ = 0;
   double stop_deadline_ = 0;
+  int64_t ticks_made_ = 0;
   int exit_code_ = 1;
 };
 

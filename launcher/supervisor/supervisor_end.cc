@@ -7,9 +7,11 @@
 #include "core/error.h"
 #include "launcher/launch.h"
 #include "launcher/process_sweep.h"
+#include "launcher/supervisor/hosts.h"
 #include "launcher/supervisor/stack_text.h"
 #include "launcher/supervisor/supervisor.h"
 #include "runtime/checkpoint_folder.h"
+#include "runtime/process_facts.h"
 
 namespace moemamba {
 
@@ -87,6 +89,25 @@ void Supervisor::judge() {
                               any_came ? "" : " before any rank came; why, see above")});
 }
 
+// What the kernel says of a process that does not answer.
+std::string Supervisor::process_text(int rank) const {
+  if (rank < 0 || !links_[size_t(rank)].local || links_[size_t(rank)].process_ended) return "";
+  switch (process_state(view_.of_ranks[size_t(rank)].pid)) {
+    case 'T':
+      return "; its process is stopped (SIGSTOP)";
+    case 't':
+      return "; its process is held by a debugger";
+    case 'D':
+      return "; its process waits for a disk or a device";
+    case 0:
+    case 'Z':
+    case 'X':
+      return "; its process is dead";
+    default:
+      return "";
+  }
+}
+
 // Only once for an attempt.
 void Supervisor::end_attempt(Fault fault) {
   if (doing_ != Doing::running) return;
@@ -94,6 +115,7 @@ void Supervisor::end_attempt(Fault fault) {
   act_.cancel();
   stop_.cancel();
   fault_ = std::move(fault);
+  if (fault_.kind == AttemptEnd::Kind::lost) fault_.text += process_text(fault_.rank);
   stack_.clear();
   using Kind = AttemptEnd::Kind;
   const bool well = fault_.kind == Kind::done || fault_.kind == Kind::stopped;
@@ -117,6 +139,7 @@ void Supervisor::got_stack(const std::vector<std::string>& frames) {
 }
 
 void Supervisor::kill_all(std::function<void()> gone) {
+  if (replaced()) return;
   doing_ = Doing::ending;
   act_.cancel();
   gone_ = std::move(gone);
@@ -154,10 +177,21 @@ bool Supervisor::others_gone() {
     const RankView& view = view_.of_ranks[rank];
     if (links_[rank].local || !server_->connected(int(rank))) continue;
     if (now() < view.heard + launch_.fence_seconds() + kFenceMargin) return false;
-    unreachable.insert(view.host);
+    unreachable.insert(listed_host(int(rank)));
   }
   unreachable_.assign(unreachable.begin(), unreachable.end());
   return true;
+}
+
+// The name under which the machine of a rank was given; a list may have addresses, or "localhost".
+std::string Supervisor::listed_host(int rank) const {
+  const RankView& view = view_.of_ranks[size_t(rank)];
+  const RankLink& link = links_[size_t(rank)];
+  for (const HostSlots& host : request_.hosts)
+    if (same_host(host.name, view.host) || host.name == link.address ||
+        (link.local && is_this_host(host.name)))
+      return host.name;
+  return view.host;
 }
 
 int64_t Supervisor::step_at_hand() const {
@@ -192,7 +226,7 @@ void Supervisor::conclude() {
                  .text = fault_.text};
   for (const RankView& rank : view_.of_ranks)
     if (fault_.kind == Kind::lost && (rank.rank == fault_.rank || rank.state == RankState::silent))
-      end.hosts.push_back(rank.host);
+      end.hosts.push_back(listed_host(rank.rank));
   if (fault_.kind != Kind::done && fault_.kind != Kind::stopped)
     events_.say({.kind = fault_.event, .step = end.step, .text = fault_.text});
   if (signals_got_ > 0 && fault_.kind != Kind::done)

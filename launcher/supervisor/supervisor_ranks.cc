@@ -18,7 +18,7 @@ constexpr double kLauncherEnds = 20;  // from the last goodbye to mpirun's end
 
 }  // namespace
 
-void Supervisor::joined(const Hello& hello) {
+void Supervisor::joined(const Hello& hello, const std::string& address) {
   const int rank = hello.rank();
   RankView& view = view_.of_ranks[size_t(rank)];
   RankLink& link = links_[size_t(rank)];
@@ -29,6 +29,7 @@ void Supervisor::joined(const Hello& hello) {
   view.state = RankState::alive;
   view.heard = now();
   if (first) view.progressed = now();
+  link.address = address;
   link.closed = false;
   link.patience.reset();
   link.local = hello.host() == this_host() && hello.boot_id() == boot_id() &&
