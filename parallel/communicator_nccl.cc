@@ -22,29 +22,34 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-constexpr milliseconds kGrace(10000);  // of an abort that hangs
-constexpr int64_t kFlag = 16;          // bytes of a rank in a barrier
+constexpr milliseconds kGrace(2000);  // of an abort that hangs
+constexpr int64_t kFlag = 16;         // bytes of a rank in a barrier
 
 void call(cudaError_t code, const char* what) {
   check(code == cudaSuccess, "CUDA: ", what, ": ", cudaGetErrorString(code), " (",
         cudaGetErrorName(code), ")");
 }
 
-cudaStream_t native(const Stream& stream) { return static_cast<cudaStream_t>(stream.native()); }
+cudaStream_t native(const Stream& stream) {
+  return static_cast<cudaStream_t>(stream.native());
+}
 
 // Ends the process unless it is gone before the grace time is over. NCCL's abort has been seen to
 // wait for what it should end; then there is no other way out.
 class Grace {
  public:
-  Grace(std::string group, milliseconds time, int exit_code) {
-    std::thread([over = over_, group = std::move(group), time, exit_code] {
+  // why: what the caller has not been able to say yet.
+  Grace(std::string group, std::string why, milliseconds time, int exit_code) {
+    std::thread([over = over_, group = std::move(group), why = std::move(why), time, exit_code] {
       const auto end = Clock::now() + time;
       while (Clock::now() < end) {
         if (*over) return;
         std::this_thread::sleep_for(milliseconds(20));
       }
-      std::fprintf(stderr, "group %s: could not be ended within %d ms; this process ends itself\n",
-                   group.c_str(), int(time.count()));
+      std::fprintf(stderr,
+                   "moemamba: %s\nmoemamba: group %s could not be ended within %d ms; this process "
+                   "ends itself\n",
+                   why.c_str(), group.c_str(), int(time.count()));
       std::_Exit(exit_code);
     }).detach();
   }
@@ -131,7 +136,8 @@ NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> beside,
 
 NcclCommunicator::~NcclCommunicator() {
   if (comm_ && !lost_) {
-    const Grace grace(name(), std::max(kGrace, deadline_), exit_code_);
+    const Grace grace(name(), "not all ranks have come to the end", std::max(kGrace, deadline_),
+                      exit_code_);
     ncclResult_t state = ncclCommFinalize(comm_);
     while (state == ncclInProgress && ncclCommGetAsyncError(comm_, &state) == ncclSuccess)
       std::this_thread::yield();
@@ -306,8 +312,8 @@ void NcclCommunicator::settle(ncclResult_t result) {
 }
 
 void NcclCommunicator::fail(ncclResult_t result) {
-  const std::string why = concat("NCCL: ", ncclGetErrorString(result), ": ",
-                                 ncclGetLastError(comm_));
+  const std::string why =
+      concat("NCCL: ", ncclGetErrorString(result), ": ", ncclGetLastError(comm_));
   check(result != ncclInvalidArgument && result != ncclInvalidUsage, "group ", name(), ": ", why);
   // What went wrong with the others is their loss; all else happened here.
   const bool theirs = result == ncclRemoteError || result == ncclSystemError;
@@ -331,7 +337,7 @@ void NcclCommunicator::lose(PeerLost lost) {
 
 void NcclCommunicator::tear_down() noexcept {
   if (!comm_) return;
-  const Grace grace(name(), kGrace, exit_code_);
+  const Grace grace(name(), lost_ ? lost_->what() : "its work was given up", kGrace, exit_code_);
   ncclCommAbort(std::exchange(comm_, nullptr));
 }
 

@@ -43,8 +43,9 @@ void put_seconds(Line& line, const StepSeconds& seconds) {
   const auto finite = [](double value) { return std::isfinite(value) ? value : 0.0; };
   line.put(",\"seconds\":{\"data\":%.6g,\"forward\":%.6g,\"backward\":%.6g", finite(seconds.data),
            finite(seconds.forward), finite(seconds.backward));
-  line.put(",\"exchange\":%.6g,\"reduction\":%.6g,\"optimizer\":%.6g}", finite(seconds.exchange),
+  line.put(",\"exchange\":%.6g,\"reduction\":%.6g,\"optimizer\":%.6g", finite(seconds.exchange),
            finite(seconds.reduction), finite(seconds.optimizer));
+  line.put(",\"all\":%.6g}", finite(seconds.all));
 }
 
 }  // namespace
