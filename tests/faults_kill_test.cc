@@ -85,7 +85,9 @@ TEST_F(FaultKill, OfAnythingLeavesTheRunAsItWouldHaveBeen) {
       if (!outcome.went_on() && launched.has_ended()) break;  // the run was done by then
       EXPECT_TRUE(outcome.went_on()) << kind << "\n" << launched.said();
       table.add(kind, outcome);
-      if (outcome.event.kind == "taken_over") EXPECT_EQ(launched.processes().ranks, ranks);
+      if (outcome.event.kind == "taken_over") {
+        EXPECT_EQ(launched.processes().ranks, ranks);
+      }
     }
     EXPECT_EQ(launched.end(kPatience + 60), 0) << launched.said();
     expect_whole(launched, whole);
