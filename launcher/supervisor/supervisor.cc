@@ -82,6 +82,7 @@ int Supervisor::run() {
 // Takes the run, and goes on with whatever is there of it.
 void Supervisor::open() {
   holds_run(run_);  // an Error where the folder holds other things
+  if (!launch_.status_address().empty()) status_options(launch_, run_);  // or where they are wrong
   // Whoever is silent for so long has lost its ranks too: they have ended themselves.
   const double lifetime =
       std::max(request_.config.checkpoint().lease_seconds(), launch_.fence_seconds() + 1);
@@ -102,6 +103,7 @@ void Supervisor::open() {
           .refused = [this](const std::string&) { ++view_.refused_connections; }});
   write_file(files_, join_path(folder_, "address"), server_->address() + "\n");
 
+  open_status();
   const RunConfig& config = request_.config;
   view_.run = run_;
   view_.steps = config.train().steps();
@@ -134,6 +136,16 @@ void Supervisor::open() {
                   [](const HostSlots& host) { return !is_this_host(host.name); });
   if (before && before->running && elsewhere) fenced_at_ = launch_.fence_seconds() + 1;
   kill_all([this] { begin_attempt(); });  // what an earlier supervisor may have left
+}
+
+void Supervisor::open_status() {
+  const std::string file = join_path(folder_, "status_url");
+  files_.remove(file);
+  if (launch_.status_address().empty()) return;
+  status_ = std::make_unique<StatusServer>(context_, status_options(launch_, run_), view_,
+                                           [this] { return now(); });
+  write_file(files_, file, status_->url() + "\n");
+  outlet_.say("moemamba: the run can be watched at " + status_->url());
 }
 
 // The job of a supervisor that died. True: it lives, and is this one's from now on.

@@ -17,6 +17,7 @@
 #include "launcher/supervisor/leftovers.h"
 #include "launcher/supervisor/recovery.h"
 #include "launcher/supervisor/run_view.h"
+#include "launcher/supervisor/status_server.h"
 #include "launcher/supervisor/watch.h"
 #include "runtime/lease.h"
 
@@ -57,6 +58,7 @@ class Supervisor {
 
   // supervisor.cc: beginning, and the rounds of a timer.
   void open();
+  void open_status();
   bool go_on_with(const JobState& before);
   bool is_finished() const;
   void begin_attempt();
@@ -120,6 +122,7 @@ class Supervisor {
   std::unique_ptr<Lease> lease_;
   std::string run_key_;
   std::unique_ptr<ControlServer> server_;
+  std::unique_ptr<StatusServer> status_;  // null: not wanted
   Job job_{context_};
   LogFollower log_;
   Leftovers leftovers_;
