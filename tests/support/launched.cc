@@ -72,6 +72,7 @@ Launched::Launched(std::string folder, std::string run, std::string words, const
 
 Launched::~Launched() {
   if (supervisor_ > 0) kill_supervisor();
+  if (forgets_) return;
   wait_until(
       [&] {
         const std::vector<pid_t> left = processes_left();
@@ -90,8 +91,8 @@ void Launched::start() {
   const std::string command = (hosts_ ? hosts_->on(0)
                                       : std::string("exec env OMPI_ALLOW_RUN_AS_ROOT=1 "
                                                     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 ")) +
-                              MOEMAMBA_BINARY_DIR "/moemamba launch " + words_ +
-                              " >>" + said_ + " 2>&1 </dev/null";
+                              MOEMAMBA_BINARY_DIR "/moemamba launch " + words_ + " >>" + said_ +
+                              " 2>&1 </dev/null";
   const pid_t parent = getpid();
   const pid_t child = fork();
   check(child >= 0, "cannot fork");

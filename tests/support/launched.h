@@ -35,7 +35,8 @@ class Launched {
   // of these.
   Launched(std::string folder, std::string run, std::string words, const Hosts* hosts = nullptr,
            std::string said = "said");
-  ~Launched();  // kills all processes of the run
+  ~Launched();  // kills all processes of the run, unless it was told to forget them
+  void forget() { forgets_ = true; }
   Launched(const Launched&) = delete;
   Launched& operator=(const Launched&) = delete;
 
@@ -76,6 +77,7 @@ class Launched {
   std::string file(const std::string& name) const;
   std::string folder_, run_, words_, said_;
   const Hosts* hosts_;
+  bool forgets_ = false;
   pid_t supervisor_ = 0;
 };
 
