@@ -80,6 +80,24 @@ Command add_launch(CLI::App& app, const Words&) {
   command->add_flag("--fresh", options->fresh,
                     "Begin in an empty folder or not at all; never go on with a run");
   add_settings_options(*command, options->source);
+  command->footer([] {
+    return "Takes all options of `moemamba train`, with or without a -- before them:\n"
+           "  moemamba launch --ranks 4 --run=runs/mine --train.save_interval=500 ...\n"
+           "A rank that dies, hangs or is cut off: everything is ended and starts again from the "
+           "newest\n"
+           "checkpoint. The page of the run is printed; events.jsonl in its folder has what "
+           "happened.\n"
+           "Ctrl-C (SIGINT), SIGTERM and SIGUSR1 end the run with a checkpoint within "
+           "launch.grace_seconds;\n"
+           "the next one ends it at once. If the supervisor itself dies, the same command takes "
+           "the\n"
+           "running job over, within launch.fence_seconds.\n"
+           "Exit codes: 0 done; 75 ended early as asked: start the same command again; 1 do not "
+           "restart: a\n"
+           "crash loop, or no progress; 2 settings are wrong; 130 Ctrl-C.\n"
+           "\nSettings, with their defaults:\n" +
+           settings_help(run_config_descriptors(), "moemamba.RunConfig");
+  });
   return [command, options] {
     take_remaining(*command, options->source);
     return supervise(*options);
