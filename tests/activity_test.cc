@@ -71,7 +71,8 @@ TEST(Activity, IsInAPhaseForAScope) {
   const InPhase nobody(nullptr, Phase::saving);
 }
 
-// A rank that stands still before its step: all others soon wait for it, and say where.
+// A rank that stands still before its step: all others soon wait for it, and say where. (Before,
+// weights of the last step may still be on their way.)
 void expect_others_wait(int ranks, int expert, const char* group, std::set<Phase> phases) {
   std::vector<Activity> activities(static_cast<size_t>(ranks));
   std::atomic<bool> goes_on = false;
@@ -85,14 +86,12 @@ void expect_others_wait(int ranks, int expert, const char* group, std::set<Phase
       bool wait = now[size_t(last)].step == 3;
       for (int r = 0; r < last; ++r)
         wait &= now[size_t(r)].step == 3 && now[size_t(r)].in_collective &&
-                now[size_t(r)].collective > now[size_t(last)].collective;
+                now[size_t(r)].collective > now[size_t(last)].collective &&
+                std::string_view(now[size_t(r)].group) == group &&
+                phases.contains(now[size_t(r)].phase);
       return wait;
     };
-    EXPECT_TRUE(soon(all_wait));
-    for (int r = 0; r < last; ++r) {
-      EXPECT_STREQ(now[size_t(r)].group, group);
-      EXPECT_TRUE(phases.contains(now[size_t(r)].phase)) << phase_name(now[size_t(r)].phase);
-    }
+    EXPECT_TRUE(soon(all_wait)) << now[0].group << ", " << phase_name(now[0].phase);
     if (expert > 1) {
       EXPECT_EQ(now[0].layer, 0) << "the first block's experts";
     }
@@ -122,11 +121,10 @@ TEST(Activity, SaysWhereOthersWaitForARankOfTheirGradients) {
 }
 
 TEST(Activity, ExpectsTheRowsOfOtherRanks) {
-  const ExchangeScene scene{.ranks = 2,
-                            .experts = 4,
-                            .capacity = 100,
-                            .width = 8,
-                            .rows = [](int rank, int) { return rank == 0 ? 3 : 5; }};
+  const ExchangeScene scene{
+      .ranks = 2, .experts = 4, .capacity = 100, .width = 8, .rows = [](int rank, int) {
+        return rank == 0 ? 3 : 5;
+      }};
   std::vector<Activity> activities(2);
   std::atomic<int> looked = 0;
   in_world(RankLayout(2, 2, 4), [&](ProcessGroups& groups) {
