@@ -14,6 +14,7 @@
 #include "core/schema.h"
 #include "launcher/ask.h"
 #include "launcher/doctor_checks.h"
+#include "launcher/supervisor/hosts.h"
 
 namespace moemamba {
 
@@ -37,8 +38,7 @@ HostReport ask_host(const DoctorOptions& options, const HostSlots& host) {
   words.insert(words.end(), {own_program(), "doctor", "--json"});
   if (!options.run.empty()) words.insert(words.end(), {"--run", options.run});
   if (!options.mark.empty()) words.insert(words.end(), {"--mark", options.mark});
-  if (const int ranks = options.ranks > 0 ? options.ranks : host.slots; ranks > 0)
-    words.insert(words.end(), {"--ranks", concat(ranks)});
+  words.insert(words.end(), {"--ranks", concat(options.ranks > 0 ? options.ranks : host.slots)});
   const Answer answer = ask(words, kHostSeconds);
   HostReport report;
   try {
@@ -158,32 +158,6 @@ class Mark {
 };
 
 }  // namespace
-
-std::vector<HostSlots> read_hostfile(const std::string& path) {
-  std::ifstream file(path);
-  if (!file) throw BadSettings(concat("--hostfile ", path, ": cannot be read"));
-  std::vector<HostSlots> hosts;
-  int number = 0;
-  for (std::string line; std::getline(file, line);) {
-    ++number;
-    std::istringstream words(line.substr(0, line.find('#')));
-    HostSlots host;
-    if (!(words >> host.name)) continue;
-    for (std::string word; words >> word;) {
-      const size_t equals = word.find('=');
-      const bool known = word.starts_with("slots=") || word.starts_with("max_slots=") ||
-                         word.starts_with("max-slots=");
-      const int value = known ? std::atoi(word.c_str() + equals + 1) : 0;
-      if (value <= 0)
-        throw BadSettings(
-            concat(path, ":", number, ": \"", word, "\": expected NAME, or NAME slots=8"));
-      if (word.starts_with("slots=")) host.slots = value;
-    }
-    hosts.push_back(host);
-  }
-  if (hosts.empty()) throw BadSettings(concat("--hostfile ", path, ": names no host"));
-  return hosts;
-}
 
 HostsReport examine_hosts(const DoctorOptions& options) {
   const std::vector<HostSlots> hosts = read_hostfile(options.hostfile);

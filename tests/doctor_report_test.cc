@@ -117,19 +117,6 @@ TEST(DoctorParts, FindVersionsAndLinks) {
   EXPECT_EQ(gpu_links("no such command"), "");
 }
 
-TEST(DoctorParts, ReadHostfilesAsMpirunDoes) {
-  const TemporaryFolder folder;
-  const auto hosts = read_hostfile(
-      folder.put("hosts", "# ours\nnode1 slots=8\n\n  node2   slots=4 max_slots=6 # old\nnode3\n"));
-  ASSERT_EQ(hosts.size(), 3u);
-  EXPECT_EQ(hosts[0].name, "node1");
-  EXPECT_EQ(hosts[0].slots, 8);
-  EXPECT_EQ(hosts[1].slots, 4);
-  EXPECT_EQ(hosts[2].slots, 0);
-  for (const char* bad : {"", "# nobody\n", "node1 slot=8\n", "node1 slots=0\n", "node1 8\n"})
-    EXPECT_THROW(read_hostfile(folder.put("bad", bad)), BadSettings) << bad;
-}
-
 TEST(Ask, SaysHowACommandEnded) {
   const Answer well = ask({"sh", "-c", "echo out; echo err >&2; exit 7"}, 60);
   EXPECT_EQ(well.code, 7);
