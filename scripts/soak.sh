@@ -1,8 +1,10 @@
 #!/bin/sh
 # The long parts of the tests, round after round with another seed: the fuzz targets, and every test
 # program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test.
-# usage: sh scripts/soak.sh --minutes M [--seed S] [--only "PROGRAM ..."]
+# usage: sh scripts/soak.sh --minutes M [--seed S] [--only "PROGRAM ..."] [--jobs J]
 # --only: these alone ("fuzz": its targets), with all the time, for the full count of one property.
+# --jobs: so many of a program at once, each with a seed of its own; those that wait for disks and
+# mounts most of their time (crash_power_test) get further that way.
 # Ends with a table: property, cases, failures, first and last seed. Exit code 0: no failures. Logs
 # of rounds that failed stay in build/soak.
 set -eu
@@ -10,20 +12,22 @@ cd "$(dirname "$0")/.."
 minutes=
 seed=1
 only=
+jobs=1
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:-}; shift ;;
     --seed) seed=${2:-}; shift ;;
     --only) only=${2:-}; shift ;;
+    --jobs) jobs=${2:-}; shift ;;
     *) minutes= seed=; break ;;
   esac
   shift
 done
-usage="usage: sh scripts/soak.sh --minutes M [--seed S] [--only \"PROGRAM ...\"]"
-case $minutes$seed in
+usage="usage: sh scripts/soak.sh --minutes M [--seed S] [--only \"PROGRAM ...\"] [--jobs J]"
+case $minutes$seed$jobs in
   '' | *[!0-9]*) echo "$usage" >&2; exit 2 ;;
 esac
-if [ -z "$minutes" ] || [ -z "$seed" ]; then
+if [ -z "$minutes" ] || [ -z "$seed" ] || [ "${jobs:-0}" -lt 1 ]; then
   echo "$usage" >&2
   exit 2
 fi
@@ -84,22 +88,31 @@ fuzz_targets() {
   grep -q '^fuzz: ' "$log" || echo "P23 hostile: did not run|0|1|$seed" >>"$lines"
 }
 
+run_program() {  # program, seed
+  log=$results/$1-$2.log
+  code=0
+  (cd build/cpu-release && "./$1" --soak-seconds "$share" --seed "$2") >"$log" 2>&1 || code=$?
+  tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
+  failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
+  [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1
+  { counts "$2" <"$log"; echo "$1|${tests:-0}|${failed:-0}|$2"; } >"$log.lines"
+  [ "$code" -ne 0 ] || rm "$log"
+}
+
 while [ "$(date +%s)" -lt "$end" ]; do
   [ "$fuzz" -eq 0 ] || fuzz_targets
   for program in $programs; do
     [ "$(date +%s)" -lt "$end" ] || break
-    log=$results/$program-$seed.log
-    code=0
-    (cd build/cpu-release && "./$program" --soak-seconds "$share" --seed "$seed") >"$log" 2>&1 ||
-      code=$?
-    counts "$seed" <"$log" >>"$lines"
-    tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
-    failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
-    [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1
-    echo "$program|${tests:-0}|${failed:-0}|$seed" >>"$lines"
-    [ "$code" -ne 0 ] || rm "$log"
+    for job in $(seq "$jobs"); do
+      run_program "$program" $((seed + job - 1)) &
+    done
+    wait
+    for job in $(seq "$jobs"); do
+      cat "$results/$program-$((seed + job - 1)).log.lines" >>"$lines"
+    done
+    rm "$results"/*.log.lines
   done
-  seed=$((seed + 1))
+  seed=$((seed + jobs))
 done
 
 echo
