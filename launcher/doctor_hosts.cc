@@ -47,7 +47,7 @@ HostReport ask_host(const DoctorOptions& options, const HostSlots& host) {
     const std::string why = answer.missing ? "mpirun is not in PATH"
                             : answer.late  ? concat("no word within ", kHostSeconds, " s")
                                            : answer.gist();
-    report.checks.push_back({"reach", Verdict::fail,
+    report.checks.push_back({"reach", Health::fail,
                              "mpirun does not start this program there: " + why,
                              answer.missing ? "apt-get install openmpi-bin"
                                             : concat("ssh ", host.name, " ", own_program(),
@@ -85,13 +85,13 @@ std::string milliseconds(double seconds) {
 Check check_clocks(const std::vector<HostClock>& clocks) {
   const auto off = [](const HostClock& c) { return std::abs(c.offset); };
   const HostClock& worst_one = *std::ranges::max_element(clocks, {}, off);
-  Check check{"clocks", Verdict::ok,
+  Check check{"clocks", Health::ok,
               concat(worst_one.host, " differs most from ", clocks[0].host, ": ",
                      milliseconds(off(worst_one)), worst_one.offset < 0 ? " behind" : " ahead",
                      ", right within ", milliseconds(worst_one.round_trip / 2)),
               ""};
   if (off(worst_one) - worst_one.round_trip / 2 > kSkew) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += "; nothing is decided by clocks, but logs of the hosts will not fit together";
     check.mend = "timedatectl set-ntp true on all hosts, or apt-get install chrony";
   }
@@ -116,7 +116,7 @@ void check_messages(const std::string& hostfile, size_t hosts, HostsReport& repo
   }
   if (!answer.ok() || clocks.size() != hosts) {
     report.between.push_back(
-        {"messages", Verdict::fail,
+        {"messages", Health::fail,
          answer.late ? concat("ranks on all hosts have not met within ", kClockSeconds, " s")
                      : "a rank on each host: " + answer.gist(),
          "export OMPI_MCA_btl_tcp_if_include=NETWORK/BITS OMPI_MCA_oob_tcp_if_include=NETWORK/BITS "
@@ -124,7 +124,7 @@ void check_messages(const std::string& hostfile, size_t hosts, HostsReport& repo
     return;
   }
   report.between.push_back(
-      {"messages", Verdict::ok,
+      {"messages", Health::ok,
        concat("from the first host to all and back in ", milliseconds(clocks[0].round_trip)), ""});
   report.between.push_back(check_clocks(clocks));
 }

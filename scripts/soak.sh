@@ -2,8 +2,10 @@
 # The long parts of the tests, round after round with another seed: the fuzz targets, and every test
 # program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test; with
 # --faults the campaign of harm to runs under `moemamba launch` alone, the programs faults_*.
-# usage: sh scripts/soak.sh --minutes M [--seed S] [--faults] [--only "PROGRAM ..."]
+# usage: sh scripts/soak.sh --minutes M [--seed S] [--faults] [--only "PROGRAM ..."] [--jobs J]
 # --only: these alone ("fuzz": its targets), with all the time, for the full count of one property.
+# --jobs: so many of a program at once, each with a seed of its own; those that wait for disks and
+# mounts most of their time (crash_power_test) get further that way.
 # Ends with a table: property, cases, failures, first and last seed; after faults with another, of
 # the times and steps that they cost. Exit code 0: no failures. Logs of rounds that failed stay in
 # build/soak.
@@ -13,24 +15,27 @@ minutes=
 seed=1
 faults=
 only=
+jobs=1
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:-}; shift ;;
     --seed) seed=${2:-}; shift ;;
     --faults) faults=yes ;;
     --only) only=${2:-}; shift ;;
+    --jobs) jobs=${2:-}; shift ;;
     *) minutes= seed=; break ;;
   esac
   shift
 done
 usage() {
-  echo "usage: sh scripts/soak.sh --minutes M [--seed S] [--faults] [--only \"PROGRAM ...\"]" >&2
+  echo "usage: sh scripts/soak.sh --minutes M [--seed S] [--faults] [--only \"PROGRAM ...\"]" \
+    "[--jobs J]" >&2
   exit 2
 }
-case $minutes$seed in
+case $minutes$seed$jobs in
   '' | *[!0-9]*) usage ;;
 esac
-if [ -z "$minutes" ] || [ -z "$seed" ]; then usage; fi
+if [ -z "$minutes" ] || [ -z "$seed" ] || [ "${jobs:-0}" -lt 1 ]; then usage; fi
 
 if [ -n "$faults" ]; then sources="tests/faults_*_test.cc"
 else
@@ -97,61 +102,42 @@ fuzz_round() {
   grep -q '^fuzz: ' "$log" || echo "P23 hostile: did not run|0|1|$seed" >>"$lines"
 }
 
-run_program() {  # program
-  [ "$(date +%s)" -lt "$end" ] || return 0
-  log=$results/$1-$seed.log
+run_program() {  # program, seed
+  log=$results/$1-$2.log
   code=0
-  (cd build/cpu-release && "./$1" --soak-seconds "$share" --seed "$seed") >"$log" 2>&1 || code=$?
-  counts "$seed" <"$log" >>"$lines"
-  sed -n 's/^fault: //p' "$log" >>"$costs"
+  (cd build/cpu-release && "./$1" --soak-seconds "$share" --seed "$2") >"$log" 2>&1 || code=$?
+  sed -n 's/^fault: //p' "$log" >"$log.costs"
   tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
   failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
   [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1
-  echo "$1|${tests:-0}|${failed:-0}|$seed" >>"$lines"
+  { counts "$2" <"$log"; echo "$1|${tests:-0}|${failed:-0}|$2"; } >"$log.lines"
   [ "$code" -ne 0 ] || rm "$log"
+}
+# What the programs that have ended found out.
+gather() {
+  wait
+  for found in "$results"/*.log.lines; do
+    [ -f "$found" ] || continue
+    cat "$found" >>"$lines"
+    cat "${found%.lines}.costs" >>"$costs"
+    rm "$found" "${found%.lines}.costs"
+  done
 }
 
 while [ "$(date +%s)" -lt "$end" ]; do
   [ "$fuzz" -eq 0 ] || fuzz_round
-  other=
+  running=0
   for program in $programs; do
-    if [ -z "$faults" ]; then
-      run_program "$program"
-      continue
-    fi
-    run_program "$program" &
-    [ -z "$other" ] || wait "$other"
-    other=$!
-  done
-  wait
-  seed=$((seed + 1))
-done
-
-if [ -s "$costs" ]; then
-  echo
-  printf '%-34s %6s  %-23s  %-23s  %s\n' "" "" "   found after, s" "   next step after, s" \
-    "   steps lost"
-  printf '%-34s %6s  %7s %7s %7s  %7s %7s %7s  %7s %7s %7s\n' fault cases p50 p99 max p50 p99 max \
-    p50 p99 max
-  sed 's/: found .*//' "$costs" | sort | uniq -c | while read -r cases kind; do
-    printf '%-34s %6d' "$kind" "$cases"
-    for what in found next lost; do
-      # A negative number was not measured.
-      grep -F "$kind: found " "$costs" | sed "s/.* $what \([-0-9.]*\).*/\1/" | sort -n |
-        awk -v what=$what '
-          $1 >= 0 { v[++n] = $1 }
-          function at(share,  i) {
-            i = int(share * n); if (i < share * n) ++i
-            return sprintf(what == "lost" ? "%d" : "%.2f", v[i < 1 ? 1 : i])
-          }
-          END {
-            if (n == 0) printf "  %7s %7s %7s", "-", "-", "-"
-            else printf "  %7s %7s %7s", at(0.5), at(0.99), at(1)
-          }'
+    [ "$(date +%s)" -lt "$end" ] || break
+    for job in $(seq "$jobs"); do
+      run_program "$program" $((seed + job - 1)) &
     done
-    echo
+    running=$((running + 1))
+    [ -n "$faults" ] && [ $((running % 2)) -eq 1 ] || gather
   done
-fi
+  gather
+  seed=$((seed + jobs))
+done
 
 echo
 awk -F '|' '
