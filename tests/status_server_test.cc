@@ -184,9 +184,7 @@ TEST(StatusServer, EndsWithConnectionsOpen) {
 
 TEST(StatusServer, SaysWhereItCannotListen) {
   StatusScene scene;
-  EXPECT_NE(message_of([&] {
-              StatusScene({.run = "none", .port = scene.port()});
-            }).find("launch.status_port"),
+  EXPECT_NE(message_of([&] { StatusScene({.port = scene.port()}); }).find("launch.status_port"),
             std::string::npos);
 }
 
@@ -209,7 +207,7 @@ TEST(StatusOptions, WantATokenForWhatOthersCanReach) {
               std::string::npos)
         << open;
     EXPECT_EQ(status_options(config(open, file), "run").token, "0123456789abcdef");
-    EXPECT_THROW(StatusScene({.run = folder.path(), .address = open}), Error) << open;
+    EXPECT_THROW(StatusScene({.address = open}), Error) << open;
   }
   EXPECT_THROW(status_options(config("localhost", file), "run"), BadSettings);
   EXPECT_THROW(status_options(config("", file), "run"), BadSettings);
