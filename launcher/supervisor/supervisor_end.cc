@@ -10,7 +10,6 @@
 #include "launcher/supervisor/hosts.h"
 #include "launcher/supervisor/stack_text.h"
 #include "launcher/supervisor/supervisor.h"
-#include "runtime/checkpoint_folder.h"
 #include "runtime/process_facts.h"
 
 namespace moemamba {
@@ -81,12 +80,14 @@ void Supervisor::judge() {
                           : code >= 0 ? concat("ended with exit code ", code)
                                       : std::string("is gone");
   const bool failed = code == 1 && any_came;
-  end_attempt({.kind = failed     ? Kind::failed
-                       : any_came ? Kind::lost
-                                  : Kind::not_begun,
+  end_attempt({.kind = failed                 ? Kind::failed
+                       : any_came || adopted_ ? Kind::lost
+                                              : Kind::not_begun,
                .event = failed ? "failed" : "lost",
                .text = concat(request_.srun_mpi.empty() ? "mpirun " : "srun ", how,
-                              any_came ? "" : " before any rank came; why, see above")});
+                              any_came   ? ""
+                              : adopted_ ? " before its ranks had come back"
+                                         : " before any rank came; why, see above")});
 }
 
 // What the kernel says of a process that does not answer.
@@ -114,6 +115,7 @@ void Supervisor::end_attempt(Fault fault) {
   doing_ = Doing::ending;
   act_.cancel();
   stop_.cancel();
+  ended_at_ = now();
   fault_ = std::move(fault);
   if (fault_.kind == AttemptEnd::Kind::lost) fault_.text += process_text(fault_.rank);
   stack_.clear();
@@ -205,8 +207,7 @@ void Supervisor::conclude() {
   log_.follow(outlet_);
   leftovers_.remove();
   using Kind = AttemptEnd::Kind;
-  const auto checkpoints = list_checkpoints(run_);
-  view_.saved_step = checkpoints.empty() ? -1 : checkpoints.front().step;
+  look_at_checkpoints();
   if (fault_.kind != Kind::done && fault_.kind != Kind::stopped && is_finished())
     fault_ = {.kind = Kind::done, .event = "done", .text = "done"};
   if (!view_.hang_report.empty() && fault_.kind == Kind::lost) {

@@ -10,7 +10,7 @@ namespace moemamba {
 
 namespace {
 
-constexpr double kReconnect = 1;      // seconds in which a rank comes back whose connection broke
+constexpr double kReconnect = 0.5;    // seconds in which a rank comes back whose connection broke
 constexpr double kLastWords = 0.2;    // between a process's end and the last that it has sent
 constexpr double kPatience = 2;       // from a rank's goodbye to its end, for what it still prints
 constexpr double kOthersTurn = 1;     // from "others are lost" to who that is
@@ -95,6 +95,11 @@ void Supervisor::heard(int rank, const Heartbeat& beat) {
 void Supervisor::stepped(int rank, const StepReport& report) {
   RankView& view = view_.of_ranks[size_t(rank)];
   view.step = report.step();
+  if (view.activity.step <= report.step()) {  // the next heartbeat knows more
+    view.activity.step = report.step() + 1;
+    view.activity.phase = Phase::data;
+  }
+  view.progressed = now();
   view.step_seconds = report.seconds();
   view.busy_seconds = report.busy_seconds();
   view.exchange_seconds = report.exchange_seconds();
@@ -106,6 +111,13 @@ void Supervisor::stepped(int rank, const StepReport& report) {
     }
     if (view_.state == RunState::starting) view_.state = RunState::training;
     view_.state_text = "training";
+    const double took = now() - (ended_at_ > 0 ? ended_at_ : view_.started);
+    events_.note(
+        {.kind = "training",
+         .step = report.step(),
+         .text = concat("attempt ", state_.attempt, ": its first step has ended, ", took,
+                        " s after ", ended_at_ > 0 ? "the end of the one before" : "its start"),
+         .seconds = took});
   }
   last_step_ = std::max(last_step_, int64_t(report.step()));
   if (rank == 0) {
@@ -120,6 +132,7 @@ void Supervisor::event(const RunEvent& event) {
   if (event.kind() == "saved") {
     view_.saved_step = event.step();
     if (event.has_seconds()) view_.save_seconds = event.seconds();
+    if (view_.run_id.empty()) look_at_checkpoints();
   }
   events_.note({.kind = event.kind(),
                 .step = event.has_step() ? event.step() : -1,
