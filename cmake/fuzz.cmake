@@ -2,10 +2,10 @@
 # only what reads files of others, so that little is built under the sanitizers.
 add_library(fuzzed STATIC
   runtime/safetensors.cc runtime/json_reader.cc runtime/manifest.cc runtime/token_files.cc
-  runtime/weights_files.cc runtime/checkpoint_folder.cc
+  runtime/weights_files.cc runtime/checkpoint_folder.cc runtime/control_wire.cc
   model/config.cc model/pattern.cc)
 foreach(proto model/model_config parallel/parallel_config runtime/train_config runtime/manifest
-        launcher/launch_config launcher/run_config)
+        runtime/control launcher/launch_config launcher/run_config)
   target_sources(fuzzed PRIVATE ${CMAKE_BINARY_DIR}/generated/${proto}.pb.cc)
 endforeach()
 target_include_directories(fuzzed PUBLIC ${CMAKE_SOURCE_DIR})

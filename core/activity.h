@@ -1,6 +1,9 @@
 #pragma once
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <string_view>
 
 namespace moemamba {
 
@@ -41,11 +44,22 @@ class Activity {
   void enter(Phase phase) { set(phase_, phase); }
   void begin_step(int64_t step) { set(step_, step); }
   void at_layer(int64_t layer) { set(layer_, layer); }
+  // A group's name for begin_collective, kept in this object: whoever reads it may outlive the
+  // group. Called while nobody else changes anything; of the names past the eighth it keeps none.
+  const char* keep_name(std::string_view name);
   void begin_collective(const char* group);
   void end_collective();
   void expect_rows(int64_t rows);
   void receive_rows(int64_t rows);
+  // The thread that trains has waited for other ranks. Counts on, and is no progress.
+  void add_waited(std::chrono::nanoseconds time) {
+    waited_.fetch_add(time.count(), std::memory_order_relaxed);
+  }
+  std::chrono::nanoseconds waited() const {
+    return std::chrono::nanoseconds(waited_.load(std::memory_order_relaxed));
+  }
   Now now() const;
+  Phase phase() const { return phase_.load(std::memory_order_relaxed); }
 
  private:
   template <class T>
@@ -58,6 +72,26 @@ class Activity {
   std::atomic<const char*> group_{""};
   std::atomic<int> collectives_open_{0};
   std::atomic<uint64_t> progress_{0};
+  std::atomic<int64_t> waited_{0};
+  std::array<std::array<char, 24>, 8> names_{};
+};
+
+// In a phase from here to the end of the scope, then in the one before again. null: nobody reads.
+class InPhase {
+ public:
+  InPhase(Activity* activity, Phase phase)
+      : activity_(activity), before_(activity ? activity->phase() : phase) {
+    if (activity_) activity_->enter(phase);
+  }
+  ~InPhase() {
+    if (activity_) activity_->enter(before_);
+  }
+  InPhase(const InPhase&) = delete;
+  InPhase& operator=(const InPhase&) = delete;
+
+ private:
+  Activity* activity_;
+  Phase before_;
 };
 
 }  // namespace moemamba

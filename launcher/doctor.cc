@@ -29,11 +29,11 @@ int doctor(const DoctorOptions& options) {
   if (options.hostfile.empty()) {
     const HostReport report = examine_host(options);
     std::fputs((options.json ? report_json(report) : report_text(report)).c_str(), stdout);
-    return worst(report.checks) == Verdict::fail ? 1 : 0;
+    return worst(report.checks) == Health::fail ? 1 : 0;
   }
   const HostsReport report = examine_hosts(options);
   std::fputs((options.json ? report_json(report) : report_text(report)).c_str(), stdout);
-  return worst(report) == Verdict::fail ? 1 : 0;
+  return worst(report) == Health::fail ? 1 : 0;
 }
 
 }  // namespace
@@ -49,7 +49,7 @@ HostReport ask_probe(const std::string& probe, const std::vector<std::string>& m
     return read_report(answer.out);
   } catch (const Error& error) {
     const std::string what = error.what();
-    return {.checks = {{name, Verdict::fail, what.substr(0, what.find('\n')),
+    return {.checks = {{name, Health::fail, what.substr(0, what.find('\n')),
                         "dmesg | tail (what the system says of it)"}}};
   }
 }

@@ -46,13 +46,6 @@ HostsReport examine_hosts(const DoctorOptions& options);
 // Where the folder of a run lies, or would be made: itself, or the nearest above it that is there.
 std::string nearest_folder(const std::string& run);
 
-struct HostSlots {
-  std::string name;
-  int slots = 0;  // 0: not said
-};
-// Of mpirun's file of machines. BadSettings where there are none or a line is none.
-std::vector<HostSlots> read_hostfile(const std::string& path);
-
 // "2.1.0" of a text with a version in it; "": none.
 std::string version_in(const std::string& text);
 // What `nvidia-smi topo -m` says of pairs of GPUs, in one line: "NV18 between all 8"; "": nothing.

@@ -68,11 +68,11 @@ std::string kind_of(const std::string& folder) {
 Check check_folder(const std::string& run, const std::string& folder) {
   std::error_code ignored;
   if (!run.empty() && fs::exists(run, ignored) && !fs::is_directory(run, ignored))
-    return {"folder", Verdict::fail, run + ": is no folder", "--run=FOLDER"};
+    return {"folder", Health::fail, run + ": is no folder", "--run=FOLDER"};
   const std::string kind = kind_of(folder);
-  Check check{"folder", Verdict::ok, concat(folder, " (", kind, ")"), ""};
+  Check check{"folder", Health::ok, concat(folder, " (", kind, ")"), ""};
   if (kind == "tmpfs" || kind == "ramfs") {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += ": in memory, and gone with the next boot";
     check.mend = "--run=FOLDER on a disk";
   } else if (kind == "overlay") {
@@ -83,9 +83,9 @@ Check check_folder(const std::string& run, const std::string& folder) {
 
 Check check_free(FileSystem& files, const std::string& folder) {
   const auto free = double(files.free_bytes(folder));
-  Check check{"free space", Verdict::ok, bytes_text(free), ""};
+  Check check{"free space", Health::ok, bytes_text(free), ""};
   if (free < double(1 << 30)) {
-    check.verdict = free < double(kFull) ? Verdict::fail : Verdict::warn;
+    check.verdict = free < double(kFull) ? Health::fail : Health::warn;
     check.found +=
         ": a checkpoint has 12 bytes a parameter, and three of them lie beside each other";
     check.mend = concat("du -xsh ", folder, "/* (what fills it), or --run=FOLDER elsewhere");
@@ -109,12 +109,12 @@ Check check_speed(FileSystem& files, const std::string& folder) {
     done += kBlock;
   }
   const double speed = double(done) / std::max(1e-9, seconds_since(start));
-  if (done == 0) return {"disk", Verdict::warn, "too full to be measured", "free some space"};
-  Check check{"disk", Verdict::ok,
+  if (done == 0) return {"disk", Health::warn, "too full to be measured", "free some space"};
+  Check check{"disk", Health::ok,
               concat(bytes_text(speed), "/s are written (", bytes_text(double(done)), " measured)"),
               ""};
   if (speed < kSlowBytes) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += ": saves take long, though training goes on behind them";
     check.mend = "--run=FOLDER on a faster disk, or a larger --train.save_interval";
   }
@@ -135,10 +135,10 @@ Check check_sync(FileSystem& files, const std::string& folder) {
   std::ranges::sort(times);
   const double median = times[times.size() / 2];
   const auto ms = [](double seconds) { return std::round(seconds * 1e5) / 100; };
-  Check check{"fsync", Verdict::ok,
+  Check check{"fsync", Health::ok,
               concat(ms(median), " ms, at most ", ms(times.back()), " of ", times.size()), ""};
   if (median > kSlowSync) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += ": a save syncs each file and folder";
     check.mend = "--run=FOLDER on another disk";
   }
@@ -156,18 +156,18 @@ Check check_new_names(FileSystem& files, const std::string& folder) {
   const std::string why = "two launches on one folder could not be kept apart";
   try {
     if (files.rename_new(from, join_path(folder, "to")))
-      return {"new names", Verdict::ok, "rename() without replacing", ""};
+      return {"new names", Health::ok, "rename() without replacing", ""};
   } catch (const Error& error) {
-    return {"new names", Verdict::fail, error.what() + (": " + why), "--run=FOLDER elsewhere"};
+    return {"new names", Health::fail, error.what() + (": " + why), "--run=FOLDER elsewhere"};
   }
   try {
     files.link(from, join_path(folder, "to"));
   } catch (const Error& error) {
-    return {"new names", Verdict::fail,
+    return {"new names", Health::fail,
             concat("neither rename() without replacing nor link(): ", why),
             "--run=FOLDER elsewhere"};
   }
-  return {"new names", Verdict::ok, "no rename() without replacing, but link(), which does", ""};
+  return {"new names", Health::ok, "no rename() without replacing, but link(), which does", ""};
 }
 
 void measure(const std::string& folder, HostReport& report) {
@@ -180,7 +180,7 @@ void measure(const std::string& folder, HostReport& report) {
     report.checks.push_back(check_sync(files, scratch));
     report.checks.push_back(check_speed(files, scratch));
   } catch (const Error& error) {
-    report.checks.push_back({"disk", Verdict::fail, error.what(),
+    report.checks.push_back({"disk", Health::fail, error.what(),
                              concat("ls -ld ", folder, "; df -h ", folder,
                                     " (who may write, what is free), or --run=FOLDER elsewhere")});
   }
@@ -203,8 +203,8 @@ int probe_disk(const DoctorOptions& options) {
   if (!options.mark.empty())
     report.checks.push_back(
         file_exists(join_path(folder, options.mark))
-            ? Check{"shared folder", Verdict::ok, "the first host's is the same one", ""}
-            : Check{"shared folder", Verdict::fail,
+            ? Check{"shared folder", Health::ok, "the first host's is the same one", ""}
+            : Check{"shared folder", Health::fail,
                     concat(folder, " is not the first host's: a run's folder is one for all"),
                     "mount the same folder on all hosts, or --run=FOLDER that is on all"});
   measure(folder, report);

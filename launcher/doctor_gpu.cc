@@ -69,19 +69,19 @@ std::string find_driver(const std::vector<SmiGpu>& smi) {
 }
 
 Check check_driver(const std::string& driver) {
-  if (!driver.empty()) return {"driver", Verdict::ok, "NVIDIA " + driver, ""};
+  if (!driver.empty()) return {"driver", Health::ok, "NVIDIA " + driver, ""};
   const int cards = count_cards();
-  if (cards == 0) return {"driver", Verdict::ok, "no NVIDIA card, no driver", ""};
-  return {"driver", Verdict::warn, concat(cards, " NVIDIA cards, but no driver that is seen here"),
+  if (cards == 0) return {"driver", Health::ok, "no NVIDIA card, no driver", ""};
+  return {"driver", Health::warn, concat(cards, " NVIDIA cards, but no driver that is seen here"),
           "apt-get install nvidia-driver, or docker run --gpus all"};
 }
 
 Check check_multicast() {
   const char* set = std::getenv("NCCL_NVLS_ENABLE");
   if (!set || std::string(set) == "0")
-    return {"NVLink multicast", Verdict::ok, "off, as it has to be", ""};
+    return {"NVLink multicast", Health::ok, "off, as it has to be", ""};
   return {
-      "NVLink multicast", Verdict::fail,
+      "NVLink multicast", Health::fail,
       concat("NCCL_NVLS_ENABLE is \"", set, "\": sums would depend on what was allocated before"),
       "unset NCCL_NVLS_ENABLE"};
 }
@@ -90,12 +90,12 @@ Check check_multicast() {
 void add_smi(const SmiGpu& smi, Check& check) {
   check.found += concat("; ", bytes_text(smi.used_mib * (1 << 20)), " in use");
   if (smi.used_mib > 2048) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += ", by others";
     check.mend = "nvidia-smi (lists the processes)";
   }
   if (std::atof(smi.errors.c_str()) > 0) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += concat("; ", smi.errors, " errors of its memory that were not corrected");
     check.mend = "nvidia-smi -q -d ECC,ROW_REMAPPER; leave the host out until it was reset";
   }
@@ -104,7 +104,7 @@ void add_smi(const SmiGpu& smi, Check& check) {
 void check_links(size_t gpus, HostReport& report) {
   if (gpus < 2) return;
   const std::string links = gpu_links(ask({"nvidia-smi", "topo", "-m"}, kPatience).out);
-  report.checks.push_back({"GPU links", Verdict::ok, links.empty() ? "not known" : links, ""});
+  report.checks.push_back({"GPU links", Health::ok, links.empty() ? "not known" : links, ""});
 }
 
 }  // namespace
@@ -142,25 +142,25 @@ int probe_gpus() {
   report.facts.emplace_back("NCCL", nccl_version());
   report.facts.emplace_back("why", why);
   report.checks.push_back(
-      {"CUDA", Verdict::ok,
+      {"CUDA", Health::ok,
        built ? gpu::build() + (gpus.empty() ? ", no GPU: " + why : "") : "not in this build", ""});
   if (built && nccl_version().empty())
-    report.checks.push_back({"NCCL", gpus.size() > 1 ? Verdict::warn : Verdict::ok,
+    report.checks.push_back({"NCCL", gpus.size() > 1 ? Health::warn : Health::ok,
                              "not in this build: a run on GPUs has one rank",
                              gpus.size() > 1 ? "apt-get install libnccl-dev; sh scripts/build.sh "
                                                "cuda-release"
                                              : ""});
   else if (built)
-    report.checks.push_back({"NCCL", Verdict::ok, nccl_version(), ""});
+    report.checks.push_back({"NCCL", Health::ok, nccl_version(), ""});
   for (size_t i = 0; i < gpus.size(); ++i) {
     const gpu::Facts& gpu = gpus[i];
-    Check check{concat("GPU ", i), Verdict::ok,
+    Check check{concat("GPU ", i), Health::ok,
                 concat(gpu.name, ", ", bytes_text(double(gpu.bytes)), ", ", gpu.multiprocessors,
                        " multiprocessors, compute capability ", gpu.capability / 10, ".",
                        gpu.capability % 10),
                 ""};
     if (gpu.capability < kOldest) {
-      check.verdict = Verdict::fail;
+      check.verdict = Health::fail;
       check.found += "; 8.0 or later is needed";
       check.mend = "--device=CPU";
     }
@@ -180,8 +180,8 @@ void check_gpus(const DoctorOptions& options, HostReport& report) {
   size_t gpus = 0;
   for (const Check& check : found.checks) gpus += check.name.starts_with("GPU ");
   for (Check& check : found.checks) {
-    if (check.name == "CUDA" && check.verdict == Verdict::ok && !driver.empty() && gpus == 0) {
-      check.verdict = Verdict::warn;
+    if (check.name == "CUDA" && check.verdict == Health::ok && !driver.empty() && gpus == 0) {
+      check.verdict = Health::warn;
       check.mend = check.found == "not in this build" ? "sh scripts/build.sh cuda-release"
                                                       : "a driver that is new enough for it";
     }
@@ -199,7 +199,7 @@ void check_gpus(const DoctorOptions& options, HostReport& report) {
   if (gpus > 0) report.checks.push_back(check_multicast());
   if (gpus > 0 && size_t(options.ranks) > gpus)
     report.checks.push_back(
-        {"GPU slots", Verdict::fail,
+        {"GPU slots", Health::fail,
          concat(options.ranks, " ranks, but ", gpus, " GPUs, one for each rank"),
          concat("slots=", gpus, " in the hostfile, or --ranks ", gpus)});
 }

@@ -14,6 +14,7 @@
 #include "core/schema.h"
 #include "launcher/ask.h"
 #include "launcher/doctor_checks.h"
+#include "launcher/supervisor/hosts.h"
 
 namespace moemamba {
 
@@ -47,7 +48,7 @@ HostReport ask_host(const DoctorOptions& options, const HostSlots& host) {
     const std::string why = answer.missing ? "mpirun is not in PATH"
                             : answer.late  ? concat("no word within ", kHostSeconds, " s")
                                            : answer.gist();
-    report.checks.push_back({"reach", Verdict::fail,
+    report.checks.push_back({"reach", Health::fail,
                              "mpirun does not start this program there: " + why,
                              answer.missing ? "apt-get install openmpi-bin"
                                             : concat("ssh ", host.name, " ", own_program(),
@@ -85,13 +86,13 @@ std::string milliseconds(double seconds) {
 Check check_clocks(const std::vector<HostClock>& clocks) {
   const auto off = [](const HostClock& c) { return std::abs(c.offset); };
   const HostClock& worst_one = *std::ranges::max_element(clocks, {}, off);
-  Check check{"clocks", Verdict::ok,
+  Check check{"clocks", Health::ok,
               concat(worst_one.host, " differs most from ", clocks[0].host, ": ",
                      milliseconds(off(worst_one)), worst_one.offset < 0 ? " behind" : " ahead",
                      ", right within ", milliseconds(worst_one.round_trip / 2)),
               ""};
   if (off(worst_one) - worst_one.round_trip / 2 > kSkew) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += "; nothing is decided by clocks, but logs of the hosts will not fit together";
     check.mend = "timedatectl set-ntp true on all hosts, or apt-get install chrony";
   }
@@ -116,7 +117,7 @@ void check_messages(const std::string& hostfile, size_t hosts, HostsReport& repo
   }
   if (!answer.ok() || clocks.size() != hosts) {
     report.between.push_back(
-        {"messages", Verdict::fail,
+        {"messages", Health::fail,
          answer.late ? concat("ranks on all hosts have not met within ", kClockSeconds, " s")
                      : "a rank on each host: " + answer.gist(),
          "export OMPI_MCA_btl_tcp_if_include=NETWORK/BITS OMPI_MCA_oob_tcp_if_include=NETWORK/BITS "
@@ -124,7 +125,7 @@ void check_messages(const std::string& hostfile, size_t hosts, HostsReport& repo
     return;
   }
   report.between.push_back(
-      {"messages", Verdict::ok,
+      {"messages", Health::ok,
        concat("from the first host to all and back in ", milliseconds(clocks[0].round_trip)), ""});
   report.between.push_back(check_clocks(clocks));
 }
@@ -158,32 +159,6 @@ class Mark {
 };
 
 }  // namespace
-
-std::vector<HostSlots> read_hostfile(const std::string& path) {
-  std::ifstream file(path);
-  if (!file) throw BadSettings(concat("--hostfile ", path, ": cannot be read"));
-  std::vector<HostSlots> hosts;
-  int number = 0;
-  for (std::string line; std::getline(file, line);) {
-    ++number;
-    std::istringstream words(line.substr(0, line.find('#')));
-    HostSlots host;
-    if (!(words >> host.name)) continue;
-    for (std::string word; words >> word;) {
-      const size_t equals = word.find('=');
-      const bool known = word.starts_with("slots=") || word.starts_with("max_slots=") ||
-                         word.starts_with("max-slots=");
-      const int value = known ? std::atoi(word.c_str() + equals + 1) : 0;
-      if (value <= 0)
-        throw BadSettings(
-            concat(path, ":", number, ": \"", word, "\": expected NAME, or NAME slots=8"));
-      if (word.starts_with("slots=")) host.slots = value;
-    }
-    hosts.push_back(host);
-  }
-  if (hosts.empty()) throw BadSettings(concat("--hostfile ", path, ": names no host"));
-  return hosts;
-}
 
 HostsReport examine_hosts(const DoctorOptions& options) {
   const std::vector<HostSlots> hosts = read_hostfile(options.hostfile);

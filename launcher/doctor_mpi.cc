@@ -37,13 +37,13 @@ std::string first_line(const std::string& text) {
 Check check_compiler() {
   const Answer answer = ask({"c++", "--version"}, 3);
   const std::string built = concat("built with ", build_compiler(), ", ", build_flags());
-  Check check{"compiler", Verdict::ok,
+  Check check{"compiler", Health::ok,
               built + (answer.ok() ? "; c++ in PATH: " + first_line(answer.out)
                                    : "; none in PATH, which only building would need"),
               ""};
   if (build_flags().find("-fsanitize") != build_flags().npos ||
       build_flags().find("-O0") != build_flags().npos) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += "; that is a build for finding bugs, several times slower";
     check.mend = "sh scripts/build.sh cpu-release";
   }
@@ -53,14 +53,14 @@ Check check_compiler() {
 Check check_threads() {
   const Answer answer = ask(probe_words("threads"), kPatience, rank_environment());
   const std::string said = first_line(answer.out);
-  if (answer.ok()) return {"MPI threads", Verdict::ok, said, ""};
+  if (answer.ok()) return {"MPI threads", Health::ok, said, ""};
   if (answer.code == 3)
-    return {"MPI threads", Verdict::fail, said + ", but MPI_THREAD_SERIALIZED is needed",
+    return {"MPI threads", Health::fail, said + ", but MPI_THREAD_SERIALIZED is needed",
             "an MPI that is built with threads: apt-get install libopenmpi3"};
   if (find_program("orted").empty() && find_program("prted").empty())
-    return {"MPI threads", Verdict::fail,
+    return {"MPI threads", Health::fail,
             "MPI does not start, not even for one rank: its orted is not in PATH", kInPath};
-  return {"MPI threads", Verdict::fail,
+  return {"MPI threads", Health::fail,
           answer.late ? concat("MPI has not started within ", kPatience, " s")
                       : "MPI does not start: " + answer.gist(),
           kInstall};
@@ -83,8 +83,8 @@ Check check_ranks() {
   words.insert(words.end(), probe.begin(), probe.end());
   const Answer answer = ask(words, kPatience, rank_environment());
   if (answer.ok() && answer.out.starts_with("2 "))
-    return {"ranks", Verdict::ok, first_line(answer.out), ""};
-  return {"ranks", Verdict::fail,
+    return {"ranks", Health::ok, first_line(answer.out), ""};
+  return {"ranks", Health::fail,
           answer.late   ? concat("two ranks under mpirun have not met within ", kPatience, " s")
           : answer.ok() ? "ranks under mpirun do not find each other: it is not this MPI's mpirun"
                         : "two ranks under mpirun: " + answer.gist(),
@@ -94,18 +94,18 @@ Check check_ranks() {
 Check check_mpirun(const std::string& library, HostReport& report) {
   const std::string path = find_program("mpirun");
   if (path.empty())
-    return {"mpirun", Verdict::fail, "not in PATH, so nothing starts more than one rank", kInPath};
+    return {"mpirun", Health::fail, "not in PATH, so nothing starts more than one rank", kInPath};
   const Answer answer = ask({path, "--version"}, 5);
   const std::string said = first_line(answer.out);
   if (!answer.ok())
-    return {"mpirun", Verdict::fail, concat(path, " --version: ", answer.gist()), kInstall};
+    return {"mpirun", Health::fail, concat(path, " --version: ", answer.gist()), kInstall};
   report.facts.emplace_back("mpirun", version_in(said));
   if (said.find("Open MPI") == said.npos || version_in(said) != version_in(library))
-    return {"mpirun", Verdict::fail,
+    return {"mpirun", Health::fail,
             concat(path, ": \"", said, "\", but this program is linked with ", library,
                    ": each rank would be alone"),
             "export PATH=/FOLDER/OF/THAT/OPENMPI/bin:$PATH"};
-  return {"mpirun", Verdict::ok, concat(path, ", ", version_in(said)), ""};
+  return {"mpirun", Health::ok, concat(path, ", ", version_in(said)), ""};
 }
 
 Check check_slurm() {
@@ -113,9 +113,9 @@ Check check_slurm() {
   const bool inside = std::getenv("SLURM_JOB_ID") != nullptr;
   const std::string said = answer.out + answer.err;
   if (answer.ok() && said.find("pmix") != said.npos)
-    return {"Slurm", Verdict::ok, "srun --mpi=pmix can start ranks", ""};
-  if (!inside) return {"Slurm", Verdict::ok, "srun is installed, but no Slurm answers it", ""};
-  return {"Slurm", Verdict::fail,
+    return {"Slurm", Health::ok, "srun --mpi=pmix can start ranks", ""};
+  if (!inside) return {"Slurm", Health::ok, "srun is installed, but no Slurm answers it", ""};
+  return {"Slurm", Health::fail,
           answer.ok() ? "srun has no PMIx, so ranks that it starts do not find each other"
                       : "srun --mpi=list: " + answer.gist(),
           "apt-get install slurm-wlm-basic-plugins on all nodes (it has mpi_pmix), or mpirun"};
@@ -141,7 +141,7 @@ std::vector<std::string> probe_words(const std::string& probe) {
 
 void check_build(HostReport& report) {
   report.checks.push_back(
-      {"moemamba", Verdict::ok,
+      {"moemamba", Health::ok,
        concat(build_version(), ", sources ", build_sources(), ", ", own_program()), ""});
   report.facts.emplace_back("moemamba", concat(build_version(), " ", build_sources(), " ",
                                                build_compiler(), " ", build_flags()));
@@ -151,16 +151,16 @@ void check_build(HostReport& report) {
 void check_mpi(HostReport& report) {
   const std::string library = mpi_library();
   report.facts.emplace_back("MPI", library);
-  Check mpi{"MPI", Verdict::ok, library, ""};
+  Check mpi{"MPI", Health::ok, library, ""};
   if (library.find("Open MPI") == library.npos) {
-    mpi.verdict = Verdict::warn;
+    mpi.verdict = Health::warn;
     mpi.found += "; only Open MPI is tested, and --ranks and launch want its mpirun";
     mpi.mend = "apt-get install libopenmpi-dev, and build again";
   }
   report.checks.push_back(mpi);
   report.checks.push_back(check_threads());
   report.checks.push_back(check_mpirun(library, report));
-  if (report.checks.back().verdict == Verdict::ok) report.checks.push_back(check_ranks());
+  if (report.checks.back().verdict == Health::ok) report.checks.push_back(check_ranks());
   if (!find_program("srun").empty()) report.checks.push_back(check_slurm());
 }
 

@@ -87,17 +87,17 @@ void check_network(HostReport& report) {
   }
   report.facts.emplace_back("addresses", addresses);
   if (!loopback) {
-    report.checks.push_back({"network", Verdict::fail, "the loopback is down, and mpirun needs it",
+    report.checks.push_back({"network", Health::fail, "the loopback is down, and mpirun needs it",
                              "ip link set lo up"});
     return;
   }
   const char* chosen = std::getenv("OMPI_MCA_btl_tcp_if_include");
-  Check check{"network", Verdict::ok, text.empty() ? "nothing but the loopback" : text, ""};
+  Check check{"network", Health::ok, text.empty() ? "nothing but the loopback" : text, ""};
   check.found += infiniband();
   if (chosen) {
     check.found += concat("; Open MPI takes ", chosen, ", as it was told");
   } else if (bridges && !best.empty()) {
-    check.verdict = Verdict::warn;
+    check.verdict = Health::warn;
     check.found += "; with several hosts Open MPI tries them all, bridges of containers too";
     check.mend =
         concat("export OMPI_MCA_btl_tcp_if_include=", best, " OMPI_MCA_oob_tcp_if_include=", best);

@@ -35,6 +35,20 @@ enum class OnSignal {
 // kExitRestart if a rank was killed.
 int launch(int ranks, const std::vector<std::string>& words, OnSignal on_signal);
 
+// Another way than launch() to have ranks: the words of a command that starts them.
+struct RanksCommand {
+  int ranks = 1;
+  std::string hostfile;                     // empty: this machine
+  std::vector<std::string> options;         // further words of mpirun or srun
+  std::vector<std::string> names;           // environment variables that all ranks get as well
+  std::vector<std::string> words;           // of this program
+  std::vector<std::string> hosts_left_out;  // of a Slurm allocation
+  int hosts = 0;                            // of it; 0: all
+};
+// Both put into this process's environment what the ranks inherit.
+std::vector<std::string> mpirun_words(const RanksCommand& command);
+std::vector<std::string> srun_words(const RanksCommand& command, const std::string& mpi);
+
 // Where progress goes.
 struct Terminal {
   bool present = false;

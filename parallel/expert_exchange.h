@@ -52,6 +52,8 @@ class ExpertExchange {
                const Tensor& staging) const;
   // Spent in exchanges since the last call; 0 on CUDA streams, whose work the host does not see.
   double take_seconds();
+  // That came in plans since the last call, over all their chunks.
+  int64_t take_rows();
 
  private:
   // Rows of this rank that one receiver gets, or rows of staging that one source fills.
@@ -72,6 +74,8 @@ class ExpertExchange {
   bool asks_nobody() const;
   void gather_offsets(Stream& stream, const Tensor& offsets);
   void exchange(Stream& stream, const Move& move) const;
+  void tell_begin(const Move& move) const;
+  void tell_end() const;
   int64_t begin_of(int64_t chunk, int64_t expert) const;
   void copy_chunk(Stream& stream, const Move& move) const;
   void copy_on_device(Stream& stream, const Move& move) const;
@@ -81,6 +85,7 @@ class ExpertExchange {
   Communicator& group_;
   const RankLayout& layout_;
   int64_t capacity_, max_rows_, chunks_ = 1, received_ = 0;
+  int64_t planned_rows_ = 0;  // since take_rows()
   DeviceKind device_;
   Tensor own_offsets_;            // as given to plan()
   Buffer gathered_, staging_;     // of a GPU: all ranks' offsets, and on their way to the host
@@ -91,6 +96,8 @@ class ExpertExchange {
   mutable std::vector<Interval> sent_, staged_;
   mutable std::vector<int64_t> sent_places_, sent_bytes_, staged_places_, staged_bytes_;
   mutable std::vector<device_work::Segment> own_segments_, staged_segments_;
+  mutable int64_t expected_ = 0;         // rows from other ranks
+  mutable Phase before_{};               // what the stream was at before
   mutable std::vector<int32_t> begins_;  // [E' + 1] where experts begin within the chunk
   mutable std::chrono::steady_clock::time_point started_;  // touched by the stream's work alone
   mutable std::atomic<int64_t> nanoseconds_{0};

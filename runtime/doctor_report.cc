@@ -14,39 +14,39 @@ namespace moemamba {
 namespace {
 
 using Json = nlohmann::ordered_json;
-constexpr std::array kVerdicts{Verdict::ok, Verdict::warn, Verdict::fail};
+constexpr std::array kVerdicts{Health::ok, Health::warn, Health::fail};
 constexpr const char* kAddresses = "addresses";  // a fact that should differ
 
 // What it means that a fact differs. Facts of other names: hosts that differ, no more.
 struct FactMeaning {
   const char* name;
-  Verdict verdict;
+  Health verdict;
   const char* why;
   const char* mend;
 };
 constexpr FactMeaning kMeanings[] = {
-    {"moemamba", Verdict::fail, "ranks of other builds refuse to start",
+    {"moemamba", Health::fail, "ranks of other builds refuse to start",
      "give all hosts the same build: one shared folder, or rsync build/ to all"},
-    {"BLAS", Verdict::fail, "ranks refuse to start, for products would have other bits",
+    {"BLAS", Health::fail, "ranks refuse to start, for products would have other bits",
      "export OPENBLAS_CORETYPE=Haswell on all hosts"},
-    {"SIMD", Verdict::fail, "ranks refuse to start", "leave one kind of host out of the hostfile"},
-    {"MPI", Verdict::fail, "other versions do not speak with each other",
+    {"SIMD", Health::fail, "ranks refuse to start", "leave one kind of host out of the hostfile"},
+    {"MPI", Health::fail, "other versions do not speak with each other",
      "apt-get install openmpi-bin libopenmpi3 of one version on all hosts"},
-    {"mpirun", Verdict::fail, "other versions do not speak with each other",
+    {"mpirun", Health::fail, "other versions do not speak with each other",
      "apt-get install openmpi-bin of one version on all hosts"},
-    {"NCCL", Verdict::fail, "other versions do not speak with each other",
+    {"NCCL", Health::fail, "other versions do not speak with each other",
      "apt-get install libnccl2 of one version on all hosts"},
-    {"driver", Verdict::warn, "speed and bugs differ", "install one driver on all hosts"},
-    {"GPUs", Verdict::warn, "the slowest sets the pace of all",
+    {"driver", Health::warn, "speed and bugs differ", "install one driver on all hosts"},
+    {"GPUs", Health::warn, "the slowest sets the pace of all",
      "leave one kind of host out of the hostfile"},
-    {"cores", Verdict::warn, "the slowest sets the pace of all",
+    {"cores", Health::warn, "the slowest sets the pace of all",
      "slots= of the hostfile in proportion to the cores"},
 };
 
 FactMeaning meaning_of(const std::string& name) {
   for (const FactMeaning& meaning : kMeanings)
     if (name == meaning.name) return meaning;
-  return {"", Verdict::warn, "they differ", ""};
+  return {"", Health::warn, "they differ", ""};
 }
 
 std::string value_in(const HostReport& report, const std::string& name) {
@@ -85,12 +85,12 @@ Check shared_addresses(const std::vector<HostReport>& hosts) {
   }
   for (const auto& [address, names] : holders)
     if (names.size() > 1)
-      return {kAddresses, Verdict::warn,
+      return {kAddresses, Health::warn,
               concat(names_of(names), " all have ", address,
                      " (a bridge of containers?): Open MPI may try it and hang"),
               "--mca btl_tcp_if_include NETWORK/BITS --mca oob_tcp_if_include NETWORK/BITS of the "
               "network that joins them"};
-  return {kAddresses, Verdict::ok, "no address is on two hosts", ""};
+  return {kAddresses, Health::ok, "no address is on two hosts", ""};
 }
 
 Json json_of(const Check& check) {
@@ -127,8 +127,8 @@ std::string line_of(const Check& check, const std::string& about = "") {
   return line.str();
 }
 
-Verdict verdict_of(const std::string& name) {
-  for (Verdict verdict : kVerdicts)
+Health verdict_of(const std::string& name) {
+  for (Health verdict : kVerdicts)
     if (name == name_of(verdict)) return verdict;
   throw Error(concat("no verdict: ", name));
 }
@@ -145,18 +145,18 @@ HostReport report_of(const Json& json) {
 
 }  // namespace
 
-const char* name_of(Verdict verdict) {
-  return verdict == Verdict::ok ? "ok" : verdict == Verdict::warn ? "warn" : "fail";
+const char* name_of(Health verdict) {
+  return verdict == Health::ok ? "ok" : verdict == Health::warn ? "warn" : "fail";
 }
 
-Verdict worst(const std::vector<Check>& checks) {
-  Verdict verdict = Verdict::ok;
+Health worst(const std::vector<Check>& checks) {
+  Health verdict = Health::ok;
   for (const Check& check : checks) verdict = std::max(verdict, check.verdict);
   return verdict;
 }
 
-Verdict worst(const HostsReport& report) {
-  Verdict verdict = worst(report.between);
+Health worst(const HostsReport& report) {
+  Health verdict = worst(report.between);
   for (const HostReport& host : report.hosts) verdict = std::max(verdict, worst(host.checks));
   return verdict;
 }
@@ -181,7 +181,7 @@ std::vector<Check> compare_hosts(const std::vector<HostReport>& hosts) {
       found += concat(found.empty() ? "" : ", ", names_of(holding), ": \"", value, '"');
     checks.push_back({name, meaning.verdict, concat(found, ": ", meaning.why), meaning.mend});
   }
-  checks.push_back({"alike", Verdict::ok, alike.empty() ? "nothing" : alike, ""});
+  checks.push_back({"alike", Health::ok, alike.empty() ? "nothing" : alike, ""});
   checks.push_back(shared_addresses(hosts));
   return checks;
 }
@@ -197,8 +197,8 @@ std::string report_text(const HostsReport& report) {
   int well = 0;
   for (const HostReport& host : report.hosts)
     for (const Check& check : host.checks) {
-      well += check.verdict == Verdict::ok;
-      if (check.verdict == Verdict::ok) continue;
+      well += check.verdict == Health::ok;
+      if (check.verdict == Health::ok) continue;
       auto same = std::ranges::find_if(troubles, [&](const auto& t) {
         return t.first.name == check.name && t.first.found == check.found;
       });
@@ -206,7 +206,7 @@ std::string report_text(const HostsReport& report) {
       same->second.push_back(host.host);
     }
   std::string text =
-      concat(name_of(Verdict::ok), "    ", report.hosts.size(), " hosts: ", well, " checks\n");
+      concat(name_of(Health::ok), "    ", report.hosts.size(), " hosts: ", well, " checks\n");
   for (const auto& [check, hosts] : troubles) text += line_of(check, names_of(hosts) + ": ");
   for (const Check& check : report.between) text += line_of(check);
   return text;

@@ -8,16 +8,16 @@ namespace moemamba {
 
 // What `moemamba doctor` found, and how it is told to people, programs and other hosts.
 
-enum class Verdict { ok, warn, fail };
-const char* name_of(Verdict verdict);  // "ok"
+enum class Health { ok, warn, fail };
+const char* name_of(Health verdict);  // "ok"
 
 struct Check {
   std::string name;  // "open files"; the same in every version
-  Verdict verdict = Verdict::ok;
+  Health verdict = Health::ok;
   std::string found;  // one line
   std::string mend;   // the command that mends it; "" where all is well
 };
-Verdict worst(const std::vector<Check>& checks);
+Health worst(const std::vector<Check>& checks);
 
 struct HostReport {
   std::string host;
@@ -31,7 +31,7 @@ struct HostsReport {
   std::vector<HostReport> hosts;
   std::vector<Check> between;
 };
-Verdict worst(const HostsReport& report);
+Health worst(const HostsReport& report);
 
 // One check for each fact that not all hosts have alike, one that names those that all share, and
 // one where hosts have an address in common by which they cannot tell each other apart. REQUIRES:

@@ -2,7 +2,8 @@
 # Trainings on GPUs that are too long for tests: what they printed stands in docs/benchmarks.md.
 # usage: sh scripts/gpu_runs.sh FOLDER [single|double ...]   (after scripts/gpu_check.sh has built)
 #   single: one GPU; austen: bf16 beside f32; quickstart; tuned: the table of products; pair: a step
-#   on two; lost: a rank of two that ends or stops; tables: `moemamba bench`; double: trainings on two. Text: data/austen/tokens (scripts/fetch_austen.sh).
+#   on two; perf: the kernels of a step; lost: a rank of two that ends or stops; tables: `moemamba
+#   bench`; double: trainings on two. Text: data/austen/tokens (scripts/fetch_austen.sh).
 set -eu
 cd "$(dirname "$0")/.."
 out=$1
@@ -17,13 +18,13 @@ peers="--config configs/moe_mamba_32_25m.textproto --model.vocabulary=50304 --mo
 
 # name, then a command: its last lines, and how long it took.
 try() {
-  name=$1
+  label=$1
   shift
   begun=$(date +%s)
   code=0
-  timeout 280 "$@" >"$out/$name.log" 2>&1 || code=$?
-  echo "== $name: code $code, $(($(date +%s) - begun)) s"
-  tail -n "${lines:-6}" "$out/$name.log"
+  timeout 280 "$@" >"$out/$label.log" 2>&1 || code=$?
+  echo "== $label: code $code, $(($(date +%s) - begun)) s"
+  tail -n "${lines:-6}" "$out/$label.log"
 }
 # Columns of metrics.jsonl of two runs that must be the same.
 chain_of() { sed -n 's/.*"chain": *"\([0-9a-f]*\)".*/\1/p' "$1/metrics.jsonl" | tail -n 1; }
@@ -67,14 +68,32 @@ END
     quickstart)
       lines=60 try quickstart sh scripts/quickstart.sh
       ;;
-    tuned)  # the table's lines for this GPU, and a step without and with them
-      try step_before "$moemamba" bench step $peers
+    tuned)  # the table of products: its lines for this GPU, and a step with and without it
       try tune "$moemamba" bench tune $peers
-      grep '^{' "$out/tune.log" >"$out/lines.inc" || true
-      cat "$out/lines.inc" >>kernels/cuda/matmul_table.inc
-      sh scripts/build.sh cuda-release moemamba matmul_test >"$out/tuned_build.log" 2>&1
       try step_tuned "$moemamba" bench step $peers
-      try matmul_tuned build/cuda-release/matmul_test --require-cuda
+      cp kernels/cuda/matmul_table.inc "$out/table.inc"
+      sed -i '/^\/\//!d' kernels/cuda/matmul_table.inc
+      sh scripts/build.sh cuda-release moemamba >"$out/untuned_build.log" 2>&1
+      try step_untuned "$moemamba" bench step $peers
+      cp "$out/table.inc" kernels/cuda/matmul_table.inc
+      sh scripts/build.sh cuda-release moemamba >>"$out/untuned_build.log" 2>&1
+      ;;
+    perf)  # proofs of the kernels that a step spends its time in, their times, and a step; the head's
+      # products in the table, and the step with them
+      for name in cross_entropy_test scan_test conv_test matmul_test; do
+        lines=2 try "$name" build/cuda-release/"$name" --require-cuda
+      done
+      for name in matmul scan; do
+        lines=60 try "bench_$name" build/cuda-release/bench_cuda_$name
+      done
+      lines=40 try step_32 "$moemamba" bench step $peers --profile
+      lines=1 try tune "$moemamba" bench tune $peers
+      awk '/^\{/ { keep = /\{2048, 512, 50304|\{50304, 512, 2048/ } !/^\/\// && keep' "$out/tune.log" \
+        >"$out/head.inc"
+      grep -B 1 '{2048, 512, 50304\|{50304, 512, 2048' "$out/tune.log" || true
+      cat "$out/head.inc" >>kernels/cuda/matmul_table.inc
+      sh scripts/build.sh cuda-release moemamba >"$out/perf_build.log" 2>&1
+      lines=40 try step_32_tuned "$moemamba" bench step $peers --profile
       ;;
     lost)  # one of two ranks is killed, or stopped, amid its steps: how long until all have ended
       for signal in KILL STOP; do

@@ -6,11 +6,9 @@
 #include <cmath>
 #include <thread>
 
-#include "core/schema.h"
 #include "launcher/ask.h"
 #include "launcher/doctor_checks.h"
 #include "parallel/clocks.h"
-#include "tests/support/temporary_folder.h"
 
 namespace moemamba {
 namespace {
@@ -18,7 +16,7 @@ namespace {
 HostReport host(const std::string& name, const std::string& sources, const std::string& cores,
                 const std::string& addresses) {
   return {.host = name,
-          .checks = {{"mpirun", Verdict::ok, "4.1.4", ""}},
+          .checks = {{"mpirun", Health::ok, "4.1.4", ""}},
           .facts = {{"moemamba", sources}, {"cores", cores}, {"addresses", addresses}}};
 }
 
@@ -31,12 +29,12 @@ Check find(const std::vector<Check>& checks, const std::string& name) {
 
 TEST(DoctorReport, ComesBackFromItsText) {
   HostReport report = host("a", "0.1 \"x\"\n", "2", "10.0.0.1");
-  report.checks.push_back({"disk", Verdict::fail, "it is \\ full", "rm"});
+  report.checks.push_back({"disk", Health::fail, "it is \\ full", "rm"});
   const HostReport read = read_report("words of mpirun\n" + report_json(report) + "more\n");
   EXPECT_EQ(read.host, "a");
   EXPECT_EQ(read.facts, report.facts);
   ASSERT_EQ(read.checks.size(), 2u);
-  EXPECT_EQ(read.checks[1].verdict, Verdict::fail);
+  EXPECT_EQ(read.checks[1].verdict, Health::fail);
   EXPECT_EQ(read.checks[1].found, "it is \\ full");
   EXPECT_EQ(read.checks[1].mend, "rm");
   EXPECT_EQ(read.checks[0].mend, "");
@@ -49,17 +47,17 @@ TEST(DoctorReport, NamesWhatDiffersBetweenHostsAndHowMuchItMatters) {
       compare_hosts({host("a", "x", "8", "10.0.0.1"), host("b", "x", "4", "10.0.0.2"),
                      host("c", "y", "8", "10.0.0.3")});
   const Check build = find(checks, "moemamba");
-  EXPECT_EQ(build.verdict, Verdict::fail);
+  EXPECT_EQ(build.verdict, Health::fail);
   EXPECT_NE(build.found.find("a, b: \"x\", c: \"y\""), std::string::npos) << build.found;
   EXPECT_NE(build.mend, "");
-  EXPECT_EQ(find(checks, "cores").verdict, Verdict::warn);
-  EXPECT_EQ(find(checks, "addresses").verdict, Verdict::ok);
+  EXPECT_EQ(find(checks, "cores").verdict, Health::warn);
+  EXPECT_EQ(find(checks, "addresses").verdict, Health::ok);
 }
 
 TEST(DoctorReport, FindsAddressesThatTwoHostsHave) {
   const auto checks = compare_hosts(
       {host("a", "x", "8", "10.0.0.1 172.17.0.1"), host("b", "x", "8", "10.0.0.2 172.17.0.1")});
-  EXPECT_EQ(find(checks, "addresses").verdict, Verdict::warn);
+  EXPECT_EQ(find(checks, "addresses").verdict, Health::warn);
   EXPECT_NE(find(checks, "addresses").found.find("a, b all have 172.17.0.1"), std::string::npos);
   EXPECT_EQ(find(checks, "alike").found, "moemamba, cores");
 }
@@ -68,12 +66,12 @@ TEST(DoctorReport, SaysATroubleOfManyHostsOnce) {
   HostsReport report;
   for (const char* name : {"a", "b", "c"}) {
     report.hosts.push_back(host(name, "x", "8", ""));
-    report.hosts.back().checks.push_back({"user", Verdict::warn, "root", "export X"});
+    report.hosts.back().checks.push_back({"user", Health::warn, "root", "export X"});
   }
   const std::string text = report_text(report);
   EXPECT_NE(text.find("a, b, c: root; mend: export X\n"), std::string::npos) << text;
   EXPECT_EQ(text.find("root"), text.rfind("root"));
-  EXPECT_EQ(worst(report), Verdict::warn);
+  EXPECT_EQ(worst(report), Health::warn);
 }
 
 // Clocks of three members that are 0, 5 and -2.5 s ahead, whatever their messages take.
@@ -115,19 +113,6 @@ TEST(DoctorParts, FindVersionsAndLinks) {
   EXPECT_EQ(gpu_links("GPU0\t X \tPIX\tSYS\nGPU1\tPIX\t X \tSYS\nGPU2\tSYS\tSYS\t X \n"),
             "PIX: 1 pairs (0-1), SYS: 2 pairs (0-2, ...)");
   EXPECT_EQ(gpu_links("no such command"), "");
-}
-
-TEST(DoctorParts, ReadHostfilesAsMpirunDoes) {
-  const TemporaryFolder folder;
-  const auto hosts = read_hostfile(
-      folder.put("hosts", "# ours\nnode1 slots=8\n\n  node2   slots=4 max_slots=6 # old\nnode3\n"));
-  ASSERT_EQ(hosts.size(), 3u);
-  EXPECT_EQ(hosts[0].name, "node1");
-  EXPECT_EQ(hosts[0].slots, 8);
-  EXPECT_EQ(hosts[1].slots, 4);
-  EXPECT_EQ(hosts[2].slots, 0);
-  for (const char* bad : {"", "# nobody\n", "node1 slot=8\n", "node1 slots=0\n", "node1 8\n"})
-    EXPECT_THROW(read_hostfile(folder.put("bad", bad)), BadSettings) << bad;
 }
 
 TEST(Ask, SaysHowACommandEnded) {

@@ -107,15 +107,16 @@ struct Walk {
 
 // Fills the stages. One warp; lane 0 starts the copies. What out has before it is added to comes
 // into L2 meanwhile.
-template <GroupedKind kKind, class Out>
-__device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b,
-                                        Walk<kKind, Out> walk, Ring ring) {
+template <GroupedKind kKind, class Walk>
+__device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b, Walk walk,
+                                        Ring ring) {
   constexpr bool outer = kKind == GroupedKind::outer;
   const int lane = threadIdx.x % 32;
   for (; walk.more(); walk.next()) {
-    if (outer && walk.work.accumulate && walk.work.wide_out) {
-      const uint32_t bytes = uint32_t(min(walk.cols(), kCols)) * uint32_t(sizeof(Out)) / 16 * 16;
-      for (int r = lane; r < min(walk.rows, kRows) && bytes > 0; r += 32)
+    if constexpr (outer) {
+      const bool adds = walk.work.accumulate && walk.work.wide_out;
+      const auto bytes = uint32_t(min(walk.cols(), kCols) * int(sizeof(*walk.out())) / 16 * 16);
+      for (int r = lane; r < min(walk.rows, kRows) && adds && bytes > 0; r += 32)
         hopper::prefetch_bytes(walk.out() + r * walk.work.out_stride, bytes);
     }
     const int stages = walk.stages();
@@ -260,13 +261,15 @@ __device__ __forceinline__ void store(const Walk& walk, const float (&sums)[kSum
 }
 
 // Multiplies what is in the stages. A stage is free when the products that read it are done, which
-// is known one stage later. `memory` is where ring.memory says, for ordinary stores.
-template <GroupedKind kKind, class Out>
-__device__ __forceinline__ void consume(Walk<kKind, Out> walk, Ring ring, std::byte* memory,
-                                        int warpgroup) {
+// is known one stage later. `memory` is where ring.memory says, for ordinary stores. What a tile
+// needs beside, epilogue.begin(walk) loads before the products; end(walk, that, sums) stores it.
+template <GroupedKind kKind, class Walk, class Epilogue>
+__device__ __forceinline__ void consume(Walk walk, Ring ring, std::byte* memory, int warpgroup,
+                                        const Epilogue& epilogue) {
   const bool arrives = threadIdx.x % 32 == 0;  // one lane for its warp
   float sums[kSums];
   for (; walk.more(); walk.next()) {
+    const auto ahead = epilogue.begin(walk);
     const int stages = walk.stages();
     uint32_t last = 0;
     for (int s = 0; s < stages; ++s) {
@@ -286,7 +289,52 @@ __device__ __forceinline__ void consume(Walk<kKind, Out> walk, Ring ring, std::b
     hopper::wait_products<0>();
     hopper::hold(sums);
     if (arrives) hopper::arrive(last);
+    epilogue.end(walk, ahead, sums);
+  }
+}
+
+struct Store {
+  struct Nothing {};
+  template <class Walk>
+  __device__ __forceinline__ Nothing begin(const Walk&) const { return {}; }
+  template <class Walk>
+  __device__ __forceinline__ void end(const Walk& walk, Nothing, const float (&sums)[kSums]) const {
     store(walk, sums, walk.out());
+  }
+};
+
+// Stages from the first border of a pattern in `memory` on. The block's barrier must follow before
+// the ring is used.
+__device__ __forceinline__ Ring start_ring(std::byte* memory, uint64_t (&barriers)[2 * kStages]) {
+  const uint32_t start = hopper::shared_address(memory), skip = -start % hopper::kPatternBytes;
+  const Ring ring{.memory = start + skip,
+                  .full = hopper::shared_address(barriers),
+                  .empty = hopper::shared_address(barriers + kStages)};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      hopper::init_barrier(ring.full + stage * 8, 1);
+      hopper::init_barrier(ring.empty + stage * 8, kConsumers * 4);
+    }
+    hopper::publish_barriers();
+  }
+  return ring;
+}
+__device__ __forceinline__ std::byte* memory_of(const Ring& ring, std::byte* memory) {
+  return memory + (ring.memory - hopper::shared_address(memory));
+}
+
+// Each warpgroup does its part.
+template <GroupedKind kKind, class Walk, class Epilogue>
+__device__ __forceinline__ void share_work(const CUtensorMap& a, const CUtensorMap& b,
+                                           const Walk& walk, const Ring& ring, std::byte* memory,
+                                           const Epilogue& epilogue) {
+  const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+  if (warpgroup == kConsumers) {
+    hopper::give_registers<kProducerRegisters>();
+    if (threadIdx.x / 32 == kProducerWarp) produce<kKind>(a, b, walk, ring);
+  } else {
+    hopper::take_registers<kConsumerRegisters>();
+    consume<kKind>(walk, ring, memory_of(ring, memory), warpgroup, epilogue);
   }
 }
 
@@ -306,30 +354,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
-  const uint32_t start = hopper::shared_address(memory), skip = -start % hopper::kPatternBytes;
-  const Ring ring{.memory = start + skip,
-                  .full = hopper::shared_address(barriers),
-                  .empty = hopper::shared_address(barriers + kStages)};
-  int* first = reinterpret_cast<int*>(memory + skip + kStages * kStageBytes);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      hopper::init_barrier(ring.full + stage * 8, 1);
-      hopper::init_barrier(ring.empty + stage * 8, kConsumers * 4);
-    }
-    hopper::publish_barriers();
-  }
+  const Ring ring = start_ring(memory, barriers);
+  int* first = reinterpret_cast<int*>(memory_of(ring, memory) + kStages * kStageBytes);
   if constexpr (kKind != GroupedKind::outer)
     count_tiles<kThreads, kRows>(work.offsets, work.groups, work.rows, first);
   __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
-  if (warpgroup == kConsumers) {
-    hopper::give_registers<kProducerRegisters>();
-    if (threadIdx.x / 32 == kProducerWarp)
-      produce<kKind>(a, b, Walk<kKind, Out>(work, first), ring);
-  } else {
-    hopper::take_registers<kConsumerRegisters>();
-    consume<kKind>(Walk<kKind, Out>(work, first), ring, memory + skip, warpgroup);
-  }
+  share_work<kKind>(a, b, Walk<kKind, Out>(work, first), ring, memory, Store());
 #endif
 }
 

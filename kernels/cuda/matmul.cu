@@ -66,14 +66,6 @@ Tensor take_f32(const Tensor& like, std::byte*& scratch) {
   return tensor;
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return count;
-}
-
 // Rows that copies of 16 bytes may begin at; they may end anywhere.
 bool in_sixteens(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 &&
@@ -88,21 +80,6 @@ void launch_mma(Stream& stream, const GroupedWork<__nv_bfloat16, Out>& work, int
              "cudaFuncSetAttribute");
   const unsigned blocks = grid_of(std::min<int64_t>(tiles, multiprocessors()));
   kernel<<<blocks, grouped_mma::kThreads, bytes, native(stream)>>>(work);
-}
-
-// Whether this GPU has wgmma, and this program code for it: compiled for others, the kernel has no
-// body and so no barriers in shared memory.
-template <GroupedKind kKind, class Out>
-bool has_wgmma() {
-  int device = 0, major = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "cudaDeviceGetAttribute");
-  if (major != 9) return false;
-  cudaFuncAttributes facts{};
-  cuda_check(cudaFuncGetAttributes(&facts, grouped_wgmma::multiply<kKind, Out>),
-             "cudaFuncGetAttributes");
-  return facts.sharedSizeBytes > 0;
 }
 
 // TMA reads rows on 16-byte borders, and no empty tensors.
@@ -176,7 +153,7 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate, bool wgmma) 
     auto work = work_of<__nv_bfloat16, Narrow>(op);
     work.accumulate = accumulate;
     const bool fast = in_sixteens(op.a) && in_sixteens(op.b);
-    if (wgmma && tma_takes(op) && has_wgmma<kKind, Narrow>())
+    if (wgmma && tma_takes(op) && hopper::runs_here(grouped_wgmma::multiply<kKind, Narrow>))
       launch_wgmma<kKind, Narrow>(stream, op, work, tiles);
     else if (fast) launch_mma<kKind, Narrow, true>(stream, work, tiles);
     else launch_mma<kKind, Narrow, false>(stream, work, tiles);
