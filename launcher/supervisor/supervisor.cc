@@ -325,12 +325,19 @@ void Supervisor::wait_for_signals() {
 // The first signal asks for a save and an end within the grace; the next one ends all at once.
 void Supervisor::stop_asked(int signal) {
   if (doing_ == Doing::over) return;
+  const bool same_word = signals_got_ > 0 && signal != SIGINT &&
+                         now() < first_signal_at_ + double(kRepeatedSignals.count());
+  if (same_word) return;
   last_signal_ = signal;
-  if (++signals_got_ == 1) first_signal_ = signal;
+  if (++signals_got_ == 1) {
+    first_signal_ = signal;
+    first_signal_at_ = now();
+  }
   const bool waits = doing_ == Doing::running && signals_got_ == 1;
   const double left = std::max(0.0, launch_.grace_seconds() - kBeforeTheEnd);
-  double needed = kSaveMargin * view_.save_seconds;
-  for (const RankView& rank : view_.of_ranks) needed = std::max(needed, rank.step_seconds + needed);
+  double step = 0;
+  for (const RankView& rank : view_.of_ranks) step = std::max(step, rank.step_seconds);
+  const double needed = step + kSaveMargin * view_.save_seconds;
   const bool fits = needed <= left;
   const bool any_there = std::any_of(links_.begin(), links_.end(), [](const RankLink& link) {
     return link.end != nullptr || link.closed;
