@@ -17,14 +17,17 @@ namespace pb = google::protobuf;
 
 namespace {
 
-constexpr size_t kMostProblems = 100;     // a binary file has no end of them
-constexpr size_t kLargestFile = 1 << 20;  // bytes; the largest of ours has one in a thousand
-constexpr size_t kLongestShown = 200;     // bytes of an option in a problem
+constexpr size_t kMostProblems = 100;      // a binary file has no end of them
+constexpr size_t kProblemBytes = 1 << 14;  // of all, about; those of a large group list its names
+constexpr size_t kLargestFile = 1 << 20;   // bytes; the largest of ours has one in a thousand
+constexpr size_t kLongestShown = 200;      // bytes of an option in a problem or a place
 
 }  // namespace
 
 void Settings::add_problem(std::string problem) {
-  if (problems_.size() < kMostProblems) problems_.push_back(std::move(problem));
+  if (problems_.size() == kMostProblems || problem_bytes_ >= kProblemBytes) return;
+  problem_bytes_ += problem.size();
+  problems_.push_back(std::move(problem));
 }
 
 void Settings::read_file(const std::string& path) {
@@ -72,13 +75,18 @@ void Settings::read_option(const std::string& option) {
   else
     wrong = assign_option(path, option.substr(equals + 1));
   if (wrong.empty())
-    places_[path] = {.option = option};
+    places_[path] = {.option = option.substr(0, kLongestShown)};
   else
     add_problem(concat(option.substr(0, kLongestShown), ": ", wrong));
 }
 
+void Settings::clear_list(pb::Message& message, const pb::FieldDescriptor& list) {
+  elements_ -= message.GetReflection()->FieldSize(message, &list);
+  message.GetReflection()->ClearField(&message, &list);
+}
+
 // "" or what is wrong.
-std::string Settings::assign_option(const std::string& path, const std::string& value) {
+std::string Settings::assign_option(const std::string& path, std::string value) {
   pb::Message* message = &target_;
   size_t begin = 0;
   for (;;) {
@@ -90,9 +98,11 @@ std::string Settings::assign_option(const std::string& path, const std::string& 
                              path.substr(0, begin), name, "--");
     const pb::Reflection& reflection = *message->GetReflection();
     if (dot == path.size()) {
-      if (field->is_repeated() && option_lists_.insert(path).second)
-        reflection.ClearField(message, field);
-      return assign(*message, *field, Given{.value = value, .form = Given::option});
+      const bool list = field->is_repeated();
+      if (list && option_lists_.insert(path).second) clear_list(*message, *field);
+      if (list && elements_ == kMostElements) return too_many_elements();
+      elements_ += list;
+      return assign(*message, *field, Given{.value = std::move(value), .form = Given::option});
     }
     const std::string until = path.substr(0, dot);
     if (!field->message_type()) return concat("\"", until, "\" is one setting, not a group");

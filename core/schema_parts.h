@@ -57,6 +57,9 @@ std::string no_such_setting(const google::protobuf::Descriptor& root,
                             const google::protobuf::Descriptor& message, const std::string& prefix,
                             const std::string& name, const std::string& mark);
 
+// What is said where lists would hold more than Settings::kMostElements.
+std::string too_many_elements();
+
 // The candidate with the fewest edits to `name`, in any case; empty if none is near.
 std::string nearest(const std::string& name, const std::vector<std::string>& candidates);
 

@@ -3,6 +3,7 @@
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/message.h>
 
+#include <utility>
 #include <vector>
 
 namespace moemamba {
@@ -91,7 +92,7 @@ bool TextReader::begin(Message& message, const Field& field, const std::string& 
     note(name, path, concat("given twice, first at ", first.line, ":", first.column, "; keep one"));
     return false;
   }
-  if (is_first && field.is_repeated()) message.GetReflection()->ClearField(&message, &field);
+  if (is_first && field.is_repeated()) settings_.clear_list(message, field);
   first = {.reading = reading, .line = name.line, .column = name.column};
   return true;
 }
@@ -101,6 +102,7 @@ void TextReader::read_group(Message& message, const Field& field, const std::str
     note(lexer_.peek(), path, concat("more than ", kDeepest, " groups within each other"));
     return skip_balanced();
   }
+  if (!has_room(lexer_.peek(), field, path)) return skip_balanced();
   const char closing = lexer_.take().is('{') ? '}' : '>';
   const auto& reflection = *message.GetReflection();
   Message* inner;
@@ -144,13 +146,23 @@ void TextReader::read_value(Message& message, const Field& field, const std::str
     if (!next.is('}') && !next.is('>')) skip_line(line);
     return;
   }
+  const bool room = has_room(next, field, path);
   Token token = lexer_.take();
   Given given{.value = std::move(token.value),
               .form = token.kind == Token::text ? Given::quoted : Given::word};
   while (token.kind == Token::text && lexer_.peek().kind == Token::text)
     given.value += lexer_.take().value;  // "a" "b" is "ab"
+  if (!room) return;
   const std::string wrong = assign(message, field, std::move(given));
   if (!wrong.empty()) note(token, path, wrong);
+}
+
+// For another element, where `field` is a list; counts it. What is wrong is said once.
+bool TextReader::has_room(const Token& at, const Field& field, const std::string& path) {
+  const bool room = !field.is_repeated() || settings_.elements_ < Settings::kMostElements;
+  if (room) settings_.elements_ += field.is_repeated();
+  else if (!std::exchange(full_, true)) note(at, path, too_many_elements());
+  return room;
 }
 
 // What follows a name that is not read: a value, a list or a group.

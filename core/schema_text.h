@@ -28,6 +28,7 @@ class TextReader {
   void read_values(Message& message, const Field& field, const std::string& path);
   void read_value(Message& message, const Field& field, const std::string& path);
   bool begin(Message& message, const Field& field, const std::string& path, const Token& name);
+  bool has_room(const Token& at, const Field& field, const std::string& path);
   void skip_value(bool after_colon);
   void skip_balanced();
   void skip_line(int line);
@@ -38,6 +39,7 @@ class TextReader {
   std::string name_;
   Lexer lexer_;
   int depth_ = 0;
+  bool full_ = false;  // lists had no room for an element
 };
 
 }  // namespace moemamba

@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "core/field_options.pb.h"
+#include "core/schema.h"
 #include "core/schema_parts.h"
 
 namespace moemamba {
@@ -167,6 +168,11 @@ size_t edits(const std::string& a, const std::string& b) {
 
 std::string number_text(double value) { return shortest(value); }
 std::string number_text(float value) { return shortest(value); }
+
+std::string too_many_elements() {
+  return concat("all lists together hold at most ", Settings::kMostElements,
+                " values; prepare fewer, longer token files");
+}
 
 std::string range_text(const pb::FieldDescriptor& field) {
   const Range& range = field.options().GetExtension(moemamba::range);

@@ -38,8 +38,7 @@ HostReport ask_host(const DoctorOptions& options, const HostSlots& host) {
   words.insert(words.end(), {own_program(), "doctor", "--json"});
   if (!options.run.empty()) words.insert(words.end(), {"--run", options.run});
   if (!options.mark.empty()) words.insert(words.end(), {"--mark", options.mark});
-  if (const int ranks = options.ranks > 0 ? options.ranks : host.slots; ranks > 0)
-    words.insert(words.end(), {"--ranks", concat(ranks)});
+  words.insert(words.end(), {"--ranks", concat(options.ranks > 0 ? options.ranks : host.slots)});
   const Answer answer = ask(words, kHostSeconds);
   HostReport report;
   try {

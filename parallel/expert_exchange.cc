@@ -87,7 +87,7 @@ ExpertExchange::Interval ExpertExchange::within(int64_t chunk, int64_t source,
   return {begin, std::clamp<int64_t>((chunk + 1) * capacity_ - first, begin, rows)};
 }
 
-bool ExpertExchange::asks_nobody() const {
+bool ExpertExchange::rows_stay() const {
   return device_ == DeviceKind::cuda && group_.size() == 1 && capacity_ >= max_rows_;
 }
 
@@ -102,7 +102,7 @@ void ExpertExchange::plan(Stream& stream, const Tensor& offsets) {
   }
   check(stream.device() == device_, "expert exchange: made for streams of the ",
         device_ == DeviceKind::cpu ? "CPU" : "GPU");
-  if (asks_nobody()) {
+  if (rows_stay()) {
     chunks_ = 1;
     received_ = max_rows_;
   } else {
@@ -141,7 +141,7 @@ void ExpertExchange::keep(Plan& plan) const {
   plan.offsets = own_offsets_;
   plan.chunks = chunks_;
   plan.received = received_;
-  if (!asks_nobody()) plan.all_offsets.assign(offsets_.begin(), offsets_.end());
+  if (!rows_stay()) plan.all_offsets.assign(offsets_.begin(), offsets_.end());
 }
 
 void ExpertExchange::use(const Plan& plan) {
@@ -332,10 +332,11 @@ void ExpertExchange::dispatch(Stream& stream, int64_t chunk, const Tensor& rows,
   check_move(chunk, rows, out.values, staging);
   expect("out.offsets[E' + 1]", out.offsets, {layout_.experts_of(group_.rank()) + 1}, DType::i32);
   if (stream.is_dry()) return;
-  if (asks_nobody()) {
+  if (rows_stay()) {
     const Observed observed(stream, "exchange");
     const int32_t* count = own_offsets_.as<int32_t>() + layout_.experts();
-    device_work::copy_first_rows(stream, rows, count, out.values);
+    if (rows.data != out.values.data)
+      device_work::copy_first_rows(stream, rows, count, out.values);
     return copy(stream, own_offsets_, out.offsets);
   }
   exchange(stream, {.chunk = chunk,
@@ -350,10 +351,12 @@ void ExpertExchange::combine(Stream& stream, int64_t chunk, const Rows& rows, co
                              const Tensor& staging) const {
   check_move(chunk, out, rows.values, staging);
   if (stream.is_dry()) return;
-  if (asks_nobody()) {
+  if (rows_stay()) {
     const Observed observed(stream, "exchange");
     const int32_t* count = own_offsets_.as<int32_t>() + layout_.experts();
-    return device_work::copy_first_rows(stream, rows.values, count, out);
+    if (rows.values.data != out.data)
+      device_work::copy_first_rows(stream, rows.values, count, out);
+    return;
   }
   exchange(stream, {.chunk = chunk,
                     .rows = Block(out),

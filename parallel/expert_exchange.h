@@ -42,6 +42,10 @@ class ExpertExchange {
   // Over all chunks; all that could come where nobody asked.
   int64_t received_rows() const { return received_; }
 
+  // Whether nothing is exchanged: on a GPU that has all experts and room for all rows. Then rows
+  // may be the first ones of a chunk, and a chunk the staging: what lies there is not copied.
+  bool rows_stay() const;
+
   // rows[S, D] (sorted by expert) -> out.values[C, D], out.offsets[E' + 1] of chunk `chunk`.
   // staging: [C, D].
   void dispatch(Stream& stream, int64_t chunk, const Tensor& rows, const Rows& out,
@@ -71,7 +75,6 @@ class ExpertExchange {
   void check_move(int64_t chunk, const Tensor& rows, const Tensor& local,
                   const Tensor& staging) const;
   void place(const Move& move) const;
-  bool asks_nobody() const;
   void gather_offsets(Stream& stream, const Tensor& offsets);
   void exchange(Stream& stream, const Move& move) const;
   void tell_begin(const Move& move) const;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <filesystem>
 #include <thread>
 
@@ -28,6 +29,12 @@ double seconds_of(Work&& work) {
   const auto start = std::chrono::steady_clock::now();
   work();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double processor_seconds() {
+  timespec now{};
+  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
 }
 
 // Memory that O_DIRECT takes, for files that are read or written in such blocks.
@@ -164,11 +171,13 @@ void CheckpointCase::ceilings(Round& round) {
 // On a GPU a synchronous save copies the state first, as training does it.
 void CheckpointCase::round(Round& round) {
   ++facts_.step;
+  const double before = processor_seconds();
   round.save = together([&] {
     if (groups_.device == DeviceKind::cuda) writer_->stage(&compute_);
     const std::string problem = writer_->write(facts_);
     check(problem.empty(), problem);
   });
+  round.save_processors = processor_seconds() - before;
   const bool first = groups_.rank == 0;
   if (first) {
     const Checkpoint checkpoint(list_checkpoints(folder_).front().path);
@@ -253,6 +262,7 @@ std::string checkpoint_bench_text(const CheckpointBench& b) {
   add("plain write and sync", &Round::write, "");
   add("plain read", &Round::read, "");
   add("save", &Round::save, times(b.save_ratio(), "the slower of SHA-256 and write"));
+  add("  of this process's cores", &Round::save_processors, "");
   add("load", &Round::load, times(b.load_ratio(), "the slower of SHA-256 and read"));
   add("save behind the steps", &Round::behind, "read again from the disk, too");
   std::snprintf(line, sizeof line, "%-28s %10.2f (the first time %.2f)\n%-28s %10.2f\n",

@@ -18,7 +18,8 @@ struct CheckpointBenchOptions {
 // loading the slower of hashing and reading; all measured in turn in every round.
 struct CheckpointBench {
   struct Round {
-    double save = 0, load = 0;  // while training waits
+    double save = 0, load = 0;   // while training waits
+    double save_processors = 0;  // their time that the save took of this process, all threads
     double hash = 0, write = 0, read = 0;
     double held_up = 0;  // training, by an asynchronous save: until the call returns
     double staged = 0;   // until its copy of the state is there, and the optimizer may go on

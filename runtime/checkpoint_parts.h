@@ -9,6 +9,10 @@ namespace moemamba {
 // What follows from a checkpoint's shards: names, the manifest's tensors, the index.
 constexpr const char* kIndexName = "model.safetensors.index.json";
 
+// By kind of state. A kind a file, for a digest goes through its file from end to end: so there is
+// work for some cores even where one rank writes all.
+constexpr const char* kShardNames[] = {"model", "optimizer-exp_avg", "optimizer-exp_avg_sq"};
+
 // model-00001-of-00004.safetensors
 std::string shard_name(const char* what, int rank, int ranks);
 

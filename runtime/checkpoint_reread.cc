@@ -20,9 +20,11 @@ void drop_from_memory(const std::string& path) {
 }
 
 bool is_own(const std::string& file, int rank, int ranks) {
-  const bool shard = file.rfind("model-", 0) == 0 || file.rfind("optimizer-", 0) == 0;
-  if (!shard) return rank == 0;
-  return file == shard_name("model", rank, ranks) || file == shard_name("optimizer", rank, ranks);
+  for (const char* what : kShardNames) {
+    if (file == shard_name(what, rank, ranks)) return true;
+    if (file.rfind(concat(what, "-"), 0) == 0) return false;
+  }
+  return rank == 0;
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 #include "runtime/checkpoint_shard.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <future>
 
@@ -14,6 +15,7 @@ namespace moemamba {
 namespace {
 
 constexpr size_t kChunk = 1 << 20;  // bytes that are hashed, then written
+constexpr size_t kHugePage = 2 << 20;
 
 std::string bytes_of_hex(const std::string& hex) {
   std::string bytes;
@@ -57,24 +59,30 @@ class DigestedFile {
   int64_t bytes_ = 0;
 };
 
-// Memory from which a disk may take whole blocks itself.
+// Memory from which a disk may take whole blocks itself. Large ones are of huge pages where the
+// system has such: it looks up every page of every write, and the disk gets fewer and longer
+// requests.
 class Block {
  public:
   explicit Block(size_t bytes)
-      : bytes_(bytes),
-        data_(static_cast<char*>(std::aligned_alloc(
-            kDirectBlock, (bytes + kDirectBlock - 1) / kDirectBlock * kDirectBlock))) {
-    check(data_ != nullptr, "out of memory: could not allocate ", bytes, " bytes");
+      : bytes_(bytes), whole_(bytes + (bytes < kHugePage ? 0 : kHugePage)) {
+    void* mapped =
+        ::mmap(nullptr, whole_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    check(mapped != MAP_FAILED, "out of memory: could not allocate ", whole_, " bytes");
+    mapped_ = data_ = static_cast<char*>(mapped);
+    if (bytes < kHugePage) return;
+    data_ += (kHugePage - reinterpret_cast<uintptr_t>(mapped) % kHugePage) % kHugePage;
+    ::madvise(data_, bytes_, MADV_HUGEPAGE);
   }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() { ::munmap(mapped_, whole_); }
   size_t bytes() const { return bytes_; }
-  char* data() const { return data_.get(); }
+  char* data() const { return data_; }
 
  private:
-  struct Free {
-    void operator()(char* data) const { std::free(data); }
-  };
-  size_t bytes_;
-  std::unique_ptr<char, Free> data_;
+  size_t bytes_, whole_;
+  char *mapped_ = nullptr, *data_ = nullptr;
 };
 
 // A shard's bytes from its first to its last: the header, then the pieces' memory.
@@ -139,6 +147,12 @@ size_t bytes_of(const StatePiece& piece) {
   return size_t(piece.end - piece.begin) * sizeof(float);
 }
 
+struct Digests {
+  std::string sha256;  // of the file
+  uint64_t state = 0;  // the pieces' share of the state's hash
+};
+constexpr int64_t kDigestedElements = 1 << 15;
+
 // A shard's bytes: its header, then its pieces. The shard must outlive it.
 class ShardBytes {
  public:
@@ -150,11 +164,20 @@ class ShardBytes {
   int64_t bytes() const {
     return int64_t(header_.size()) + (tensors_.empty() ? 0 : tensors_.back().end);
   }
-  std::string digest() const {
-    Sha256 digest;
-    digest.add(header_.data(), header_.size());
-    for (const StatePiece& piece : shard_.pieces) digest.add(piece.data, bytes_of(piece));
-    return digest.hex();
+  // Both in one pass, part by part: what one has read is near when the other wants it.
+  Digests digests() const {
+    Digests digests;
+    Sha256 sha256;
+    sha256.add(header_.data(), header_.size());
+    for (const StatePiece& piece : shard_.pieces)
+      for (StatePiece part = piece; part.begin < piece.end; part.begin = part.end) {
+        part.end = std::min(piece.end, part.begin + kDigestedElements);
+        part.data = piece.data + (part.begin - piece.begin);
+        sha256.add(part.data, bytes_of(part));
+        digests.state += state_hash_of({part});
+      }
+    digests.sha256 = sha256.hex();
+    return digests;
   }
   ByteStream stream() const {
     ByteStream stream;
@@ -188,13 +211,14 @@ StoredTensor stored_tensor(const StatePiece& piece) {
 
 std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, int ranks,
                              const SafetensorsMetadata& metadata) {
-  Shard model{.name = shard_name("model", rank, ranks), .pieces = {}, .metadata = metadata};
-  Shard optimizer{.name = shard_name("optimizer", rank, ranks), .pieces = {}, .metadata = {}};
-  for (const StatePiece& piece : pieces)
-    (piece.kind == StateKind::value ? model : optimizer).pieces.push_back(piece);
   std::vector<Shard> shards;
-  for (Shard* shard : {&model, &optimizer})
-    if (!shard->pieces.empty()) shards.push_back(std::move(*shard));
+  for (StateKind kind : {StateKind::value, StateKind::exp_avg, StateKind::exp_avg_sq}) {
+    Shard shard{.name = shard_name(kShardNames[int(kind)], rank, ranks), .pieces = {}};
+    for (const StatePiece& piece : pieces)
+      if (piece.kind == kind) shard.pieces.push_back(piece);
+    if (kind == StateKind::value) shard.metadata = metadata;
+    if (!shard.pieces.empty()) shards.push_back(std::move(shard));
+  }
   return shards;
 }
 
@@ -202,26 +226,22 @@ void write_shards(FileSystem& files, const std::string& folder, const std::vecto
                   size_t block_bytes, ShardReport& report) {
   std::vector<ShardBytes> contents;
   for (const Shard& shard : shards) contents.emplace_back(shard, folder);
-  std::vector<std::future<std::string>> digests;
+  std::vector<std::future<Digests>> digests;
   for (const ShardBytes& content : contents)
-    digests.push_back(std::async(std::launch::async, [&] { return content.digest(); }));
-  // Behind the first digest, the shortest: then two cores have about as much to do.
-  std::future<uint64_t> state = std::async(std::launch::async, [&] {
-    uint64_t sum = 0;
-    if (!digests.empty()) digests.front().wait();
-    for (const Shard& shard : shards) sum += state_hash_of(shard.pieces);
-    return sum;
-  });
+    digests.push_back(std::async(std::launch::async, [&] { return content.digests(); }));
   Block blocks[2] = {Block(block_bytes), Block(block_bytes)};
   for (size_t i = 0; i < shards.size(); ++i) {
     ByteStream bytes = contents[i].stream();
     write_blocks(files, join_path(folder, shards[i].name), bytes, blocks);
   }
-  report.set_state_hash(state.get());  // first: it looks at a digest
+  uint64_t state = 0;
   for (size_t i = 0; i < shards.size(); ++i) {
+    const Digests taken = digests[i].get();
     contents[i].report_pieces(report);
-    report_file(shards[i].name, contents[i].bytes(), digests[i].get(), report);
+    report_file(shards[i].name, contents[i].bytes(), taken.sha256, report);
+    state += taken.state;
   }
+  report.set_state_hash(state);
 }
 
 void write_shard(FileSystem& files, const std::string& folder, const Shard& shard,

@@ -17,16 +17,16 @@ struct Shard {
   SafetensorsMetadata metadata;
 };
 
-// The files that a rank's pieces go into: values, then moments, and none without a piece.
+// The files that a rank's pieces go into: values, means, means of squares; none without a piece.
 std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, int ranks,
                              const SafetensorsMetadata& metadata);
 
 // Writes shards from the memory of their pieces, which nobody changes meanwhile: one file after the
-// other, in blocks of `block_bytes` (all the memory that it takes; multiples of kDirectBlock go
-// past the page cache), from this thread. Others hash that memory meanwhile, a digest going through
-// its file from end to end: put the longest last. Files are new, and synced. Adds them, where their
-// pieces lie and the hash of the state to `report`.
-constexpr size_t kShardBlock = 2 << 20;
+// other, from this thread, in blocks of `block_bytes` of which there are two (all the memory that
+// it takes; multiples of kDirectBlock go past the page cache). For each file another thread takes
+// its digest and its share of the state's hash meanwhile. Files are new, and synced. Adds them,
+// where their pieces lie and the hash of the state to `report`.
+constexpr size_t kShardBlock = 4 << 20;
 void write_shards(FileSystem& files, const std::string& folder, const std::vector<Shard>& shards,
                   size_t block_bytes, ShardReport& report);
 

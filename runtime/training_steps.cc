@@ -162,7 +162,9 @@ void TrainingRun::after_step(StepRecord& record) {
   if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
   link(record);
   if (metrics_) metrics_->record(record);
-  if (last || stops || due(train.save_interval())) save_checkpoint(done);
+  // A run that diverges leaves out step after step; its saves would push out those from before.
+  const bool saves = due(train.save_interval()) && !record.skipped;
+  if (last || stops || saves) save_checkpoint(done);
   if (last || stops) end_after(done);
 }
 

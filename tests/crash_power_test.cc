@@ -145,7 +145,7 @@ Campaign run_campaign(int64_t images, const Dropped& dropped, bool until_lost) {
     const auto start = std::chrono::steady_clock::now();
     const auto more = [&](int64_t i) {  // 5,000 as far as there is time for them
       const bool soaks =
-          !until_lost && i < 5000 &&
+          !until_lost && campaign.images < 5000 &&
           std::chrono::steady_clock::now() - start < std::chrono::seconds(soak_seconds());
       return ((campaign.images < images && i < 4 * images) || soaks) &&
              !(until_lost && campaign.lost) && !testing::Test::HasFailure();
@@ -227,7 +227,7 @@ bool damage_on_disk(const std::string& image, const std::string& file) {
 TEST(ADiskThatForgets, IsFoundOutBehindThePageCache) {
   if (const std::string why = obstacle(); !why.empty()) GTEST_SKIP() << why;
   for (const char* name : {"model-00001-of-00002.safetensors",
-                           "optimizer-00002-of-00002.safetensors", kManifestName}) {
+                           "optimizer-exp_avg-00002-of-00002.safetensors", kManifestName}) {
     MemoryFolder folder("crash-power");
     const std::string image = folder / "image", run = folder / "disk/run";
     ASSERT_TRUE(quietly("truncate -s 8M " + image + " && mkfs.ext4 -q -F " + image));

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "core/file.h"
+#include "tests/support/hosts.h"
 #include "tests/support/program.h"
 
 namespace moemamba {
@@ -165,18 +166,14 @@ TEST_F(Doctor, WarnsOfADiskThatIsSmallAndInMemory) {
   EXPECT_NE(full.at("disk").find("No space left"), std::string::npos) << full.at("disk");
 }
 
-constexpr int kCannotRun = 77;
-
 TEST_F(Doctor, LooksAtEveryHostAndBetweenThem) {
-  put("hosts", "a slots=2\nb slots=1\n");
-  const Result result = shell("sh " MOEMAMBA_SOURCE_DIR
-                              "/tests/hosts/two_hosts.sh 0 $moemamba doctor --hostfile hosts "
-                              "--run runs/new --json");
-  if (result.code == kCannotRun)
-    GTEST_SKIP() << "two hosts cannot be made on this machine: " << result.out;
+  if (const std::string why = Hosts::cannot_be_made(); !why.empty()) GTEST_SKIP() << why;
+  Hosts hosts(*this / "", 2, 2);
+  const Result result = shell(hosts.on(0) + "$moemamba doctor --hostfile " + hosts.hostfile() +
+                              " --run runs/new --json");
   const auto json = nlohmann::json::parse(result.out);
   ASSERT_EQ(json.at("hosts").size(), 2u);
-  EXPECT_EQ(json.at("hosts")[0].at("host"), "a");
+  EXPECT_EQ(json.at("hosts")[0].at("host"), "h0");
   EXPECT_GT(json.at("hosts")[1].at("checks").size(), 20u);
   std::map<std::string, nlohmann::json> between;
   for (const auto& check : json.at("between")) between[check.at("name")] = check;

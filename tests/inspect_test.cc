@@ -110,8 +110,9 @@ TEST_F(Inspect, VerifiesEveryByteAndNamesEveryProblem) {
   EXPECT_EQ(count(result.out, ": good: "), 3) << result.out;
 
   const std::string shard = join_path(checkpoint(4), "model-00001-of-00002.safetensors");
-  damage(shard, read_file(shard).size() - 1);                                      // a value
-  damage(join_path(checkpoint(4), "optimizer-00002-of-00002.safetensors"), 4000);  // a header
+  damage(shard, read_file(shard).size() - 1);  // a value
+  damage(join_path(checkpoint(4), "optimizer-exp_avg-00002-of-00002.safetensors"),
+         4000);  // a header
   damage(join_path(checkpoint(4), "model.safetensors.index.json"), 40);
   put("run/checkpoints/" + checkpoint_name(4) + "/stranger", "?");
   result = inspected("verify " + run());
@@ -125,7 +126,7 @@ TEST_F(Inspect, VerifiesEveryByteAndNamesEveryProblem) {
   EXPECT_EQ(result.code, 1);
   EXPECT_EQ(count(result.out, "\"good\": false"), 2) << result.out;
 
-  const std::string lost = join_path(checkpoint(2), "optimizer-00001-of-00002.safetensors");
+  const std::string lost = join_path(checkpoint(2), "optimizer-exp_avg-00001-of-00002.safetensors");
   const std::string elsewhere = *this / "elsewhere";
   fs::rename(lost, elsewhere);
   fs::create_symlink(elsewhere, lost);  // not followed
@@ -262,7 +263,8 @@ TEST_F(Inspect, PrunesAsTrainingDoes) {
 TEST_F(Inspect, NeverPrunesTheNewestThatHolds) {
   train();
   for (int step : {4, 6}) {
-    const std::string shard = join_path(checkpoint(step), "optimizer-00002-of-00002.safetensors");
+    const std::string shard =
+        join_path(checkpoint(step), "optimizer-exp_avg-00002-of-00002.safetensors");
     damage(shard, read_file(shard).size() - 1);
   }
   const Result result = inspected("prune run --keep-last 1");  // 6 is the newest, 2 holds

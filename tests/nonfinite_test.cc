@@ -147,6 +147,14 @@ TEST(Nonfinite, AtOneStepAlwaysIsLeftOutAndTheRunGoesOn) {
     EXPECT_EQ(at.at("replays"), 2) << c.name;
     EXPECT_TRUE(at.at("grad_norm").is_null()) << c.name;
     EXPECT_EQ(at.at("state_hash"), before.at("state_hash")) << c.name;
+    // As docs/checkpoint_format.md has it.
+    constexpr uint64_t kNone = 0x7ff8000000000000;
+    const auto batch = uint64_t(c.run.batch);
+    const uint64_t words[] = {5, kNone, kNone, 5 * batch, batch};
+    EXPECT_EQ(at.at("chain"),
+              sha256(before.at("chain").get<std::string>() +
+                     std::string(reinterpret_cast<const char*>(words), sizeof words)))
+        << c.name;
     EXPECT_NE(after.at("state_hash"), before.at("state_hash")) << c.name;
     EXPECT_TRUE(after.at("loss").is_number()) << c.name;
     EXPECT_EQ(steps_of(run.folder).size(), size_t(run.steps)) << c.name;
@@ -243,6 +251,11 @@ TEST(Nonfinite, TenStepsInARowEndTheRun) {
     EXPECT_EQ(std::ranges::count(kinds, "replayed"), 10);
     EXPECT_EQ(std::ranges::count(kinds, "skipped"), 9);
     EXPECT_EQ(std::ranges::count(kinds, "rolled_back"), save_interval == 0 ? 0 : 1);
+    const auto places = list_checkpoints(run.folder);
+    ASSERT_EQ(places.size(), save_interval == 0 ? 0u : 1u);
+    if (save_interval > 0) {
+      EXPECT_EQ(places[0].step, 4) << "one from before";
+    }
   }
 }
 
@@ -254,7 +267,12 @@ TEST(Nonfinite, OneCheckpointIsGoneBackToThreeTimesAtMost) {
   begin.launch_steps = 4;
   EXPECT_TRUE(launch(begin).stopped);
   run.spoil = [](int rank, int64_t step) { return rank == 0 && step % 2 == 1; };
+  run.train = "progress: ON";
+  testing::internal::CaptureStderr();
   const Told told = launch_and_listen(run);
+  const std::string said = testing::internal::GetCapturedStderr();
+  EXPECT_NE(said.find("  SKIPPED 6x"), std::string::npos) << said;
+  EXPECT_EQ(said.find("  SKIPPED 7x"), std::string::npos) << "counted twice";
   EXPECT_EQ(std::ranges::count(told.kinds, "rolled_back"), 3);
   EXPECT_EQ(newest_manifest(run.folder).step(), run.steps);
   for (int64_t k = 4; k < run.steps; ++k)

@@ -277,6 +277,26 @@ TEST(Schema, LongWordsAndTextsAreReadToTheirEnds) {
   EXPECT_EQ(settings.problems()[0].substr(0, 8), "f:2:1: x");
 }
 
+TEST(Schema, ListsHaveAnEnd) {
+  std::string list = "train: [\"t\"";
+  for (int i = 1; i < Settings::kMostElements; ++i) list += ",\"t\"";
+  const std::string full =
+      "all lists together hold at most 1000 values; prepare fewer, longer token files";
+  RunConfig config;
+  Settings settings(config);
+  settings.read_text("f", "data { " + list + "] }");
+  settings.read_text("g", "data { " + list + "]\n validation: [\"v\", \"v\"] } run: \"r\"");
+  EXPECT_EQ(config.data().train_size(), Settings::kMostElements);
+  EXPECT_EQ(config.data().validation_size(), 0);
+  EXPECT_EQ(config.run(), "r");
+  settings.read_option("--data.validation=o");
+  settings.read_option("--data.train=o");
+  settings.read_option("--data.validation=p");
+  EXPECT_EQ(config.data().train_size() + config.data().validation_size(), 2);
+  EXPECT_EQ(settings.problems(),
+            (Problems{"g:2:15: data.validation: " + full, "--data.validation=o: " + full}));
+}
+
 TEST(Schema, DefaultsAreInRange) { EXPECT_NO_THROW(read(resolved_text(RunConfig()))); }
 
 TEST(Schema, PresetsAreValid) {

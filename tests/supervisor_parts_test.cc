@@ -58,7 +58,7 @@ TEST(Hosts, AFileThatIsNoneIsRefusedWithItsLine) {
       read_hostfile(folder.put("hosts", text));
       ADD_FAILURE() << text;
     } catch (const BadSettings& error) {
-      EXPECT_NE(std::string(error.what()).find("launch.hostfile="), std::string::npos)
+      EXPECT_NE(std::string(error.what()).find("hostfile "), std::string::npos)
           << error.what();
     }
   }

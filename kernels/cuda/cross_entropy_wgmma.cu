@@ -42,7 +42,7 @@ struct Chunk {
   float* parts;                 // [tokens, across]: sums over a tile's columns
   float* at_target;             // [tokens]: raised, in f32
   float* factors;               // [tokens]
-  Lines<Real> scaled;           // [tokens, D]: factor x
+  Lines<Real> scaled;           // [tokens, D]: factor x, rows end on 8
   float scale;
 };
 
@@ -83,6 +83,7 @@ struct Walk {
     return (chunk.D + tiles::kDepth - 1) / tiles::kDepth;
   }
   __device__ __forceinline__ int cols() const { return chunk.V - col; }
+  __device__ __forceinline__ void prefetch(int) const {}
 
  private:
   __device__ __forceinline__ void find() {
@@ -244,7 +245,7 @@ struct Row {
 // A token beyond the range, from its logits once more, with their greatest as the reference. By a
 // block: about a millisecond for each of them.
 template <bool kGradients>
-__device__ __noinline__ Row do_again(const Chunk& chunk, int token, int target) {
+__device__ __forceinline__ Row do_again(const Chunk& chunk, int token, int target) {
   __shared__ float parts[kThreads / 32];
   const Real* const x = chunk.x.row(chunk.begin + token);
   const auto logit_of = [&](int v) { return product<8>(x, chunk.weight.row(v), chunk.D, 0); };
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ 
     load<8>(chunk.x.row(chunk.begin + token) + column, chunk.D - column, x);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = counted ? x[i] * factor : 0.f;
-    store<8>(chunk.scaled.row(token) + column, chunk.D - column, x);
+    store<8>(chunk.scaled.row(token) + column, Whole(), x);  // rows end on 8, with zeros
   }
 }
 

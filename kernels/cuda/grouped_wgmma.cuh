@@ -77,6 +77,17 @@ struct Walk {
     const int64_t out_row = outer ? int64_t(group) * work.M + row : row;
     return work.out + out_row * work.out_stride + col;
   }
+  // Of what is read when the tile is stored: what out has before it is added to, and the masks.
+  __device__ __forceinline__ void prefetch(int lane) const {
+    const auto bring = [&](const auto* from, int64_t stride) {
+      const auto bytes = uint32_t(min(cols(), kCols) * int(sizeof(*from)) / 16 * 16);
+      for (int r = lane; r < min(rows, kRows) && bytes > 0; r += 32)
+        hopper::prefetch_bytes(from + r * stride, bytes);
+    };
+    if (outer && work.accumulate && work.wide_out) bring(out(), work.out_stride);
+    if (!outer && work.positive)
+      bring(work.positive + row * work.positive_stride + col, work.positive_stride);
+  }
 
  private:
   __device__ __forceinline__ void find() {
@@ -105,20 +116,15 @@ struct Walk {
   }
 };
 
-// Fills the stages. One warp; lane 0 starts the copies. What out has before it is added to comes
-// into L2 meanwhile.
+// Fills the stages. One warp; lane 0 starts the copies. What the tile's end reads comes into L2
+// meanwhile.
 template <GroupedKind kKind, class Walk>
 __device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b, Walk walk,
                                         Ring ring) {
   constexpr bool outer = kKind == GroupedKind::outer;
   const int lane = threadIdx.x % 32;
   for (; walk.more(); walk.next()) {
-    if constexpr (outer) {
-      const bool adds = walk.work.accumulate && walk.work.wide_out;
-      const auto bytes = uint32_t(min(walk.cols(), kCols) * int(sizeof(*walk.out())) / 16 * 16);
-      for (int r = lane; r < min(walk.rows, kRows) && adds && bytes > 0; r += 32)
-        hopper::prefetch_bytes(walk.out() + r * walk.work.out_stride, bytes);
-    }
+    walk.prefetch(lane);
     const int stages = walk.stages();
     for (int s = 0; s < stages; ++s, ring.next()) {
       const int k = s * kDepth;
@@ -178,27 +184,66 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[kSums], const Ring&
         b + step * (hopper::bytes_of_16<b_along_k>() / 16), add || step > 0);
 }
 
+// Where the numbers of a lane's pieces of `positive` in a row are above 0: loaded all at once.
+struct Masks {
+  uint4 pieces[kCols / 32];
+  bool any;
+
+  template <class Walk>
+  __device__ __forceinline__ Masks(const Walk& walk, int row) : any(walk.work.positive) {
+    if (!any) return;
+    const Real* from = walk.work.positive + (walk.row + int64_t(row)) * walk.work.positive_stride;
+#pragma unroll
+    for (int j = 0; j < kCols / 32; ++j) {
+      const int col = (j * 4 + int(threadIdx.x) % 4) * 8, left = walk.cols() - col;
+      pieces[j] = {0, 0, 0, 0};
+      if (row >= walk.rows || left <= 0) continue;
+      if (left >= 8) {
+        pieces[j] = *reinterpret_cast<const uint4*>(from + walk.col + col);
+      } else {
+        uint32_t part[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int n = 0; n < 7; ++n)
+          if (n < left)
+            part[n / 2] |= uint32_t(__bfloat16_as_ushort(from[walk.col + col + n])) << (n % 2 * 16);
+        pieces[j] = {part[0], part[1], part[2], part[3]};
+      }
+    }
+  }
+  __device__ __forceinline__ void apply(int j, uint32_t (&part)[4]) const {
+    const uint32_t piece[4] = {pieces[j].x, pieces[j].y, pieces[j].z, pieces[j].w};
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      part[n] &= __hgt2_mask(*reinterpret_cast<const __nv_bfloat162*>(&piece[n]),
+                             __float2bfloat162_rn(0.f));
+  }
+};
+
 // A lane has two neighbours of a tile of 8 columns (hopper::multiply_64_256_16). Four tiles side by
 // side are turned around among four lanes: each stores eight columns, 16 bytes, of one tile.
 template <class Walk>
 __device__ __forceinline__ void store(const Walk& walk, const float (&sums)[kSums], Real* out) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool relu = walk.work.relu;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + lane / 4;
     Real* to_row = out + row * walk.work.out_stride;
+    const Masks masks(walk, row);
 #pragma unroll
     for (int j = 0; j < kCols / 8; j += 4) {
       uint32_t part[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int at = (j + n) * 4 + half * 2;
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[at], sums[at + 1]);
+        __nv_bfloat162 pair = __floats2bfloat162_rn(sums[at], sums[at + 1]);
+        if (relu) pair = __hmax2_nan(pair, __float2bfloat162_rn(0.f));
         part[n] = *reinterpret_cast<const uint32_t*>(&pair);
       }
       transpose_quad(part);
       const int col = (j + lane % 4) * 8;
       if (row >= walk.rows || col >= walk.cols()) continue;
+      if (masks.any) masks.apply(j / 4, part);
       if (walk.work.wide_out && col + 8 <= walk.cols()) {
         *reinterpret_cast<uint4*>(to_row + col) = {part[0], part[1], part[2], part[3]};
       } else {

@@ -65,12 +65,12 @@ std::vector<HostSlots> read_hostfile(const std::string& path) {
   try {
     text = read_file(path);
   } catch (const Error& error) {
-    throw BadSettings(concat("launch.hostfile: ", error.what()));
+    throw BadSettings(concat("hostfile: ", error.what()));
   }
   std::istringstream lines(text);
   int number = 0;
   for (std::string line; std::getline(lines, line);) {
-    const std::string place = concat("launch.hostfile=", path, ":", ++number);
+    const std::string place = concat("hostfile ", path, ":", ++number);
     std::istringstream words(line.substr(0, line.find('#')));
     HostSlots host{.name = "", .slots = 0};
     for (std::string word; words >> word;) {
@@ -92,7 +92,7 @@ std::vector<HostSlots> read_hostfile(const std::string& path) {
     else
       known->slots += host.slots;
   }
-  if (hosts.empty()) throw BadSettings(concat("launch.hostfile=", path, ": it names no machine"));
+  if (hosts.empty()) throw BadSettings(concat("hostfile ", path, ": it names no machine"));
   return hosts;
 }
 

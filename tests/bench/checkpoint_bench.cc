@@ -46,6 +46,7 @@ void run(benchmark::State& state, const ModelSizes& sizes) {
   state.counters["write_ms"] = ms(&Round::write);
   state.counters["read_ms"] = ms(&Round::read);
   state.counters["save_ms"] = ms(&Round::save);
+  state.counters["save_cpu_ms"] = ms(&Round::save_processors);
   state.counters["load_ms"] = ms(&Round::load);
   state.counters["save_over_ceiling"] = bench.save_ratio();
   state.counters["load_over_ceiling"] = bench.load_ratio();
