@@ -161,6 +161,7 @@ bool Supervisor::go_on_with(const JobState& before) {
   state_ = before;
   reset_view(before.ranks, before.expert);
   view_.job = before.job;
+  adopted_ = true;
   server_->expect(before.job, before.ranks, lease_->generation());
   leftovers_.learn_from_launcher(before.pid);
   log_.open(join_path(folder_, concat("ranks-", before.attempt, ".log")), /*from_end=*/true);
@@ -209,7 +210,7 @@ void Supervisor::reset_view(int ranks, int expert) {
   links_.clear();
   links_.resize(size_t(ranks));
   watch_ = std::make_unique<Watch>(limits_of(launch_), ranks);
-  stepped_ = false;
+  stepped_ = adopted_ = false;
 }
 
 std::vector<std::string> Supervisor::command_of_attempt() {

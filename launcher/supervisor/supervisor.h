@@ -135,10 +135,12 @@ class Supervisor {
   std::string stack_;  // of its culprit
   std::vector<std::string> unreachable_;
   std::function<void()> gone_;  // what comes when nothing is left of it
+  double ended_at_ = 0;         // since when the attempt before has been at its end; 0: none was
   double ending_since_ = 0;
   double fenced_at_ = 0;  // when ranks elsewhere that were never heard of have ended themselves
   bool stuck_said_ = false;
   int64_t last_step_ = -1;  // the furthest that ever ended
+  bool adopted_ = false;    // the attempt at hand was begun by another supervisor
   bool stepped_ = false;    // a step of this attempt has ended
   int signals_got_ = 0, first_signal_ = 0, last_signal_ = 0;
   double first_signal_at_ = 0;

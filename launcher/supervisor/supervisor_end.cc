@@ -81,12 +81,14 @@ void Supervisor::judge() {
                           : code >= 0 ? concat("ended with exit code ", code)
                                       : std::string("is gone");
   const bool failed = code == 1 && any_came;
-  end_attempt({.kind = failed     ? Kind::failed
-                       : any_came ? Kind::lost
-                                  : Kind::not_begun,
+  end_attempt({.kind = failed                 ? Kind::failed
+                       : any_came || adopted_ ? Kind::lost
+                                              : Kind::not_begun,
                .event = failed ? "failed" : "lost",
                .text = concat(request_.srun_mpi.empty() ? "mpirun " : "srun ", how,
-                              any_came ? "" : " before any rank came; why, see above")});
+                              any_came   ? ""
+                              : adopted_ ? " before its ranks had come back"
+                                         : " before any rank came; why, see above")});
 }
 
 // What the kernel says of a process that does not answer.
@@ -114,6 +116,7 @@ void Supervisor::end_attempt(Fault fault) {
   doing_ = Doing::ending;
   act_.cancel();
   stop_.cancel();
+  ended_at_ = now();
   fault_ = std::move(fault);
   if (fault_.kind == AttemptEnd::Kind::lost) fault_.text += process_text(fault_.rank);
   stack_.clear();

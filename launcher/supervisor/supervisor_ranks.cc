@@ -95,6 +95,11 @@ void Supervisor::heard(int rank, const Heartbeat& beat) {
 void Supervisor::stepped(int rank, const StepReport& report) {
   RankView& view = view_.of_ranks[size_t(rank)];
   view.step = report.step();
+  if (view.activity.step <= report.step()) {  // the next heartbeat knows more
+    view.activity.step = report.step() + 1;
+    view.activity.phase = Phase::data;
+  }
+  view.progressed = now();
   view.step_seconds = report.seconds();
   view.busy_seconds = report.busy_seconds();
   view.exchange_seconds = report.exchange_seconds();
@@ -106,6 +111,13 @@ void Supervisor::stepped(int rank, const StepReport& report) {
     }
     if (view_.state == RunState::starting) view_.state = RunState::training;
     view_.state_text = "training";
+    const double took = now() - (ended_at_ > 0 ? ended_at_ : view_.started);
+    events_.note(
+        {.kind = "training",
+         .step = report.step(),
+         .text = concat("attempt ", state_.attempt, ": its first step has ended, ", took,
+                        " s after ", ended_at_ > 0 ? "the end of the one before" : "its start"),
+         .seconds = took});
   }
   last_step_ = std::max(last_step_, int64_t(report.step()));
   if (rank == 0) {
