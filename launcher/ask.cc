@@ -136,7 +136,7 @@ bool wait_until(pid_t child, Clock::time_point end, int& status) {
 // mpirun ends its ranks only where it is asked to end.
 void end_group(pid_t child) {
   int status = 0;
-  for (const auto& [signal, seconds] : {std::pair(SIGTERM, 3), std::pair(SIGKILL, 1)}) {
+  for (const auto& [signal, seconds] : {std::pair(SIGTERM, 2), std::pair(SIGKILL, 1)}) {
     kill(-child, signal);
     if (wait_until(child, Clock::now() + std::chrono::seconds(seconds), status)) return;
   }

@@ -19,7 +19,7 @@ struct Answer {
 };
 
 // Runs `words` (the program is looked for in PATH) in a process group of its own, with nothing to
-// read, and waits at most `seconds`; then the group gets SIGTERM, three seconds later SIGKILL, and
+// read, and waits at most `seconds`; then the group gets SIGTERM, two seconds later SIGKILL, and
 // one that even that does not end (a dead disk) is left behind. `environment` is added to this
 // process' own, without what mpirun or srun gave to this process as a rank: the command may start
 // MPI of its own. Never throws; any number of threads.

@@ -22,7 +22,7 @@ using Clock = std::chrono::steady_clock;
 constexpr int64_t kBlock = 4 << 20, kMostBytes = 64 << 20;
 constexpr int64_t kFull = 1 << 20;
 constexpr double kMostSeconds = 1.5;  // of each of the two measurements
-constexpr double kPatience = 8;       // then the disk hangs
+constexpr double kPatience = 6;       // then the disk hangs
 constexpr double kSlowBytes = 50e6;   // a second
 constexpr double kSlowSync = 0.05;    // seconds
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <iostream>
 #include <map>
 #include <regex>
@@ -18,7 +19,7 @@ namespace moemamba {
 
 namespace {
 
-constexpr double kPatience = 8;
+constexpr double kPatience = 6;
 constexpr int kOldest = 80;  // compute capability 8.0: what the kernels are compiled for
 
 // NVIDIA's cards that the machine has, with a driver or without.
@@ -101,12 +102,6 @@ void add_smi(const SmiGpu& smi, Check& check) {
   }
 }
 
-void check_links(size_t gpus, HostReport& report) {
-  if (gpus < 2) return;
-  const std::string links = gpu_links(ask({"nvidia-smi", "topo", "-m"}, kPatience).out);
-  report.checks.push_back({"GPU links", Health::ok, links.empty() ? "not known" : links, ""});
-}
-
 }  // namespace
 
 std::string gpu_links(const std::string& topology) {
@@ -171,11 +166,16 @@ int probe_gpus() {
 }
 
 void check_gpus(const DoctorOptions& options, HostReport& report) {
+  auto found_later =
+      std::async(std::launch::async, [] { return ask_probe("gpus", {}, kPatience, "CUDA"); });
+  auto topology = std::async(std::launch::async, [] {
+    return ask({"nvidia-smi", "topo", "-m"}, kPatience).out;
+  });
   const std::vector<SmiGpu> smi = ask_smi();
   const std::string driver = find_driver(smi);
   report.checks.push_back(check_driver(driver));
   report.facts.emplace_back("driver", driver);
-  HostReport found = ask_probe("gpus", {}, kPatience, "CUDA");
+  HostReport found = found_later.get();
   std::string names;
   size_t gpus = 0;
   for (const Check& check : found.checks) gpus += check.name.starts_with("GPU ");
@@ -195,7 +195,9 @@ void check_gpus(const DoctorOptions& options, HostReport& report) {
   for (const auto& [name, value] : found.facts)
     if (name != "why") report.facts.emplace_back(name, value);
   report.facts.emplace_back("GPUs", names);
-  check_links(gpus, report);
+  const std::string links = gpu_links(topology.get());
+  if (gpus > 1)
+    report.checks.push_back({"GPU links", Health::ok, links.empty() ? "not known" : links, ""});
   if (gpus > 0) report.checks.push_back(check_multicast());
   if (gpus > 0 && size_t(options.ranks) > gpus)
     report.checks.push_back(

@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
+#include <future>
+#include <optional>
 #include <regex>
 
 #include "launcher/ask.h"
@@ -15,8 +17,8 @@ namespace moemamba {
 
 namespace {
 
-constexpr double kPatience = 8;  // seconds for a process that looks at MPI
-constexpr std::chrono::milliseconds kDeadline(6000);
+constexpr double kPatience = 6;  // seconds for a process that looks at MPI
+constexpr std::chrono::milliseconds kDeadline(5000);
 constexpr int kClockRounds = 200;
 constexpr const char* kInPath =
     "apt-get install openmpi-bin, or export PATH=/FOLDER/OF/OPENMPI/bin:$PATH";
@@ -95,7 +97,7 @@ Check check_mpirun(const std::string& library, HostReport& report) {
   const std::string path = find_program("mpirun");
   if (path.empty())
     return {"mpirun", Health::fail, "not in PATH, so nothing starts more than one rank", kInPath};
-  const Answer answer = ask({path, "--version"}, 5);
+  const Answer answer = ask({path, "--version"}, 2);
   const std::string said = first_line(answer.out);
   if (!answer.ok())
     return {"mpirun", Health::fail, concat(path, " --version: ", answer.gist()), kInstall};
@@ -108,17 +110,19 @@ Check check_mpirun(const std::string& library, HostReport& report) {
   return {"mpirun", Health::ok, concat(path, ", ", version_in(said)), ""};
 }
 
-Check check_slurm() {
+// Nothing where there is no srun.
+std::optional<Check> check_slurm() {
+  if (find_program("srun").empty()) return std::nullopt;
   const Answer answer = ask({"srun", "--mpi=list"}, 5);
   const bool inside = std::getenv("SLURM_JOB_ID") != nullptr;
   const std::string said = answer.out + answer.err;
   if (answer.ok() && said.find("pmix") != said.npos)
-    return {"Slurm", Health::ok, "srun --mpi=pmix can start ranks", ""};
-  if (!inside) return {"Slurm", Health::ok, "srun is installed, but no Slurm answers it", ""};
-  return {"Slurm", Health::fail,
-          answer.ok() ? "srun has no PMIx, so ranks that it starts do not find each other"
-                      : "srun --mpi=list: " + answer.gist(),
-          "apt-get install slurm-wlm-basic-plugins on all nodes (it has mpi_pmix), or mpirun"};
+    return Check{"Slurm", Health::ok, "srun --mpi=pmix can start ranks", ""};
+  if (!inside) return Check{"Slurm", Health::ok, "srun is installed, but no Slurm answers it", ""};
+  return Check{"Slurm", Health::fail,
+               answer.ok() ? "srun has no PMIx, so ranks that it starts do not find each other"
+                           : "srun --mpi=list: " + answer.gist(),
+               "apt-get install slurm-wlm-basic-plugins on all nodes (it has mpi_pmix), or mpirun"};
 }
 
 double wall_seconds() {
@@ -158,10 +162,14 @@ void check_mpi(HostReport& report) {
     mpi.mend = "apt-get install libopenmpi-dev, and build again";
   }
   report.checks.push_back(mpi);
-  report.checks.push_back(check_threads());
-  report.checks.push_back(check_mpirun(library, report));
-  if (report.checks.back().verdict == Health::ok) report.checks.push_back(check_ranks());
-  if (!find_program("srun").empty()) report.checks.push_back(check_slurm());
+  auto slurm = std::async(std::launch::async, check_slurm);
+  auto threads = std::async(std::launch::async, check_threads);
+  const Check mpirun = check_mpirun(library, report);
+  const bool starts = mpirun.verdict == Health::ok;
+  const Check ranks = starts ? check_ranks() : Check();
+  report.checks.insert(report.checks.end(), {threads.get(), mpirun});
+  if (starts) report.checks.push_back(ranks);
+  if (const auto found = slurm.get()) report.checks.push_back(*found);
 }
 
 int probe_threads() {

@@ -2,7 +2,6 @@
 
 #include <unistd.h>
 
-#include <chrono>
 #include <cstdio>
 #include <exception>
 
@@ -11,7 +10,6 @@ namespace moemamba {
 namespace {
 
 constexpr int kStopSignals[] = {SIGINT, SIGTERM, SIGUSR1};
-constexpr std::chrono::seconds kRepeats(2);
 
 // Runs on a thread that was there before main() (OpenBLAS') and so does not block the signal: from
 // now on it does, and the signal goes to the process once more, where only the watcher takes it.
@@ -91,7 +89,7 @@ void StopSignals::watch() {
 
 // False: the destructor has called meanwhile.
 bool StopSignals::outlasts_repeats() {
-  const auto end = std::chrono::steady_clock::now() + kRepeats;
+  const auto end = std::chrono::steady_clock::now() + kRepeatedSignals;
   for (;;) {
     const auto left = end - std::chrono::steady_clock::now();
     if (left.count() <= 0) return true;

@@ -6,11 +6,9 @@
 #include <cmath>
 #include <thread>
 
-#include "core/schema.h"
 #include "launcher/ask.h"
 #include "launcher/doctor_checks.h"
 #include "parallel/clocks.h"
-#include "tests/support/temporary_folder.h"
 
 namespace moemamba {
 namespace {

@@ -335,12 +335,16 @@ void Supervisor::wait_for_signals() {
 // The first signal asks for a save and an end within the grace; the next one ends all at once.
 void Supervisor::stop_asked(int signal) {
   if (doing_ == Doing::over) return;
+  const bool same_word = signals_got_ > 0 && signal != SIGINT &&
+                         now() < first_signal_at_ + double(kRepeatedSignals.count());
+  if (same_word) return;
   last_signal_ = signal;
   if (++signals_got_ > 1) {
     if (doing_ == Doing::running) end_early(concat(signal_name(signal), ": ended at once"));
     return;
   }
   first_signal_ = signal;
+  first_signal_at_ = now();
   const double left = std::max(0.0, launch_.grace_seconds() - kBeforeTheEnd);
   const double needed = seconds_to_save();
   const bool has_something = adopted_ || std::any_of(view_.of_ranks.begin(), view_.of_ranks.end(),

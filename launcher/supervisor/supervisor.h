@@ -146,6 +146,7 @@ class Supervisor {
   bool adopted_ = false;    // the attempt at hand was begun by another supervisor
   bool stepped_ = false;    // a step of this attempt has ended
   int signals_got_ = 0, first_signal_ = 0, last_signal_ = 0;
+  double first_signal_at_ = 0;
   double stop_deadline_ = 0;
   int64_t ticks_made_ = 0;
   int exit_code_ = 1;
