@@ -100,6 +100,8 @@ TEST_F(StatusAnswersTest, AreHealthyUnlessTheRunHasFailedOrHangs) {
   view.of_ranks[3].state = RankState::hanging;
   EXPECT_EQ(ask("/healthz").status, 503);
   EXPECT_EQ(text("/healthz"), "hanging: rank 3 makes no progress in step 341, phase forward\n");
+  view.state = RunState::recovering;
+  EXPECT_EQ(ask("/healthz").status, 200);
 }
 
 TEST_F(StatusAnswersTest, GiveCurvesAsColumnsOfOneLength) {

@@ -252,7 +252,7 @@ TEST_F(StatusPageTest, SaysWhatIsWrong) {
   EXPECT_TRUE(browser().becomes("document.documentElement.dataset.state === 'hanging'"));
   EXPECT_EQ(text("#alarm"),
             "The run hangs. hanging: rank 3 makes no progress in step 341, phase forward");
-  EXPECT_EQ(browser().value("$('report').hidden"), false);
+  EXPECT_EQ(browser().value("$('trouble').open && !$('trouble').hidden"), true);
   EXPECT_TRUE(contains(text("#report"), "collective 51237"));
   scene.change([](RunView& view) {
     view.state = RunState::failed;
@@ -262,6 +262,31 @@ TEST_F(StatusPageTest, SaysWhatIsWrong) {
   EXPECT_EQ(text("#alarm"), "The run has failed: three failures at step 341, see the report");
   EXPECT_EQ(text("#state"), "failed");
   EXPECT_EQ(browser().value("$('state').className"), "pill bad");
+  // What is over stays at hand, and out of the way.
+  scene.change([](RunView& view) {
+    view.state = RunState::training;
+    view.of_ranks[3].state = RankState::alive;
+  });
+  EXPECT_TRUE(browser().becomes("document.documentElement.dataset.state === 'training'"));
+  EXPECT_EQ(browser().value("$('alarm').hidden && !$('trouble').hidden && !$('trouble').open"),
+            true);
+}
+
+TEST_F(StatusPageTest, TakesTheEndOfARunForNoTrouble) {
+  StatusScene scene;
+  scene.change([](RunView& view) {
+    view.state = RunState::done;
+    view.state_text = "660 steps are done";
+    for (RankView& rank : view.of_ranks) rank.state = RankState::ended;
+    view.of_ranks[0].step = 659;
+  });
+  show(scene);
+  EXPECT_EQ(text("#sentence"), "step 660 of 660, 100 % · 660 steps are done");
+  EXPECT_EQ(browser().value("$('state').className"), "pill good");
+  EXPECT_EQ(browser().value("document.querySelectorAll('#ranks .bad, #tiles .bad').length"), 0);
+  scene.stop();
+  EXPECT_TRUE(browser().becomes("document.documentElement.dataset.state === 'silent'"));
+  EXPECT_TRUE(contains(text("#alarm"), "It ended with its run, which was done")) << text("#alarm");
 }
 
 TEST_F(StatusPageTest, SaysWhenTheSupervisorIsGoneAndWhenItIsBack) {

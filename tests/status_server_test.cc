@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <fstream>
+#include <sstream>
 #include <vector>
 
 #include "core/schema.h"
@@ -24,6 +26,24 @@ TEST(StatusServer, AnswersOnThisMachineAlone) {
   EXPECT_EQ(http_status(answer), 200);
   EXPECT_EQ(http_body(answer), "training\n");
   EXPECT_EQ(http_field(answer, "Connection"), "close");
+}
+
+// As the system has it: the address in hexadecimal, as the machine's byte order turns it.
+TEST(StatusServer, ListensOnOneAddress) {
+  StatusScene scene;
+  char port[8];
+  std::snprintf(port, sizeof port, ":%04X", unsigned(scene.port()));
+  std::string listens;
+  for (const char* table : {"/proc/self/net/tcp", "/proc/self/net/tcp6"}) {
+    std::ifstream lines(table);
+    for (std::string line; std::getline(lines, line);) {
+      std::istringstream words(line);
+      std::string number, local, remote, state;
+      words >> number >> local >> remote >> state;
+      if (state == "0A" && local.ends_with(port)) listens += local + " ";
+    }
+  }
+  EXPECT_EQ(listens, concat("0100007F", port, " "));
 }
 
 TEST(StatusServer, KeepsToTheLimitsThatAreDocumented) {

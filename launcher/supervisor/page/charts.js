@@ -253,6 +253,7 @@ async function load_curves(status) {
     return load_curves(status);
   }
   curves.epoch = found.epoch;
+  put($("behind"), found.behind ? "metrics.jsonl is still being read" : "");
   for (const name of NAMES) data[name] = anew ? found[name] : data[name].concat(found[name]);
   if (cursor !== null && !data.step.includes(cursor)) cursor = null;
   for (const chart of charts) chart.draw();

@@ -43,7 +43,6 @@ function show_state(s) {
   const kind = !s.healthy || BAD.includes(s.state) ? "bad" : GOOD.includes(s.state) ? "good" : "warn";
   const share = s.steps > 0 ? Math.min(1, s.steps_done / s.steps) : 0;
   const word = s.healthy ? s.state : s.state === "failed" ? "failed" : "hanging";
-  document.documentElement.dataset.state = word;
   put($("run"), name);
   $("run").title = s.run;
   $("state").className = `pill ${kind}`;
@@ -55,8 +54,10 @@ function show_state(s) {
   $("done").style.width = `${100 * share}%`;
   $("bar").setAttribute("aria-valuenow", (100 * share).toFixed(1));
   document.title = `${Math.floor(100 * share)} % ${word} · ${name}`;
-  $("report").hidden = !s.hang_report;
+  $("trouble").hidden = !s.hang_report;
+  if (document.documentElement.dataset.state !== word) $("trouble").open = kind !== "good";
   put($("report"), s.hang_report);
+  document.documentElement.dataset.state = word;
   put($("identity"), `run ${s.run_id || "–"} · ${s.global_batch} × ${s.sequence_length} tokens a step · ` +
       `attempt began ${duration(s.attempt_seconds)} ago`);
   alarm(s.healthy ? "" : s.state === "failed" ? `The run has failed: ${s.state_text || "no reason is known"}`
@@ -97,6 +98,14 @@ function place_of(rank) {
   return [`step ${rank.at_step + 1}, ${place}`, waits];
 }
 
+// Ranks that are not there yet, or not any more, are as they should be where the run is.
+function kind_of(rank, s) {
+  if (rank.state === "alive") return rank.straggler ? "warn" : "good";
+  const ends = ["stopping", "done", "stopped"].includes(s.state) && rank.state === "ended";
+  const begins = ["starting", "recovering"].includes(s.state) && rank.state === "absent";
+  return ends || begins ? "" : "bad";
+}
+
 function show_ranks(s) {
   const trouble = (rank) => (rank.state !== "alive") * 2 + rank.straggler;
   let shown = s.of_ranks;
@@ -112,8 +121,8 @@ function show_ranks(s) {
     const head = make("th", {scope: "row", textContent: rank.rank});
     const late = rank.progress_seconds_ago > 5 ? `no progress for ${duration(rank.progress_seconds_ago)}`
                                                : "";
-    const state = make("span", {textContent: rank.straggler ? "slow" : rank.state,
-      className: rank.state !== "alive" ? "bad" : rank.straggler ? "warn" : "good"});
+    const state = make("span", {className: kind_of(rank, s), textContent:
+        rank.state === "alive" && rank.straggler ? "slow" : rank.state});
     const [place, waits] = place_of(rank);
     return make("tr", {}, head, cell(state, small(late || rank.host)), cell(place, small(waits)),
                 cell(seconds(rank.step_seconds || NaN),
