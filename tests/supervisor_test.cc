@@ -170,13 +170,15 @@ TEST_F(Supervised, KilledProcessesAreReplacedAndTheRunIsTheSame) {
 // Its first supervisor dies; the second finds the ranks running and keeps them.
 TEST_F(Supervised, ASupervisorThatDiesIsFollowedByTheSameCommandAndTheRanksGoOn) {
   constexpr int64_t kSteps = 600;
+  // So that none meets the moment in which the ranks do not know of the new lease yet.
+  const std::string seldom = "--train.save_interval=1000";
   const CheckpointManifest wanted = undisturbed(kSteps);
-  pid_t launcher = start("launch" + words(kSteps));
+  pid_t launcher = start("launch" + words(kSteps) + seldom);
   const Processes before = after_steps(5);
   for (int round = 0; round < 2; ++round) {
     kill(launcher, SIGKILL);
     EXPECT_EQ(end_of(launcher, /*all_gone=*/false), -SIGKILL);
-    launcher = start("launch" + words(kSteps));
+    launcher = start("launch" + words(kSteps) + seldom);
     ASSERT_TRUE(wait_until([&] { return events_of("taken_over") == round + 1; })) << story();
     const Processes after = after_steps(5);
     EXPECT_EQ(after.ranks, before.ranks);
