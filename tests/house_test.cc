@@ -57,8 +57,7 @@ const ThirdParty kThirdParties[] = {
     {"the operating system",
      "sys/.*|linux/.*|net.*/.*|arpa/.*|"
      "(cxxabi|dirent|dlfcn|errno|execinfo|fcntl|ifaddrs|poll|pthread|pwd|sched|signal|spawn|termios|"
-     "time|"
-     "unistd)\\.h",
+     "time|unistd)\\.h",
      "(core|parallel|runtime|launcher)/.*"},
 };
 
