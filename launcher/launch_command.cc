@@ -6,6 +6,7 @@
 #include "core/schema.h"
 #include "launcher/build_facts.h"
 #include "launcher/commands.h"
+#include "launcher/drill.h"
 #include "launcher/launch.h"
 #include "launcher/settings.h"
 #include "launcher/supervisor/hosts.h"
@@ -19,6 +20,7 @@ struct LaunchOptions {
   SettingsSource source;
   int ranks = 0;
   bool fresh = false;
+  std::vector<std::string> drills;
 };
 
 // Which machines, and how many ranks: what is asked for, what the machines take, one.
@@ -57,6 +59,10 @@ int supervise(const LaunchOptions& options) {
   if (!options.fresh && !request.config.overwrite())
     check_goes_on(request.config, stderr, /*quietly=*/true);
   request.words = {"train"};
+  for (const std::string& drill : options.drills) {
+    request.words.emplace_back("--drill");
+    request.words.push_back(parse_drill(drill).text);
+  }
   for (const std::string& file : options.source.files) {
     request.words.emplace_back("--config");
     request.words.push_back(file);
@@ -79,6 +85,7 @@ Command add_launch(CLI::App& app, const Words&) {
       ->check(CLI::Range(1, 4096).description(""));
   command->add_flag("--fresh", options->fresh,
                     "Begin in an empty folder or not at all; never go on with a run");
+  add_drill_option(*command, options->drills);
   add_settings_options(*command, options->source);
   command->footer([] {
     return "Takes all options of `moemamba train`, with or without a -- before them:\n"
