@@ -1,6 +1,8 @@
 #include "runtime/checkpoint_reader.h"
 
 #include <algorithm>
+#include <atomic>
+#include <future>
 #include <map>
 #include <memory>
 
@@ -12,7 +14,8 @@ namespace moemamba {
 
 namespace {
 
-constexpr size_t kChunk = 1 << 20;  // bytes that are read and hashed at once
+constexpr size_t kChunk = 1 << 20;          // bytes that are read and hashed at once
+constexpr int64_t kWorthAThread = 8 << 20;  // bytes of files, two of which are read at once then
 
 std::string digest_of(const InputFile& file) {
   Sha256 digest;
@@ -113,7 +116,17 @@ std::optional<Manifest::Tensor> Checkpoint::find(const std::string& tensor) cons
 }
 
 void Checkpoint::verify_files(int first, int stride) const {
-  for (int i = first; i < manifest_.files_size(); i += stride) verify_file(i);
+  std::atomic<int> next = first;
+  const auto verify = [&] {
+    for (int i = next.fetch_add(stride); i < manifest_.files_size(); i = next.fetch_add(stride))
+      verify_file(i);
+  };
+  int64_t bytes = 0;
+  for (int i = first; i < manifest_.files_size(); i += stride) bytes += manifest_.files(i).bytes();
+  std::future<void> beside;
+  if (bytes >= kWorthAThread) beside = std::async(std::launch::async, verify);
+  verify();
+  if (beside.valid()) beside.get();
 }
 
 void Checkpoint::verify_file(int index) const {

@@ -16,7 +16,8 @@ class Checkpoint {
   const Manifest& manifest() const { return manifest_; }
   std::optional<Manifest::Tensor> find(const std::string& tensor) const;
 
-  // Re-reads files first, first + stride, ..: sizes and digests. An Error names the file.
+  // Re-reads files first, first + stride, ..: sizes and digests; large ones two at a time. An Error
+  // names the file, or one of them.
   void verify_files(int first = 0, int stride = 1) const;
   void verify_file(int index) const;  // in the manifest's list
   // Every difference between its tensors and what the model of `store` has; "" where there is none.

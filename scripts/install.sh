@@ -12,7 +12,7 @@ libsentencepiece-dev libhwloc-dev libboost-dev libgtest-dev libbenchmark-dev pro
 ca-certificates ${MOEMAMBA_MORE_PACKAGES:-}"
 # Slurm (3 MB to fetch, 13 MB installed, seconds): tests/slurm runs one of its own.
 [ "${1:-}" != tests ] || packages="$packages iproute2 strace e2fsprogs mount
-slurmctld slurmd slurm-client munge"
+slurmctld slurmd slurm-client munge chromium"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   echo "install: this is not a Debian system; install by hand what provides:" $packages >&2

@@ -105,20 +105,22 @@ void cut_power(MemoryFolder& folder, Board& board, pid_t writer, bool stopped, C
     ASSERT_TRUE(WIFSTOPPED(status)) << "the writer has ended";
   }
   const int64_t committed = board.committed;
-  const bool stable = copy_at_once(folder / "image", folder / "copy");
+  // A name of its own: a program that has left for a mount namespace of its own meanwhile still has
+  // the last copy mounted, and mount would give us that one again if this were the same file.
+  const std::string image = folder / concat("copy", campaign.images + campaign.unstable);
+  const bool stable = copy_at_once(folder / "image", image);
   if (stopped) kill(writer, SIGCONT);
-  if (!stable) {
-    ++campaign.unstable;
-    return;
-  }
-  ++campaign.images;
+  if (!stable) fs::remove(image);
+  ++(stable ? campaign.images : campaign.unstable);
+  if (!stable) return;
   std::string why;
   int64_t found = -1;
   {
-    Ext4 copy(folder / "copy", folder / "copied");
+    Ext4 copy(image, folder / "copied");
     EXPECT_TRUE(copy.mounted());
     if (copy.mounted()) found = loaded_step(folder / "copied/run", 99, &why);
   }
+  fs::remove(image);
   if (found >= committed) return;
   ++campaign.lost;
   if (campaign.first.empty())

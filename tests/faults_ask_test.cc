@@ -40,7 +40,10 @@ TEST_F(FaultAsk, ByATerminationSavesAllOfItWithinTheGrace) {
   uint64_t draw = 0;
   FaultTable table;
   const Share share(0.35);
-  while (!HasFailure() && (table.cases() < 3 || share.lasts())) {
+  constexpr const char* kEnd = "SIGTERM, to the end";
+  constexpr const char* kStart = "SIGTERM amid the start, to the end";
+  constexpr const char* kAgain = "the command after SIGTERM";
+  while (!HasFailure() && (table.cases(kEnd) < 3 || share.lasts())) {
     if (file_exists(run()) && Launched(*this / "", run(), "").steps() > kMostSteps) clear();
     Launched launched(*this / "", run(), words(kEndless));
     const int64_t done = launched.steps();
@@ -51,14 +54,13 @@ TEST_F(FaultAsk, ByATerminationSavesAllOfItWithinTheGrace) {
     if (!early) {
       ASSERT_TRUE(wait_until([&] { return launched.steps() > done; }, kPatience))
           << launched.said();
-      if (done > 0) table.add("SIGTERM: the same command again", -1, since(begun), 0);
+      if (done > 0) table.add(kAgain, -1, since(begun), 0);
     }
     pause_for(random.uniform(draw++) * (early ? 1.0 : 0.5));
     const Launched::Before before = launched.before();
     kill(launched.supervisor(), SIGTERM);
     EXPECT_EQ(launched.end(kGrace), 75) << launched.said();
-    table.add(early ? "SIGTERM amid the start, to the end" : "SIGTERM, to the end", -1,
-              since(before.time), 0);
+    table.add(early ? kStart : kEnd, -1, since(before.time), 0);
     expect_nothing_left(launched);
     const int64_t steps = launched.steps();
     EXPECT_GE(steps, before.steps);

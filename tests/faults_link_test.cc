@@ -10,7 +10,7 @@
 namespace moemamba {
 namespace {
 
-constexpr int64_t kSteps = 4000;
+constexpr int64_t kSteps = 2000;
 constexpr double kNoOrphansAfter = 15;  // seconds
 
 class FaultLink : public FaultTest {

@@ -37,7 +37,7 @@ struct RecoveryMemory {
   int64_t restarts = 0;
   int64_t without_progress = 0;             // of these, since the newest checkpoint
   int64_t best_saved = -1;                  // the newest checkpoint there ever was
-  std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand
+  std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand, or -1
   std::map<std::string, int64_t> failures;  // of ranks, by host
   std::vector<std::string> left_out;        // hosts
 };

@@ -14,6 +14,7 @@
 #include "launcher/stop_signals.h"
 #include "launcher/supervisor/hosts.h"
 #include "runtime/checkpoint_folder.h"
+#include "runtime/checkpoint_reader.h"
 #include "runtime/control_wire.h"
 #include "runtime/process_facts.h"
 #include "runtime/run_folder.h"
@@ -26,7 +27,7 @@ namespace {
 constexpr double kTick = 0.1;
 constexpr double kBeforeTheEnd = 5;  // seconds of the grace that are left to others
 constexpr double kStopFallback = 1;  // without any answer from a rank
-constexpr double kSaveMargin = 1.2;  // a save may take that much longer than the one before
+constexpr double kSaveMargin = 1.5;  // the last one writes the weights too
 constexpr int64_t kLogsKept = 10;    // of the latest attempts
 
 // While it is there, the run that is to be overwritten is there too: it goes with that run's files.
@@ -109,9 +110,7 @@ void Supervisor::open() {
   view_.steps = config.train().steps();
   view_.global_batch = config.train().global_batch_size();
   view_.sequence_length = config.train().sequence_length();
-  const auto checkpoints = list_checkpoints(run_);
-  if (!checkpoints.empty()) view_.saved_step = checkpoints.front().step;
-
+  look_at_checkpoints();
   const std::optional<JobState> before = read_job_state(folder_);
   if (before) state_.attempt = before->attempt;
   recovery_ =
@@ -179,6 +178,16 @@ bool Supervisor::go_on_with(const JobState& before) {
                                            " did not come back to the supervisor that took over")});
   });
   return true;
+}
+
+void Supervisor::look_at_checkpoints() {
+  const auto checkpoints = list_checkpoints(run_);
+  view_.saved_step = checkpoints.empty() ? -1 : checkpoints.front().step;
+  if (checkpoints.empty() || !view_.run_id.empty()) return;
+  try {
+    view_.run_id = Checkpoint(checkpoints.front().path).manifest().facts().run_id();
+  } catch (const Error&) {  // the ranks will say what is wrong with it
+  }
 }
 
 // As the ranks would find: they refuse to begin a run that is done.
@@ -330,40 +339,44 @@ void Supervisor::stop_asked(int signal) {
                          now() < first_signal_at_ + double(kRepeatedSignals.count());
   if (same_word) return;
   last_signal_ = signal;
-  if (++signals_got_ == 1) {
-    first_signal_ = signal;
-    first_signal_at_ = now();
+  if (++signals_got_ > 1) {
+    if (doing_ == Doing::running) end_early(concat(signal_name(signal), ": ended at once"));
+    return;
   }
-  const bool waits = doing_ == Doing::running && signals_got_ == 1;
+  first_signal_ = signal;
+  first_signal_at_ = now();
   const double left = std::max(0.0, launch_.grace_seconds() - kBeforeTheEnd);
-  double step = 0;
-  for (const RankView& rank : view_.of_ranks) step = std::max(step, rank.step_seconds);
-  const double needed = step + kSaveMargin * view_.save_seconds;
-  const bool fits = needed <= left;
-  const bool any_there = std::any_of(links_.begin(), links_.end(), [](const RankLink& link) {
-    return link.end != nullptr || link.closed;
-  });
-  if (signals_got_ == 1) {
-    std::string text = concat(signal_name(signal), ": ");
-    if (waits && fits && any_there)
-      text += concat("saving and ending, within ", left, " s; the next signal ends it at once");
-    else if (waits && !fits)
-      text += concat("a step and a save take ", needed, " s, which does not fit in ", left,
-                     " s (launch.grace_seconds): ending with the checkpoint that is there");
-    else
-      text += "ending";
-    events_.say({.kind = "preempted", .text = text});
-    view_.state_text = text;
-  }
+  const double needed = seconds_to_save();
+  const bool has_something = adopted_ || std::any_of(view_.of_ranks.begin(), view_.of_ranks.end(),
+                                                     [](const RankView& r) { return r.step >= 0; });
+  const bool saves = doing_ == Doing::running && has_something && needed <= left;
+  std::string text = concat(signal_name(signal), ": ending");
+  if (saves)
+    text = concat(signal_name(signal), ": saving and ending, within ", left,
+                  " s; the next signal ends it at once");
+  else if (needed > left)
+    text = concat(signal_name(signal), ": a step and a save take ", needed,
+                  " s, which does not fit in ", left,
+                  " s (launch.grace_seconds): ending with the checkpoint that is there");
+  events_.say({.kind = "preempted", .text = text});
   view_.state = RunState::stopping;
+  view_.state_text = text;
   if (doing_ == Doing::pausing) return finish(early_exit_code(), "stopped", early_text());
   if (doing_ != Doing::running) return;  // on its way
-  if (!waits || !fits || !any_there)
-    return end_attempt({.kind = AttemptEnd::Kind::stopped,
-                        .event = "stopping",
-                        .text = concat(signal_name(signal), ": ended at once")});
+  if (!saves) return end_early(text);
   stop_deadline_ = now() + left;
   order_stop();
+}
+
+// From a signal to a checkpoint that is there, after what steps and saves have taken so far.
+double Supervisor::seconds_to_save() const {
+  double step = 0;
+  for (const RankView& rank : view_.of_ranks) step = std::max(step, rank.step_seconds);
+  return step + kSaveMargin * view_.save_seconds;
+}
+
+void Supervisor::end_early(const std::string& text) {
+  end_attempt({.kind = AttemptEnd::Kind::stopped, .event = "stopped", .text = text});
 }
 
 void Supervisor::order_stop() {
@@ -379,10 +392,7 @@ void Supervisor::order_stop() {
     if (doing_ == Doing::running && !answered) job_.signal(SIGUSR1);
     stop_.set(std::max(0.0, stop_deadline_ - now()), [this] {
       if (doing_ == Doing::running)
-        end_attempt(
-            {.kind = AttemptEnd::Kind::stopped,
-             .event = "stopping",
-             .text = "the grace is over before the save: ended with the checkpoint before"});
+        end_early("the grace is over before the save: ended with the checkpoint before");
     });
   });
 }

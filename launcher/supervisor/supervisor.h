@@ -60,6 +60,7 @@ class Supervisor {
   void open();
   void open_status();
   bool go_on_with(const JobState& before);
+  void look_at_checkpoints();
   bool is_finished() const;
   void begin_attempt();
   void start_ranks();
@@ -71,6 +72,8 @@ class Supervisor {
   void wait_for_signals();
   void stop_asked(int signal);
   void order_stop();
+  void end_early(const std::string& text);
+  double seconds_to_save() const;
 
   // supervisor_ranks.cc: what ranks say.
   void joined(const Hello& hello, const std::string& address);

@@ -10,7 +10,6 @@
 #include "launcher/supervisor/hosts.h"
 #include "launcher/supervisor/stack_text.h"
 #include "launcher/supervisor/supervisor.h"
-#include "runtime/checkpoint_folder.h"
 #include "runtime/process_facts.h"
 
 namespace moemamba {
@@ -208,8 +207,7 @@ void Supervisor::conclude() {
   log_.follow(outlet_);
   leftovers_.remove();
   using Kind = AttemptEnd::Kind;
-  const auto checkpoints = list_checkpoints(run_);
-  view_.saved_step = checkpoints.empty() ? -1 : checkpoints.front().step;
+  look_at_checkpoints();
   if (fault_.kind != Kind::done && fault_.kind != Kind::stopped && is_finished())
     fault_ = {.kind = Kind::done, .event = "done", .text = "done"};
   if (!view_.hang_report.empty() && fault_.kind == Kind::lost) {

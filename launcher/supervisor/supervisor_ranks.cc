@@ -10,7 +10,7 @@ namespace moemamba {
 
 namespace {
 
-constexpr double kReconnect = 1;      // seconds in which a rank comes back whose connection broke
+constexpr double kReconnect = 0.5;    // seconds in which a rank comes back whose connection broke
 constexpr double kLastWords = 0.2;    // between a process's end and the last that it has sent
 constexpr double kPatience = 2;       // from a rank's goodbye to its end, for what it still prints
 constexpr double kOthersTurn = 1;     // from "others are lost" to who that is
@@ -132,6 +132,7 @@ void Supervisor::event(const RunEvent& event) {
   if (event.kind() == "saved") {
     view_.saved_step = event.step();
     if (event.has_seconds()) view_.save_seconds = event.seconds();
+    if (view_.run_id.empty()) look_at_checkpoints();
   }
   events_.note({.kind = event.kind(),
                 .step = event.has_step() ? event.step() : -1,

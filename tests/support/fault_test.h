@@ -17,13 +17,16 @@ class FaultTest : public ProgramTest {
   std::string words(int64_t steps) const;
   // The same run, by `moemamba train` and undisturbed; it is gone then.
   struct Whole {
-    std::vector<std::string> steps;  // lines of metrics.jsonl, without what clocks say
+    std::vector<std::string> chain;  // "STEP HASH"
     CheckpointManifest end;
   };
   Whole undisturbed(int64_t steps) const;
 
   // Fails where the run, which is done, is another than the undisturbed one, or left processes.
   void expect_whole(const Launched& launched, const Whole& whole) const;
+  // Of one that took long: prints what was logged since, so that a soak can be understood.
+  static void explain(const Launched& launched, const Launched::Before& before,
+                      const Outcome& outcome, double long_seconds);
   // Fails where something of the run is left on any host after 15 s.
   void expect_nothing_left(const Launched& launched) const;
   // Ready for the next run.

@@ -180,7 +180,8 @@ void Hosts::make_host(int host) {
 }
 
 // Stands for ssh. A host whose cable is out, or the caller's own, is not reached; it is said after
-// a while, as by a kernel that asks in vain for the other's address.
+// a while, as by a kernel that asks in vain for the other's address. All are of the same kind to
+// BLAS.
 void Hosts::write_agent() const {
   const std::string agent = join_path(folder_, "agent.sh");
   std::ofstream script(agent);
@@ -193,8 +194,8 @@ void Hosts::write_agent() const {
          << "  echo \"ssh: connect to host $host port 22: No route to host\" >&2\n"
          << "  exit 255\nfi\n"
          << "exec ip netns exec " << prefix_ << "\"$host\" nsenter --uts=" << kNames << prefix_
-         << "\"$host\" env -i HOME=/root PATH=\"$PATH\" TMPDIR=" << folder_
-         << "/tmp-\"$host\" sh -c \"$*\"\n";
+         << "\"$host\" env -i HOME=/root PATH=\"$PATH\" TMPDIR=" << folder_ << "/tmp-\"$host\""
+         << " ${OPENBLAS_CORETYPE:+OPENBLAS_CORETYPE=\"$OPENBLAS_CORETYPE\"} sh -c \"$*\"\n";
   script.close();
   fs::permissions(agent, fs::perms::owner_all);
 }

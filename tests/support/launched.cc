@@ -34,6 +34,11 @@ int64_t number_after(const std::string& text, const std::string& name, int64_t o
   return at == std::string::npos ? otherwise : std::atoll(text.c_str() + at + name.size());
 }
 
+double decimal_after(const std::string& text, const std::string& name) {
+  const size_t at = text.find(name);
+  return at == std::string::npos ? 0 : std::strtod(text.c_str() + at + name.size(), nullptr);
+}
+
 // Of a line's field "name":"..."; escapes stay as they are.
 std::string text_after(const std::string& line, const std::string& name) {
   const std::string begin = "\"" + name + "\":\"";
@@ -162,7 +167,8 @@ std::vector<LoggedEvent> Launched::events(const std::string& kind) const {
     LoggedEvent event{.kind = text_after(line, "kind"),
                       .job = text_after(line, "job"),
                       .text = text_after(line, "text"),
-                      .step = number_after(line, "\"step\":", -1)};
+                      .step = number_after(line, "\"step\":", -1),
+                      .wall = decimal_after(line, "\"time\":")};
     if (kind.empty() || event.kind == kind) events.push_back(std::move(event));
   }
   return events;
@@ -193,8 +199,11 @@ bool Launched::wait_for_steps(int64_t more, double seconds) const {
 }
 
 Launched::Before Launched::before() const {
-  Before before{.time = {}, .attempt = attempt(), .steps = steps(), .events = events().size()};
+  Before before{
+      .time = {}, .wall = 0, .attempt = attempt(), .steps = steps(), .events = events().size()};
   before.time = Clock::now();
+  const auto wall = std::chrono::system_clock::now().time_since_epoch();
+  before.wall = std::chrono::duration<double>(wall).count();
   return before;
 }
 
@@ -206,10 +215,10 @@ Outcome Launched::go_on_after(const Before& before, double seconds) const {
     return std::chrono::duration<double>(Clock::now() - before.time).count();
   };
   const std::string metrics = file("metrics.jsonl"), log = file("events.jsonl");
-  int64_t of = before.attempt, done = before.steps, from = -1;
+  int64_t of = before.attempt, done = before.steps, from = -1, taken_over_at = -1;
   size_t log_size = 0;
   ino_t old_metrics = inode(metrics);
-  while (since() < seconds && !has_ended()) {
+  for (; since() < seconds && !has_ended(); pause_for(0.003)) {
     std::error_code none;
     const size_t size = std::filesystem::file_size(log, none);
     if (const int64_t now = attempt(); now > of) {
@@ -229,21 +238,21 @@ Outcome Launched::go_on_after(const Before& before, double seconds) const {
         }
         if (all[i].kind == "resumed" && all[i].job == all.back().job && of > before.attempt)
           from = all[i].step;
-        if (all[i].kind == "taken_over" && of == before.attempt) {  // its ranks never stopped
-          outcome.next_step = since();
-          return outcome;
-        }
+        if (all[i].kind == "taken_over" && taken_over_at < 0) taken_over_at = steps();
       }
     }
     const bool cut = inode(metrics) != old_metrics || done == from;
-    if (of == before.attempt)
+    if (of == before.attempt) {
       done = std::max(done, steps());
-    else if (from >= 0 && cut && steps() > from) {
+      if (taken_over_at < 0 || done <= taken_over_at) continue;
+      outcome.next_step = since();  // its ranks never stopped
+      return outcome;
+    }
+    if (from >= 0 && cut && steps() > from) {
       outcome.next_step = since();
       outcome.lost = done - from;
       return outcome;
     }
-    pause_for(0.003);
   }
   return outcome;
 }

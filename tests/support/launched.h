@@ -14,6 +14,7 @@ namespace moemamba {
 struct LoggedEvent {
   std::string kind, job, text;
   int64_t step = -1;
+  double wall = 0;  // since 1970
 };
 
 // What became of a run after a fault: seconds since then.
@@ -67,6 +68,7 @@ class Launched {
   // supervisor has ended, or `seconds` have passed. REQUIRES: it had a checkpoint.
   struct Before {
     Clock::time_point time;
+    double wall = 0;
     int64_t attempt = 0, steps = 0;
     size_t events = 0;
   };
