@@ -1,8 +1,8 @@
 #!/bin/sh
 # Installs with apt-get what the build needs and this Debian 12 machine does not have yet.
 # usage: sh scripts/install.sh [tests|campaign]        (as root, or as a user who may use sudo)
-# With "tests" also what only tests need, with "campaign" what those with Slurm and a browser need. MOEMAMBA_MORE_PACKAGES names further ones (scripts/fuzz.sh:
-# clang). A tool that is in PATH counts as installed, wherever it came from.
+# With "tests" also what only tests need, with "campaign" what those with Slurm and a browser need.
+# MOEMAMBA_MORE_PACKAGES names further ones (scripts/fuzz.sh: clang). A tool that is in PATH counts as installed, wherever it came from.
 # Where nothing is missing it changes nothing, asks for no privilege and takes milliseconds.
 set -eu
 
