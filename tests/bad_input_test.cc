@@ -218,7 +218,8 @@ TEST_F(BadInput, WeightsOfAnotherShape) {
 TEST_F(BadInput, AFullDiskCostsLinesOfMetricsOnly) {
   const Result result =
       shell("export PMIX_MCA_gds=hash; trap '' XFSZ; ulimit -f 100; $moemamba train" +
-            small_training(300) + "--model.width=8 --data.validation=tokens/validation --train.tensorboard=false");
+            small_training(300) +
+            "--model.width=8 --data.validation=tokens/validation --train.tensorboard=false");
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(count(result.err, "training goes on without these lines"), 1) << result.err;
   EXPECT_NE(result.err.find("step 300/300"), std::string::npos) << result.err;
