@@ -122,6 +122,7 @@ void Supervisor::end_attempt(Fault fault) {
   stack_.clear();
   using Kind = AttemptEnd::Kind;
   const bool well = fault_.kind == Kind::done || fault_.kind == Kind::stopped;
+  if (!well) events_.say({.kind = fault_.event, .step = step_at_hand(), .text = fault_.text});
   if (!well && view_.state != RunState::stopping) view_.state = RunState::recovering;
   if (fault_.kind == Kind::lost)
     view_.hang_report = fault_.text + "\n" + table_of(view_, fault_.rank, now());
@@ -234,8 +235,6 @@ void Supervisor::conclude() {
   for (const RankView& rank : view_.of_ranks)
     if (fault_.kind == Kind::lost && (rank.rank == fault_.rank || rank.state == RankState::silent))
       end.hosts.push_back(listed_host(rank.rank));
-  if (fault_.kind != Kind::done && fault_.kind != Kind::stopped)
-    events_.say({.kind = fault_.event, .step = end.step, .text = fault_.text});
   if (fault_.kind == Kind::lost) say_report();
   if (signals_got_ > 0 && fault_.kind != Kind::done)
     return finish(early_exit_code(), "stopped", early_text());
