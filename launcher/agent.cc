@@ -236,6 +236,7 @@ bool Agent::Inner::over() {
   if (!over_ && silent >= fence_) {
     char seconds[32];
     std::snprintf(seconds, sizeof seconds, "%.1f", silent);
+    kill_daemon();
     end(concat("nothing heard from the supervisor of this run for ", seconds,
                " s (launch.fence_seconds): this rank ends itself"));
   }

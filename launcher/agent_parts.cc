@@ -54,6 +54,14 @@ AddressLookup::AddressLookup(const std::string& path) : found_(std::make_shared<
   }).detach();
 }
 
+void kill_daemon() {
+  const pid_t parent = getppid();
+  std::ifstream file("/proc/" + std::to_string(parent) + "/comm");
+  std::string name;
+  std::getline(file, name);
+  if (parent > 1 && (name == "orted" || name == "prted")) kill(parent, SIGKILL);
+}
+
 std::thread quiet_thread(std::function<void()> body) {
   sigset_t all, before;
   sigfillset(&all);

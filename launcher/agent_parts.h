@@ -36,6 +36,11 @@ class AddressLookup {
   std::shared_ptr<Found> found_;
 };
 
+// The daemon of mpirun that has started this process on another machine than mpirun's; nothing
+// where it was started by anything else. Where the link to mpirun is cut it would live on for
+// minutes.
+void kill_daemon();
+
 // A thread that takes none of the process's signals, which are for the others.
 std::thread quiet_thread(std::function<void()> body);
 

@@ -11,7 +11,7 @@
 namespace moemamba {
 namespace {
 
-constexpr int64_t kSteps = 3000, kQuickCases = 3;
+constexpr int64_t kSteps = 2000, kQuickCases = 3;
 constexpr const char* kVictims[] = {"a rank", "mpirun", "an orted", "the supervisor"};
 
 constexpr const char* kLate = "kill -9 of the supervisor, too late";
