@@ -40,7 +40,8 @@ class AddressLookup {
 std::thread quiet_thread(std::function<void()> body);
 
 // Asks Open MPI's daemon on this machine to end, if it has started this process: cut off from
-// mpirun it would stay for a quarter of an hour when its ranks are gone.
+// mpirun it would stay for a quarter of an hour when its ranks are gone. (SIGTERM: it removes its
+// session folder.)
 void end_daemon();
 
 Hello hello_of_this_process();  // without job, rank and proof

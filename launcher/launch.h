@@ -45,6 +45,10 @@ struct RanksCommand {
   std::vector<std::string> words;           // of this program
   std::vector<std::string> hosts_left_out;  // of a Slurm allocation
   int hosts = 0;                            // of it; 0: all
+  // mpirun's: no rank listens to other machines; and in about which time mpirun and its daemons end
+  // after a link is cut (0: as Open MPI has it, many minutes).
+  bool this_machine_alone = false;
+  double fence_seconds = 0;
 };
 // Both put into this process's environment what the ranks inherit.
 std::vector<std::string> mpirun_words(const RanksCommand& command);

@@ -1,39 +1,49 @@
 #!/bin/sh
 # The long parts of the tests, round after round with another seed: the fuzz targets, and every test
-# program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test.
-# usage: sh scripts/soak.sh --minutes M [--seed S]
-# Ends with a table: property, cases, failures, first and last seed. Exit code 0: no failures. Logs
-# of rounds that failed stay in build/soak.
+# program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test; with
+# --faults the campaign of harm to runs under `moemamba launch` alone, the programs faults_*.
+# usage: sh scripts/soak.sh --minutes M [--seed S] [--faults]
+# Ends with a table: property, cases, failures, first and last seed; after faults with another, of
+# the times and steps that they cost. Exit code 0: no failures. Logs of rounds that failed stay in
+# build/soak.
 set -eu
 cd "$(dirname "$0")/.."
 minutes=
 seed=1
+faults=
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:-}; shift ;;
     --seed) seed=${2:-}; shift ;;
+    --faults) faults=yes ;;
     *) minutes= seed=; break ;;
   esac
   shift
 done
-case $minutes$seed in
-  '' | *[!0-9]*) echo "usage: sh scripts/soak.sh --minutes M [--seed S]" >&2; exit 2 ;;
-esac
-if [ -z "$minutes" ] || [ -z "$seed" ]; then
-  echo "usage: sh scripts/soak.sh --minutes M [--seed S]" >&2
+usage() {
+  echo "usage: sh scripts/soak.sh --minutes M [--seed S] [--faults]" >&2
   exit 2
-fi
+}
+case $minutes$seed in
+  '' | *[!0-9]*) usage ;;
+esac
+if [ -z "$minutes" ] || [ -z "$seed" ]; then usage; fi
 
+if [ -n "$faults" ]; then sources="tests/faults_*_test.cc"
+else
+  sources="tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc
+    tests/reshard_*_test.cc tests/resume_bits_test.cc tests/kill_*_test.cc"
+fi
 programs=
-for source in tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc \
-  tests/reshard_*_test.cc tests/resume_bits_test.cc tests/kill_*_test.cc; do
+for source in $sources; do
   [ ! -f "$source" ] || programs="$programs $(basename "$source" .cc)"
 done
 sh scripts/install.sh tests
 # shellcheck disable=SC2086  # a list of words
 sh scripts/build.sh cpu-release moemamba $programs
 
-# A fifth of a round for the fuzz targets, which run two at a time, the rest for the programs.
+# A fifth of a round for the fuzz targets, which run two at a time, the rest for the programs. Faults:
+# two programs at a time, as they mostly wait.
 results=build/soak
 rm -rf "$results"
 mkdir -p "$results"
@@ -42,9 +52,12 @@ count=$(echo "$programs" | wc -w)
 round=$((minutes * 60 < 600 ? minutes * 60 : 600))
 fuzz_seconds=$((round / 10 > 5 ? round / 10 : 5))
 share=$((count > 0 ? (round - 2 * fuzz_seconds) / count : 0))
+[ -z "$faults" ] || share=$((round * 2 / count))
 [ "$share" -ge 5 ] || share=5
 lines=$results/lines  # property|cases|failures|seed
+costs=$results/costs  # "kill -9 of a rank: found 0.10 next 1.50 lost 12 seed 1", a line a fault
 : >"$lines"
+: >"$costs"
 
 # What a test program says of its cases: "cases: PROPERTY: N, seed S" (tests/support/soak.h),
 # "P1, P18: N kills of a launch, ..." or "lengths tried: N ...".
@@ -55,7 +68,7 @@ counts() {  # seed
     sed "s/ *|/|/; s/\$/|0|$1/"
 }
 
-while [ "$(date +%s)" -lt "$end" ]; do
+fuzz_round() {
   log=$results/fuzz-$seed.log
   sh scripts/fuzz.sh "$fuzz_seconds" >"$log" 2>&1 || true
   sed -n 's/^fuzz: \([a-z_]*\): \([0-9]*\) executions.*: passed$/P23 hostile \1|\2|0|'"$seed/p" \
@@ -63,21 +76,63 @@ while [ "$(date +%s)" -lt "$end" ]; do
   sed -n 's/^fuzz: \([a-z_]*\): \([0-9]*\) executions.*FAILED.*/P23 hostile \1|\2|1|'"$seed/p" \
     "$log" >>"$lines"
   grep -q '^fuzz: ' "$log" || echo "P23 hostile: did not run|0|1|$seed" >>"$lines"
+}
+
+run_program() {  # program
+  [ "$(date +%s)" -lt "$end" ] || return 0
+  log=$results/$1-$seed.log
+  code=0
+  (cd build/cpu-release && "./$1" --soak-seconds "$share" --seed "$seed") >"$log" 2>&1 || code=$?
+  counts "$seed" <"$log" >>"$lines"
+  sed -n 's/^fault: //p' "$log" >>"$costs"
+  tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
+  failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
+  [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1
+  echo "$1|${tests:-0}|${failed:-0}|$seed" >>"$lines"
+  [ "$code" -ne 0 ] || rm "$log"
+}
+
+while [ "$(date +%s)" -lt "$end" ]; do
+  [ -n "$faults" ] || fuzz_round
+  other=
   for program in $programs; do
-    [ "$(date +%s)" -lt "$end" ] || break
-    log=$results/$program-$seed.log
-    code=0
-    (cd build/cpu-release && "./$program" --soak-seconds "$share" --seed "$seed") >"$log" 2>&1 ||
-      code=$?
-    counts "$seed" <"$log" >>"$lines"
-    tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
-    failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
-    [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1
-    echo "$program|${tests:-0}|${failed:-0}|$seed" >>"$lines"
-    [ "$code" -ne 0 ] || rm "$log"
+    if [ -z "$faults" ]; then
+      run_program "$program"
+      continue
+    fi
+    run_program "$program" &
+    [ -z "$other" ] || wait "$other"
+    other=$!
   done
+  wait
   seed=$((seed + 1))
 done
+
+if [ -s "$costs" ]; then
+  echo
+  printf '%-34s %6s  %-23s  %-23s  %s\n' "" "" "   found after, s" "   next step after, s" \
+    "   steps lost"
+  printf '%-34s %6s  %7s %7s %7s  %7s %7s %7s  %7s %7s %7s\n' fault cases p50 p99 max p50 p99 max \
+    p50 p99 max
+  sed 's/: found .*//' "$costs" | sort | uniq -c | while read -r cases kind; do
+    printf '%-34s %6d' "$kind" "$cases"
+    for what in found next lost; do
+      # A negative number was not measured.
+      grep -F "$kind: found " "$costs" | sed "s/.* $what \([-0-9.]*\).*/\1/" | sort -n |
+        awk -v what=$what '
+          $1 >= 0 { v[++n] = $1 }
+          function at(share,  i) {
+            i = int(share * n); if (i < share * n) ++i
+            return sprintf(what == "lost" ? "%d" : "%.2f", v[i < 1 ? 1 : i])
+          }
+          END {
+            if (n == 0) printf "  %7s %7s %7s", "-", "-", "-"
+            else printf "  %7s %7s %7s", at(0.5), at(0.99), at(1)
+          }'
+    done
+    echo
+  done
+fi
 
 echo
 awk -F '|' '

@@ -65,7 +65,7 @@ class Supervised : public ProgramTest {
     return " --ranks 2" + small_training(steps) +
            "--parallel.expert=2 --train.progress=off --train.save_interval=10 --model.width=64 "
            "--train.sequence_length=256 --train.global_batch_size=8 --launch.backoff_seconds=0.1 "
-           "--launch.max_restarts=100 ";
+           "--launch.max_restarts=100 --launch.crash_loop=100 ";
   }
 
   // A command of the program in the background, its output in the file "said".
@@ -236,8 +236,8 @@ TEST_F(Supervised, ARankThatHangsIsFoundAndNamedWithItsStack) {
 
 // What ends everything at one step is not repeated for ever.
 TEST_F(Supervised, ACrashLoopIsReportedInsteadOfRepeated) {
-  const pid_t launcher =
-      start("launch --drill 'crash rank=1 step=25 times=always'" + words(1'000'000'000));
+  const pid_t launcher = start("launch --drill 'crash rank=1 step=25 times=always'" +
+                               words(1'000'000'000) + "--launch.crash_loop=3");
   EXPECT_EQ(end_of(launcher), 1) << story();
   EXPECT_EQ(events_of("crash_loop"), 1) << story();
   EXPECT_EQ(events_of("restarting"), 2) << story();

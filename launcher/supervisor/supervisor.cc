@@ -245,6 +245,9 @@ std::vector<std::string> Supervisor::command_of_attempt() {
     command.hostfile = join_path(folder_, "hosts");
     write_file(files_, command.hostfile, hostfile_text(hosts));
   }
+  command.this_machine_alone = std::all_of(
+      hosts.begin(), hosts.end(), [](const HostSlots& host) { return is_this_host(host.name); });
+  command.fence_seconds = launch_.fence_seconds();
   return mpirun_words(command);
 }
 
