@@ -70,6 +70,7 @@ class Supervisor {
   void tick();
   bool replaced();
   void wait_for_signals();
+  void next_signal();
   void stop_asked(int signal);
   void order_stop();
   void end_early(const std::string& text);

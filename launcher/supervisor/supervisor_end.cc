@@ -286,6 +286,7 @@ void Supervisor::finish(int exit_code, const std::string& kind, const std::strin
   view_.state_text = text;
   events_.say({.kind = kind, .text = text});
   remember(false);
+  if (status_) files_.remove(join_path(folder_, "status_url"));
   context_.stop();
 }
 
