@@ -247,10 +247,12 @@ std::vector<std::string> Supervisor::command_of_attempt() {
   if (request_.config.overwrite() && !file_exists(overwriting_mark(run_)))
     command.words.push_back("--overwrite=false");  // done
   const std::vector<HostSlots> hosts = recovery_->hosts();
-  if (!request_.srun_mpi.empty()) {
+  if (!request_.srun_options.empty()) {
     command.hosts_left_out = recovery_->memory().left_out;
     if (!command.hosts_left_out.empty()) command.hosts = int(hosts.size());
-    return srun_words(command, request_.srun_mpi);
+    command.options.insert(command.options.begin(), request_.srun_options.begin(),
+                           request_.srun_options.end());
+    return srun_words(command);
   }
   if (!hosts.empty()) {
     command.hostfile = join_path(folder_, "hosts");

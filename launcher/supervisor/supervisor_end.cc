@@ -85,7 +85,7 @@ void Supervisor::judge() {
                        : any_came || adopted_ ? Kind::lost
                                               : Kind::not_begun,
                .event = failed ? "failed" : "lost",
-               .text = concat(request_.srun_mpi.empty() ? "mpirun " : "srun ", how,
+               .text = concat(request_.srun_options.empty() ? "mpirun " : "srun ", how,
                               any_came   ? ""
                               : adopted_ ? " before its ranks had come back"
                                          : " before any rank came; why, see above")});
