@@ -326,7 +326,7 @@ TEST_F(Supervised, WrongSettingsEndItBeforeAnythingBegins) {
   EXPECT_EQ(end_of(start("launch --launch.status_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.control_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch" + words(10) + "--data.train=missing")), 1);
-  EXPECT_FALSE(file_exists(metrics_file()));
+  EXPECT_FALSE(file_exists(run()));
 }
 
 }  // namespace
