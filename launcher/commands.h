@@ -14,6 +14,7 @@ using Words = std::vector<std::string>;  // the program's arguments, without its
 
 // Each adds its sub-command to `app` and returns what runs it once the words are parsed.
 Command add_train(CLI::App& app, const Words& words);
+Command add_launch(CLI::App& app, const Words& words);
 Command add_evaluate(CLI::App& app, const Words& words);
 Command add_generate(CLI::App& app, const Words& words);
 Command add_prepare(CLI::App& app, const Words& words);

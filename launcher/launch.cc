@@ -141,6 +141,10 @@ int started_rank() {
   return first_number({"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"}, -1);
 }
 
+int started_local_rank() {
+  return first_number({"OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"}, 0);
+}
+
 int started_ranks() {
   if (started_rank() < 0) return 1;  // a batch script's own environment has SLURM_* as well
   return first_number({"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"},

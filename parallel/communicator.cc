@@ -23,7 +23,7 @@ void sum_gathered(Communicator& group, Stream& stream, const Tensor& values, voi
 void Communicator::tell(Activity* activity, bool waits) {
   activity_ = activity;
   waits_ = waits;
-  if (activity) name_for_activity_ = activity->keep_name(name());
+  if (activity) group_of_activity_ = activity->add_group(name());
 }
 
 void all_reduce_sum(Communicator& group, Stream& stream, const Tensor& values, Tensor workspace) {

@@ -60,18 +60,18 @@ class Communicator {
  protected:
   // From a call's begin to its end: while it is at work, not while it is enqueued.
   void begin_call() const {
-    if (activity_) activity_->begin_collective(name_for_activity_);
+    if (activity_) activity_->begin_collective(group_of_activity_);
   }
   void end_call(std::chrono::nanoseconds took) const {
     if (!activity_) return;
     if (waits_) activity_->add_waited(took);
-    activity_->end_collective();
+    activity_->end_collective(group_of_activity_);
   }
   class InCall;  // both, on the thread that does the work
 
  private:
   Activity* activity_ = nullptr;
-  const char* name_for_activity_ = "";
+  int group_of_activity_ = 0;
   bool waits_ = false;
 };
 

@@ -132,13 +132,32 @@ Lease::Lease(FileSystem& files, std::string run, const Options& options)
   generation_ = newest + 1;
   take();
   try {
-    fence_attempts(files, run_, generation_);
-    drop_older();
+    fence();
   } catch (...) {
     release();
     throw;
   }
   heart_ = std::thread([this] { renew(); });
+}
+
+void Lease::fence() {
+  fence_attempts(files_, run_, generation_);
+  drop_older();
+}
+
+void Lease::advance() {
+  std::lock_guard lock(mutex_);
+  if (!ours()) refuse(run_);
+  std::unique_ptr<OutputFile> before = std::move(file_);
+  ++generation_;
+  try {
+    take();
+  } catch (...) {
+    --generation_;
+    file_ = std::move(before);
+    throw;
+  }
+  fence();
 }
 
 // The file comes to be whole, under a name that one of several gets: nobody sees half a lease.

@@ -36,12 +36,16 @@ class Lease {
   Lease& operator=(const Lease&) = delete;
 
   int64_t generation() const { return generation_; }
+  // Takes the next one, without letting go of this one: who still works under it can write no more.
+  // An Error where another has taken over.
+  void advance();
   // Nobody has taken over. Reads the disk.
   bool ours() const;
 
  private:
   void take();
   void drop_older();
+  void fence();  // what worked under older ones
   void release();
   void renew();
   void write(int64_t beats, bool released);

@@ -32,31 +32,41 @@ bool soon(Condition holds) {
 
 TEST(Activity, CountsCollectivesAndEveryChange) {
   Activity activity;
-  const char* name = activity.keep_name("expert");
+  const int expert = activity.add_group("expert"), data = activity.add_group("data");
   const uint64_t before = activity.now().progress;
-  activity.begin_collective(name);
+  activity.begin_collective(data);
   EXPECT_TRUE(activity.now().in_collective);
-  activity.begin_collective(activity.keep_name("data"));
-  activity.end_collective();
-  EXPECT_TRUE(activity.now().in_collective) << "one of two has ended";
-  activity.end_collective();
+  EXPECT_STREQ(activity.now().group, "data");
+  activity.begin_collective(expert);
+  EXPECT_STREQ(activity.now().group, "expert") << "added first: what the thread that trains is in";
+  activity.begin_collective(data);
+  activity.end_collective(data);
+  EXPECT_STREQ(activity.now().group, "expert");
+  activity.end_collective(expert);
+  EXPECT_STREQ(activity.now().group, "data");
+  EXPECT_TRUE(activity.now().in_collective);
+  activity.end_collective(data);
   const Activity::Now now = activity.now();
   EXPECT_FALSE(now.in_collective);
-  EXPECT_EQ(now.collective, 2);
-  EXPECT_STREQ(now.group, "data");
-  EXPECT_EQ(now.progress, before + 4);
+  EXPECT_EQ(now.collective, 3);
+  EXPECT_STREQ(now.group, "data") << "the latest";
+  EXPECT_EQ(now.progress, before + 6);
 }
 
 TEST(Activity, KeepsNamesOfGroupsForItself) {
   Activity activity;
+  EXPECT_STREQ(activity.now().group, "");
   std::string name = "expert";
-  const char* kept = activity.keep_name(name);
+  const int group = activity.add_group(name);
+  activity.begin_collective(group);
   name = "gone";
-  EXPECT_STREQ(kept, "expert");
-  EXPECT_EQ(activity.keep_name("expert"), kept);
-  EXPECT_STREQ(activity.keep_name(std::string(100, 'x')), std::string(23, 'x').c_str());
-  for (int i = 0; i < 20; ++i) activity.keep_name(std::to_string(i));
-  EXPECT_STREQ(kept, "expert");
+  EXPECT_STREQ(activity.now().group, "expert");
+  EXPECT_EQ(activity.add_group("expert"), group);
+  activity.end_collective(group);
+  activity.begin_collective(activity.add_group(std::string(100, 'x')));
+  EXPECT_EQ(activity.now().group, std::string(23, 'x'));
+  for (int i = 0; i < 20; ++i) activity.begin_collective(activity.add_group(std::to_string(i)));
+  EXPECT_STREQ(activity.now().group, std::string(23, 'x').c_str());
 }
 
 TEST(Activity, IsInAPhaseForAScope) {
@@ -71,7 +81,8 @@ TEST(Activity, IsInAPhaseForAScope) {
   const InPhase nobody(nullptr, Phase::saving);
 }
 
-// A rank that stands still before its step: all others soon wait for it, and say where.
+// A rank that stands still before its step: all others soon wait for it, and say where. (Before,
+// weights of the last step may still be on their way.)
 void expect_others_wait(int ranks, int expert, const char* group, std::set<Phase> phases) {
   std::vector<Activity> activities(static_cast<size_t>(ranks));
   std::atomic<bool> goes_on = false;
@@ -82,27 +93,25 @@ void expect_others_wait(int ranks, int expert, const char* group, std::set<Phase
     std::vector<Activity::Now> now(static_cast<size_t>(ranks));
     const auto all_wait = [&] {
       for (int r = 0; r < ranks; ++r) now[size_t(r)] = activities[size_t(r)].now();
-      bool wait = now[size_t(last)].step == 3;
+      bool wait = now[size_t(last)].step == 3 && !now[size_t(last)].in_collective;
       for (int r = 0; r < last; ++r)
         wait &= now[size_t(r)].step == 3 && now[size_t(r)].in_collective &&
-                now[size_t(r)].collective > now[size_t(last)].collective;
+                now[size_t(r)].collective > now[size_t(last)].collective &&
+                std::string_view(now[size_t(r)].group) == group &&
+                phases.contains(now[size_t(r)].phase);
       return wait;
     };
-    EXPECT_TRUE(soon(all_wait));
-    for (int r = 0; r < last; ++r) {
-      EXPECT_STREQ(now[size_t(r)].group, group);
-      EXPECT_TRUE(phases.contains(now[size_t(r)].phase)) << phase_name(now[size_t(r)].phase);
-    }
+    EXPECT_TRUE(soon(all_wait)) << now[0].group << ", " << phase_name(now[0].phase);
     if (expert > 1) {
       EXPECT_EQ(now[0].layer, 0) << "the first block's experts";
     }
-    EXPECT_FALSE(now[size_t(last)].in_collective);
     goes_on = true;
   });
   std::vector<TrainerOptions> options(static_cast<size_t>(ranks), trainer_options(TrainingCase{}));
   for (TrainerOptions& each : options)
     each.before_step = [&, rank = &each - options.data()](int64_t step) {
-      if (step == 3 && rank == last) EXPECT_TRUE(soon([&] { return goes_on.load(); }));
+      const bool stands = step == 3 && rank == last;
+      EXPECT_TRUE(!stands || soon([&] { return goes_on.load(); }));
     };
   in_world(RankLayout(ranks, expert, 5), [&](ProcessGroups& groups) {
     hooks.wire(groups);
@@ -122,11 +131,10 @@ TEST(Activity, SaysWhereOthersWaitForARankOfTheirGradients) {
 }
 
 TEST(Activity, ExpectsTheRowsOfOtherRanks) {
-  const ExchangeScene scene{.ranks = 2,
-                            .experts = 4,
-                            .capacity = 100,
-                            .width = 8,
-                            .rows = [](int rank, int) { return rank == 0 ? 3 : 5; }};
+  const ExchangeScene scene{
+      .ranks = 2, .experts = 4, .capacity = 100, .width = 8, .rows = [](int rank, int) {
+        return rank == 0 ? 3 : 5;
+      }};
   std::vector<Activity> activities(2);
   std::atomic<int> looked = 0;
   in_world(RankLayout(2, 2, 4), [&](ProcessGroups& groups) {

@@ -6,6 +6,7 @@
 #include <deque>
 
 #include "core/error.h"
+#include "core/schema.h"
 #include "runtime/control_wire.h"
 
 namespace moemamba {
@@ -163,13 +164,15 @@ ControlServer::ControlServer(asio::io_context& context, Options options, Events 
       pause_(context) {
   error_code error;
   const asio::ip::address address = asio::ip::make_address(options_.address, error);
-  check(!error && !address.is_unspecified(), "launch.control_address=", options_.address,
-        ": expected an address of this machine, such as 127.0.0.1");
+  if (error || address.is_unspecified())
+    throw BadSettings(concat("launch.control_address=", options_.address,
+                             ": expected an address of this machine, such as 127.0.0.1"));
   const tcp::endpoint endpoint(address, 0);
   acceptor_.open(endpoint.protocol());
   acceptor_.bind(endpoint, error);
-  check(!error, "cannot listen on ", options_.address, ": ", error.message(),
-        "; set launch.control_address to an address of this machine");
+  if (error)
+    throw BadSettings(concat("cannot listen on ", options_.address, ": ", error.message(),
+                             "; set launch.control_address to an address of this machine"));
   acceptor_.listen();
   accept();
 }

@@ -2,6 +2,7 @@
 #include <functional>
 #include <string>
 
+#include "launcher/events_file.h"
 #include "launcher/supervisor/outlet.h"
 #include "launcher/supervisor/run_view.h"
 
@@ -26,12 +27,10 @@ class EventLog {
   void flush();                   // tries to write what was held
 
  private:
-  std::string path_;
+  EventsFile file_;
   RunView& view_;
   Outlet& terminal_;
   std::function<bool()> hold_;
-  std::string held_;
-  bool checked_ = false;  // how the file ends
 };
 
 }  // namespace moemamba

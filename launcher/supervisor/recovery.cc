@@ -14,6 +14,7 @@ namespace {
 
 constexpr double kLongestPause = 60;
 constexpr int kExitFailed = 1;
+constexpr int64_t kBeforeSteps = -1;  // the "step" of attempts whose ranks never came
 
 bool contains(const std::vector<std::string>& list, const std::string& name) {
   return std::find(list.begin(), list.end(), name) != list.end();
@@ -87,12 +88,20 @@ Verdict Recovery::after(const AttemptEnd& end) {
 }
 
 Verdict Recovery::restart(const AttemptEnd& end) {
-  const int64_t crashes = ++memory_.crashes[end.step];
+  const bool begun = end.kind != AttemptEnd::Kind::not_begun;
+  const int64_t step = begun ? end.step : kBeforeSteps;
+  ++memory_.crashes[step];
+  int64_t crashes = 0;  // at this step, or what may have been this step
+  for (auto at = memory_.crashes.lower_bound(step - end.steps_unheard);
+       at != memory_.crashes.upper_bound(step + end.steps_unheard); ++at)
+    if ((at->first == kBeforeSteps) == !begun) crashes += at->second;
   if (crashes >= options_.limits.crash_loop()) {
-    Verdict verdict =
-        give_up(concat("a crash loop: ", crashes, " failures at step ", end.step + 1,
-                       " without a checkpoint between them; the latest: ", end.text,
-                       ". Starting again would repeat it: mend that first (launch.crash_loop)"));
+    Verdict verdict = give_up(concat(
+        "a crash loop: ", crashes,
+        begun ? concat(" failures at step ", end.step + 1, " without a checkpoint between them")
+              : std::string(" attempts ended before their ranks had come"),
+        "; the latest: ", end.text,
+        ". Starting again would repeat it: mend that first (launch.crash_loop)"));
     verdict.crash_loop = true;
     return verdict;
   }
@@ -116,7 +125,7 @@ Verdict Recovery::restart(const AttemptEnd& end) {
 std::string memory_json(const RecoveryMemory& memory) {
   std::string crashes, failures, left_out;
   for (const auto& [step, count] : memory.crashes)
-    crashes += concat(crashes.empty() ? "" : ",", "[", step, ",", count, "]");
+    crashes += concat(crashes.empty() ? "" : ",", "[", step + 1, ",", count, "]");
   for (const auto& [host, count] : memory.failures)
     failures += concat(failures.empty() ? "" : ",", json_text(host), ":", count);
   for (const std::string& host : memory.left_out)
@@ -139,7 +148,7 @@ void read_memory(JsonReader& json, RecoveryMemory& memory) {
       json.list([&] {
         std::vector<int64_t> pair;
         json.list([&] { pair.push_back(json.integer()); });
-        if (pair.size() == 2) memory.crashes[pair[0]] = pair[1];
+        if (pair.size() == 2) memory.crashes[pair[0] - 1] = pair[1];
       });
     } else if (key == "failures") {
       json.object(

@@ -25,7 +25,8 @@ struct AttemptEnd {
     not_begun,  // ended before all ranks had come
   };
   Kind kind = Kind::lost;
-  int64_t step = 0;                      // at hand then
+  int64_t step = 0;                      // at hand then, as far as it was heard of
+  int64_t steps_unheard = 0;             // so many more may have been taken since
   int64_t saved_step = -1;               // the newest checkpoint that is there now; -1: none
   std::vector<std::string> hosts;        // of lost ranks, one entry for each
   std::vector<std::string> unreachable;  // hosts that do not answer now
@@ -37,7 +38,7 @@ struct RecoveryMemory {
   int64_t restarts = 0;
   int64_t without_progress = 0;             // of these, since the newest checkpoint
   int64_t best_saved = -1;                  // the newest checkpoint there ever was
-  std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand
+  std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand, or -1
   std::map<std::string, int64_t> failures;  // of ranks, by host
   std::vector<std::string> left_out;        // hosts
 };

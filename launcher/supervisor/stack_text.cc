@@ -1,11 +1,5 @@
 #include "launcher/supervisor/stack_text.h"
 
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <map>
@@ -13,6 +7,7 @@
 
 #include "core/error.h"
 #include "core/file.h"
+#include "launcher/supervisor/command_output.h"
 
 namespace moemamba {
 
@@ -20,41 +15,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// What a command prints until `end`; then it is killed.
-std::string output_of(const std::vector<std::string>& command, Clock::time_point end) {
-  std::vector<char*> words;
-  for (const std::string& word : command) words.push_back(const_cast<char*>(word.c_str()));
-  words.push_back(nullptr);
-  int pipe_ends[2];
-  if (pipe2(pipe_ends, O_CLOEXEC) != 0) return "";
-  const pid_t child = fork();
-  if (child == 0) {
-    const int null = open("/dev/null", O_RDWR);
-    dup2(null, STDIN_FILENO);
-    dup2(pipe_ends[1], STDOUT_FILENO);
-    dup2(null, STDERR_FILENO);
-    closefrom(3);
-    execvp(words[0], words.data());
-    _exit(127);
-  }
-  close(pipe_ends[1]);
-  std::string text;
-  for (;;) {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(end - Clock::now());
-    pollfd wanted{.fd = pipe_ends[0], .events = POLLIN, .revents = 0};
-    char bytes[4096];
-    if (child < 0 || left.count() <= 0 || poll(&wanted, 1, int(left.count())) != 1) break;
-    const ssize_t got = read(pipe_ends[0], bytes, sizeof bytes);
-    if (got <= 0) break;
-    text.append(bytes, size_t(got));
-  }
-  close(pipe_ends[0]);
-  if (child > 0) {
-    kill(child, SIGKILL);
-    waitpid(child, nullptr, 0);
-  }
-  return text;
-}
+constexpr size_t kMostName = 160;  // templates have longer ones
 
 struct Frame {
   std::string file, offset;  // empty: a name alone
@@ -86,6 +47,7 @@ std::string stack_text(const std::vector<std::string>& frames, double most_secon
     std::string function, place;
     for (size_t i : at) {
       if (!std::getline(names, function) || !std::getline(names, place)) break;
+      if (function.size() > kMostName) function.replace(kMostName, std::string::npos, "...");
       if (function != "??") lines[i] = function;
       if (place.rfind("??", 0) != 0) lines[i] += " (" + place + ")";
     }
