@@ -129,7 +129,7 @@ ModelSizes sizes_of(const RunConfig& config) {
 bool is_about_the_run(const std::string& setting) {
   return setting == "run" || setting == "overwrite" || setting == "init_from" ||
          setting == "train.threads" || setting == "device" || setting == "train.progress" ||
-         setting == "train.log_interval" ||
+         setting == "train.log_interval" || setting == "train.tensorboard" ||
          setting.rfind("launch.", 0) == 0;
 }
 

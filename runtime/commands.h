@@ -52,8 +52,8 @@ struct TrainResult {
   std::optional<Evaluation> evaluation;  // the last one; without held-out text: none
   bool stopped = false;                  // before its last step, as asked
 };
-// Leaves config.textproto, metrics.jsonl, samples.jsonl, loss.svg, experts.txt, checkpoints/ and
-// weights/ in the run's folder.
+// Leaves config.textproto, metrics.jsonl, samples.jsonl, tensorboard/, loss.svg, experts.txt,
+// checkpoints/ and weights/ in the run's folder.
 TrainResult run_training(FileSystem& files, ProcessGroups& groups, const TrainRequest& request);
 
 struct UseRequest {

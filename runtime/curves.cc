@@ -56,24 +56,29 @@ void Curves::add(int64_t step, const StepValues& values) {
 }
 
 std::vector<CurveRow> Curves::rows(int64_t from, size_t most) const {
-  std::vector<CurveRow> found;
-  for (auto level = levels_.rbegin(); level != levels_.rend(); ++level)
-    for (const CurveRow& row : *level)
-      if (row.last >= from) found.push_back(row);
-  if (found.size() <= most) return found;
-  const int64_t begin = found.front().first, groups = std::max<int64_t>(1, int64_t(most) / 2);
-  const int64_t span = (found.back().last - begin) / groups + 1;
-  std::vector<CurveRow> thinned;
+  size_t count = 0;
+  int64_t begin = -1;
+  const auto for_each = [&](auto&& work) {
+    for (auto level = levels_.rbegin(); level != levels_.rend(); ++level)
+      for (const CurveRow& row : *level)
+        if (row.last >= from) work(row);
+  };
+  for_each([&](const CurveRow& row) {
+    if (count++ == 0) begin = row.first;
+  });
+  const int64_t groups = std::max<int64_t>(1, int64_t(std::min(most, count)) / 2);
+  const int64_t span = count <= most ? 1 : (last_step() - begin) / groups + 1;
+  std::vector<CurveRow> rows;
   int64_t group = -1;
-  for (const CurveRow& row : found) {
+  for_each([&](const CurveRow& row) {
     const int64_t own = (row.first - begin) / span;
     if (own == group)
-      thinned.back().add(row);
+      rows.back().add(row);
     else
-      thinned.push_back(row);
+      rows.push_back(row);
     group = own;
-  }
-  return thinned;
+  });
+  return rows;
 }
 
 }  // namespace moemamba

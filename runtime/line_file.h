@@ -6,9 +6,10 @@
 
 namespace moemamba {
 
-// A file that grows by whole lines, each a JSON object with the "step" that it belongs to. A disk
-// that refuses a line costs that line and one sentence on stderr, never the training. Allocates
-// nothing after construction while the disk accepts.
+// A file that grows by whole lines, each a JSON object with the "step" that it belongs to (or by
+// whole records of another kind, where nothing is ever cut). A disk that refuses a line costs that
+// line and one sentence on stderr, never the training. Allocates nothing after construction while
+// the disk accepts.
 class LineFile {
  public:
   // Appends to `path`. Unlike a later write, failing to open is an Error. what: "metrics", for that

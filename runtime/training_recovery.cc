@@ -86,6 +86,7 @@ std::optional<int64_t> TrainingRun::roll_back(int64_t k, const std::string& what
     skipped_steps_ -= std::exchange(at->second.skipped, false);
   if (metrics_) metrics_->cut(found->step());
   if (sample_lines_) sample_lines_->cut(found->step());
+  if (tensorboard_) tensorboard_->go_back_to(found->step());
   const std::chrono::duration<double> took = Clock::now() - start;
   tell("rolled_back", k,
        concat(place_of(k), ": not finite, also when taken again: ", what,

@@ -204,6 +204,7 @@ void TrainingRun::open_reports() {
   const TrainConfig& train = request_.train;
   metrics_.emplace(files_, metrics_path(request_.run));
   if (samples_) sample_lines_.emplace(files_, samples_path(request_.run), "samples");
+  if (train.tensorboard()) tensorboard_.emplace(files_, request_.run, first_step_);
   if (train.progress() == TrainConfig::OFF) return;
   const ModelSizes& sizes = trainer_.session().model.sizes();
   progress_.emplace(

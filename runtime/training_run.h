@@ -7,6 +7,7 @@
 #include "runtime/progress.h"
 #include "runtime/samples.h"
 #include "runtime/state_hash.h"
+#include "runtime/tensorboard.h"
 #include "runtime/trainer.h"
 
 namespace moemamba {
@@ -77,6 +78,7 @@ class TrainingRun {
   std::optional<Samples> samples_;
   std::optional<MetricsWriter> metrics_;
   std::optional<LineFile> sample_lines_;
+  std::optional<TensorboardWriter> tensorboard_;
   std::optional<Progress> progress_;
   std::optional<Checkpoints> checkpoints_;
   std::optional<Evaluation> evaluation_;

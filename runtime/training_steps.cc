@@ -162,6 +162,7 @@ void TrainingRun::after_step(StepRecord& record) {
   if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
   link(record);
   if (metrics_) metrics_->record(record);
+  if (tensorboard_) tensorboard_->record(record);
   if (last || stops || due(train.save_interval())) save_checkpoint(done);
   if (last || stops) end_after(done);
 }
@@ -184,6 +185,9 @@ void TrainingRun::finish() {
   if (metrics_->lost_lines() > 0)
     std::fprintf(stderr, "metrics: %lld of the run's lines were lost\n",
                  static_cast<long long>(metrics_->lost_lines()));
+  if (tensorboard_ && tensorboard_->lost_records() > 0)
+    std::fprintf(stderr, "tensorboard: %lld of the run's records were lost\n",
+                 static_cast<long long>(tensorboard_->lost_records()));
   write_loss_svg(files_, request_.run);
   const int64_t experts = trainer_.session().model.sizes().E;
   const std::vector<double>& counts = evaluation_ ? evaluation_->counts : trainer_.expert_counts();

@@ -10,7 +10,7 @@ packages="g++ cmake ninja-build pkg-config libopenmpi-dev openmpi-bin libprotobu
 protobuf-compiler libopenblas-dev libssl-dev zlib1g-dev libcli11-dev nlohmann-json3-dev
 libsentencepiece-dev libhwloc-dev libboost-dev libgtest-dev libbenchmark-dev procps xz-utils bzip2
 ca-certificates ${MOEMAMBA_MORE_PACKAGES:-}"
-[ "${1:-}" != tests ] || packages="$packages iproute2 strace e2fsprogs mount"
+[ "${1:-}" != tests ] || packages="$packages iproute2 strace e2fsprogs mount chromium"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   echo "install: this is not a Debian system; install by hand what provides:" $packages >&2

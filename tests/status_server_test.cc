@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <fstream>
+#include <sstream>
 #include <vector>
 
 #include "core/schema.h"
@@ -24,6 +26,24 @@ TEST(StatusServer, AnswersOnThisMachineAlone) {
   EXPECT_EQ(http_status(answer), 200);
   EXPECT_EQ(http_body(answer), "training\n");
   EXPECT_EQ(http_field(answer, "Connection"), "close");
+}
+
+// As the system has it: the address in hexadecimal, as the machine's byte order turns it.
+TEST(StatusServer, ListensOnOneAddress) {
+  StatusScene scene;
+  char port[8];
+  std::snprintf(port, sizeof port, ":%04X", unsigned(scene.port()));
+  std::string listens;
+  for (const char* table : {"/proc/self/net/tcp", "/proc/self/net/tcp6"}) {
+    std::ifstream lines(table);
+    for (std::string line; std::getline(lines, line);) {
+      std::istringstream words(line);
+      std::string number, local, remote, state;
+      words >> number >> local >> remote >> state;
+      if (state == "0A" && local.ends_with(port)) listens += local + " ";
+    }
+  }
+  EXPECT_EQ(listens, concat("0100007F", port, " "));
 }
 
 TEST(StatusServer, KeepsToTheLimitsThatAreDocumented) {
@@ -184,9 +204,7 @@ TEST(StatusServer, EndsWithConnectionsOpen) {
 
 TEST(StatusServer, SaysWhereItCannotListen) {
   StatusScene scene;
-  EXPECT_NE(message_of([&] {
-              StatusScene({.run = "none", .port = scene.port()});
-            }).find("launch.status_port"),
+  EXPECT_NE(message_of([&] { StatusScene({.port = scene.port()}); }).find("launch.status_port"),
             std::string::npos);
 }
 
@@ -209,7 +227,7 @@ TEST(StatusOptions, WantATokenForWhatOthersCanReach) {
               std::string::npos)
         << open;
     EXPECT_EQ(status_options(config(open, file), "run").token, "0123456789abcdef");
-    EXPECT_THROW(StatusScene({.run = folder.path(), .address = open}), Error) << open;
+    EXPECT_THROW(StatusScene({.address = open}), Error) << open;
   }
   EXPECT_THROW(status_options(config("localhost", file), "run"), BadSettings);
   EXPECT_THROW(status_options(config("", file), "run"), BadSettings);

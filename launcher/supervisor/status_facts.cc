@@ -22,8 +22,11 @@ Health health_of(const RunView& view) {
   if (view.state == RunState::failed)
     return {false,
             concat("failed: ", view.state_text.empty() ? "no reason is known" : view.state_text)};
+  // One that is ended because it hung needs nobody any more.
+  const bool works = view.state == RunState::starting || view.state == RunState::training ||
+                     view.state == RunState::stopping;
   for (const RankView& rank : view.of_ranks)
-    if (rank.state == RankState::hanging)
+    if (works && rank.state == RankState::hanging)
       return {false, concat("hanging: rank ", rank.rank, " makes no progress in step ",
                             rank.activity.step + 1, ", phase ", phase_name(rank.activity.phase))};
   return {true, name_of(view.state)};

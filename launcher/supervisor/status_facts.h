@@ -15,7 +15,7 @@ struct Health {
   bool good = true;
   std::string text;  // one sentence
 };
-// Bad: the run has failed, or a rank hangs.
+// Bad: the run has failed, or a rank hangs and nothing is done about it yet.
 Health health_of(const RunView& view);
 
 struct RunProgress {

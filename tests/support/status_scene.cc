@@ -92,6 +92,24 @@ RunView scene_view() {
   return view;
 }
 
+std::string weird_text() {
+  std::string text = "</script><img src=x onerror=alert(1)>\"'\\`${x}&amp;\u2028 \xed\xa0\x80 ";
+  for (int c = 0; c < 256; ++c) text += char(c);
+  return text;
+}
+
+void make_weird(RunView& view) {
+  view.run = view.run_id = view.job = view.state_text = view.hang_report = weird_text();
+  view.hosts_left_out = {weird_text(), ""};
+  for (RankView& rank : view.of_ranks) rank.host = rank.gpu = rank.group = weird_text();
+  view.of_ranks[0].step_seconds = NAN;
+  view.of_ranks[1].step_seconds = HUGE_VAL;
+  view.save_seconds = -HUGE_VAL;
+  view.of_ranks[2].activity.phase = Phase(99);
+  for (EventView& event : view.events) event.kind = event.text = weird_text();
+  view.events[0].wall_seconds = 1e15;
+}
+
 std::string scene_metrics(int64_t steps) {
   std::string text;
   char line[kMetricsLine];
@@ -141,7 +159,7 @@ std::string scene_samples() {
 }
 
 StatusScene::StatusScene(StatusOptions options, RunView view) : view_(std::move(view)) {
-  if (options.run.empty()) options.run = folder_.emplace().path();
+  if (options.run.empty()) options.run = folder_.emplace(concat("-", this)).path();
   const auto start = std::chrono::steady_clock::now();
   server_.emplace(context_, std::move(options), view_, [start] {
     return kNow + std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -16,6 +16,9 @@ namespace moemamba {
 // A run that was made up: four ranks of two hosts in step 340 of 660, six layers of eight experts
 // of which one is overloaded and one dead, a few events.
 RunView scene_view();
+// Any byte that there is, and what means something to HTML, JSON or JavaScript; in all its texts.
+std::string weird_text();
+void make_weird(RunView& view);
 // Its metrics.jsonl, steps 0 to `steps` - 1; and what its model says, as samples.jsonl.
 std::string scene_metrics(int64_t steps);
 std::string scene_samples();
