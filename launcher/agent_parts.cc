@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "core/error.h"
 #include "runtime/control_wire.h"
 #include "runtime/process_facts.h"
 
@@ -33,6 +34,14 @@ double boot_seconds() {
   return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
 }
 
+void end_daemon() {
+  const pid_t parent = getppid();
+  std::ifstream file(concat("/proc/", parent, "/comm"));
+  std::string program;
+  if (std::getline(file, program) && (program == "orted" || program == "prted"))
+    kill(parent, SIGTERM);
+}
+
 std::optional<tcp::endpoint> endpoint_of(const std::string& text) {
   const size_t colon = text.rfind(':');
   if (colon == std::string::npos) return std::nullopt;
@@ -52,14 +61,6 @@ AddressLookup::AddressLookup(const std::string& path) : found_(std::make_shared<
     std::getline(file, found->text);
     found->done = true;
   }).detach();
-}
-
-void kill_daemon() {
-  const pid_t parent = getppid();
-  std::ifstream file("/proc/" + std::to_string(parent) + "/comm");
-  std::string name;
-  std::getline(file, name);
-  if (parent > 1 && (name == "orted" || name == "prted")) kill(parent, SIGKILL);
 }
 
 std::thread quiet_thread(std::function<void()> body) {

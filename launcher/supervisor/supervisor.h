@@ -104,9 +104,11 @@ class Supervisor {
   bool others_gone();
   std::string listed_host(int rank) const;
   void conclude();
+  void say_report();
   void restart(const Verdict& verdict);
   void finish(int exit_code, const std::string& kind, const std::string& text);
   int64_t step_at_hand() const;
+  int64_t steps_unheard() const;
   int early_exit_code() const;
   std::string early_text() const;
   std::string place_to_go_on() const;
@@ -134,8 +136,8 @@ class Supervisor {
   std::unique_ptr<Watch> watch_;
   std::vector<RankLink> links_;
   Doing doing_ = Doing::pausing;
-  Fault fault_;        // of the attempt that ends
-  std::string stack_;  // of its culprit
+  Fault fault_;                     // of the attempt that ends
+  std::vector<std::string> stack_;  // of its culprit
   std::vector<std::string> unreachable_;
   std::function<void()> gone_;  // what comes when nothing is left of it
   double ended_at_ = 0;         // since when the attempt before has been at its end; 0: none was
