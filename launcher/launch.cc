@@ -195,10 +195,10 @@ std::vector<std::string> mpirun_words(const RanksCommand& command) {
 }
 
 // srun hands on the whole environment.
-std::vector<std::string> srun_words(const RanksCommand& command, const std::string& mpi) {
+std::vector<std::string> srun_words(const RanksCommand& command) {
   export_environment();
-  std::vector<std::string> words{"srun", "--mpi=" + mpi, concat("--ntasks=", command.ranks),
-                                 "--kill-on-bad-exit=1", "--input=none"};
+  std::vector<std::string> words{"srun", concat("--ntasks=", command.ranks), "--kill-on-bad-exit=1",
+                                 "--input=none"};
   if (command.hosts > 0) words.push_back(concat("--nodes=", command.hosts));
   std::string without;
   for (const std::string& host : command.hosts_left_out)

@@ -18,7 +18,7 @@ void add_ranks_option(CLI::App& app, int& ranks);
 // This process' rank if mpirun (or srun) has started it; -1 otherwise. Known before MPI starts.
 int started_rank();
 int started_local_rank();  // among the ranks of this machine; 0 where nobody says
-int started_ranks();  // how many; 1 without mpirun
+int started_ranks();       // how many; 1 without mpirun
 
 // True: `ranks` processes are wanted and this is none of them yet: launch() is due.
 bool must_launch(int ranks);
@@ -52,7 +52,7 @@ struct RanksCommand {
 };
 // Both put into this process's environment what the ranks inherit.
 std::vector<std::string> mpirun_words(const RanksCommand& command);
-std::vector<std::string> srun_words(const RanksCommand& command, const std::string& mpi);
+std::vector<std::string> srun_words(const RanksCommand& command);
 
 // Where progress goes.
 struct Terminal {

@@ -37,7 +37,7 @@ void place(const LaunchConfig& launch, LaunchRequest& request) {
     for (const HostSlots& host : request.hosts) slots += host.slots;
   } else if (auto allocation = slurm_allocation()) {
     request.hosts = std::move(allocation->hosts);
-    request.srun_mpi = allocation->mpi;
+    request.srun_options = allocation->srun_options;
     slots = allocation->ranks;
   }
   if (slots > 0 && request.ranks > slots)

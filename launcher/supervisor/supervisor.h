@@ -26,10 +26,10 @@ namespace moemamba {
 struct LaunchRequest {
   RunConfig config;
   int ranks = 1;
-  std::vector<HostSlots> hosts;    // where to; empty: this machine
-  std::string srun_mpi;            // of a Slurm allocation: "pmix"; empty: mpirun starts the ranks
-  bool fresh = false;              // only in an empty folder
-  std::vector<std::string> words;  // of every rank: "train", ...
+  std::vector<HostSlots> hosts;           // where to; empty: this machine
+  std::vector<std::string> srun_options;  // in a Slurm allocation; empty: mpirun starts the ranks
+  bool fresh = false;                     // only in an empty folder
+  std::vector<std::string> words;         // of every rank: "train", ...
 };
 
 // Keeps a run going until it is done, is asked to stop, or cannot go on; returns the exit code
@@ -70,6 +70,7 @@ class Supervisor {
   void tick();
   bool replaced();
   void wait_for_signals();
+  void next_signal();
   void stop_asked(int signal);
   void order_stop();
   void end_early(const std::string& text);

@@ -85,7 +85,7 @@ void Supervisor::judge() {
                        : any_came || adopted_ ? Kind::lost
                                               : Kind::not_begun,
                .event = failed ? "failed" : "lost",
-               .text = concat(request_.srun_mpi.empty() ? "mpirun " : "srun ", how,
+               .text = concat(request_.srun_options.empty() ? "mpirun " : "srun ", how,
                               any_came   ? ""
                               : adopted_ ? " before its ranks had come back"
                                          : " before any rank came; why, see above")});
@@ -286,6 +286,7 @@ void Supervisor::finish(int exit_code, const std::string& kind, const std::strin
   view_.state_text = text;
   events_.say({.kind = kind, .text = text});
   remember(false);
+  if (status_) files_.remove(join_path(folder_, "status_url"));
   context_.stop();
 }
 
