@@ -63,7 +63,7 @@ TEST_F(FaultKill, OfAnythingLeavesTheRunAsItWouldHaveBeen) {
   const auto enough = [&] {
     for (const char* victim : kVictims)
       if (table.cases(kind_of(victim)) < kQuickCases) return false;
-    return Launched::Clock::now() - begin >= std::chrono::seconds(soak_seconds());
+    return seconds_since(begin) >= double(soak_seconds());
   };
   while (!enough() && !HasFailure()) {
     Launched launched(*this / "", run(), command, &hosts);
