@@ -1,5 +1,6 @@
 #include "launcher/agent.h"
 
+#include <poll.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -220,6 +221,8 @@ void Agent::Inner::finish() {
 
 void Agent::Inner::say(const std::string& text) const {
   const std::string line = concat("moemamba: rank ", options_.rank, ": ", text, "\n");
+  pollfd reader{.fd = STDERR_FILENO, .events = POLLOUT, .revents = 0};
+  if (poll(&reader, 1, 0) != 1) return;  // a reader that is stopped must not stop the fence
   if (::write(STDERR_FILENO, line.data(), line.size()) < 0) return;  // nobody listens
 }
 
@@ -236,6 +239,7 @@ bool Agent::Inner::over() {
   if (!over_ && silent >= fence_) {
     char seconds[32];
     std::snprintf(seconds, sizeof seconds, "%.1f", silent);
+    end_daemon();
     end(concat("nothing heard from the supervisor of this run for ", seconds,
                " s (launch.fence_seconds): this rank ends itself"));
   }

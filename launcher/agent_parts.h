@@ -39,6 +39,11 @@ class AddressLookup {
 // A thread that takes none of the process's signals, which are for the others.
 std::thread quiet_thread(std::function<void()> body);
 
+// Asks Open MPI's daemon on this machine to end, if it has started this process: cut off from
+// mpirun it would stay for a quarter of an hour when its ranks are gone. (SIGTERM: it removes its
+// session folder.)
+void end_daemon();
+
 Hello hello_of_this_process();  // without job, rank and proof
 ControlWord heartbeat_word(uint64_t number, const Activity::Now& now, int64_t gpu_bytes);
 

@@ -159,7 +159,26 @@ bool must_launch(int ranks) {
   return false;
 }
 
+namespace {
+
+// What the user has set stays.
+void set_mpirun_parameters(const RanksCommand& command) {
+  const auto set = [](const char* name, const std::string& value) {
+    setenv(name, value.c_str(), 0);
+  };
+  if (command.this_machine_alone) set("OMPI_MCA_btl", "self,vader");  // vader: shared memory
+  if (command.fence_seconds <= 0) return;
+  // A connection without an answer for so long is broken: by the time that ranks end themselves.
+  const int interval = std::max(1, int(command.fence_seconds / 10));
+  set("OMPI_MCA_oob_tcp_keepalive_time", concat(std::max(1, int(command.fence_seconds / 2))));
+  set("OMPI_MCA_oob_tcp_keepalive_intvl", concat(interval));
+  set("OMPI_MCA_oob_tcp_keepalive_probes", "3");
+}
+
+}  // namespace
+
 std::vector<std::string> mpirun_words(const RanksCommand& command) {
+  set_mpirun_parameters(command);
   std::vector<std::string> words{"mpirun", "-n", concat(command.ranks), "--oversubscribe"};
   const auto add = [&](std::initializer_list<std::string> more) {
     words.insert(words.end(), more);
@@ -176,10 +195,10 @@ std::vector<std::string> mpirun_words(const RanksCommand& command) {
 }
 
 // srun hands on the whole environment.
-std::vector<std::string> srun_words(const RanksCommand& command, const std::string& mpi) {
+std::vector<std::string> srun_words(const RanksCommand& command) {
   export_environment();
-  std::vector<std::string> words{"srun", "--mpi=" + mpi, concat("--ntasks=", command.ranks),
-                                 "--kill-on-bad-exit=1", "--input=none"};
+  std::vector<std::string> words{"srun", concat("--ntasks=", command.ranks), "--kill-on-bad-exit=1",
+                                 "--input=none"};
   if (command.hosts > 0) words.push_back(concat("--nodes=", command.hosts));
   std::string without;
   for (const std::string& host : command.hosts_left_out)

@@ -18,7 +18,7 @@ void add_ranks_option(CLI::App& app, int& ranks);
 // This process' rank if mpirun (or srun) has started it; -1 otherwise. Known before MPI starts.
 int started_rank();
 int started_local_rank();  // among the ranks of this machine; 0 where nobody says
-int started_ranks();  // how many; 1 without mpirun
+int started_ranks();       // how many; 1 without mpirun
 
 // True: `ranks` processes are wanted and this is none of them yet: launch() is due.
 bool must_launch(int ranks);
@@ -45,10 +45,14 @@ struct RanksCommand {
   std::vector<std::string> words;           // of this program
   std::vector<std::string> hosts_left_out;  // of a Slurm allocation
   int hosts = 0;                            // of it; 0: all
+  // mpirun's: no rank listens to other machines; and in about which time mpirun and its daemons end
+  // after a link is cut (0: as Open MPI has it, many minutes).
+  bool this_machine_alone = false;
+  double fence_seconds = 0;
 };
 // Both put into this process's environment what the ranks inherit.
 std::vector<std::string> mpirun_words(const RanksCommand& command);
-std::vector<std::string> srun_words(const RanksCommand& command, const std::string& mpi);
+std::vector<std::string> srun_words(const RanksCommand& command);
 
 // Where progress goes.
 struct Terminal {

@@ -11,6 +11,7 @@
 #include "launcher/settings.h"
 #include "launcher/supervisor/hosts.h"
 #include "launcher/supervisor/supervisor.h"
+#include "runtime/token_files.h"
 
 namespace moemamba {
 
@@ -37,7 +38,7 @@ void place(const LaunchConfig& launch, LaunchRequest& request) {
     for (const HostSlots& host : request.hosts) slots += host.slots;
   } else if (auto allocation = slurm_allocation()) {
     request.hosts = std::move(allocation->hosts);
-    request.srun_mpi = allocation->mpi;
+    request.srun_options = allocation->srun_options;
     slots = allocation->ranks;
   }
   if (slots > 0 && request.ranks > slots)
@@ -49,6 +50,13 @@ void place(const LaunchConfig& launch, LaunchRequest& request) {
                              " ranks of the run, found ", launch.min_ranks()));
 }
 
+// What every attempt would stumble over.
+void check_files(const RunConfig& config) {
+  sizes_of(config);  // reads the tokenizer
+  for (const auto* files : {&config.data().train(), &config.data().validation()})
+    for (const std::string& file : *files) TokenFile opened(file);
+}
+
 int supervise(const LaunchOptions& options) {
   if (started_rank() >= 0)
     throw BadSettings("moemamba launch starts mpirun itself; run it without mpirun");
@@ -58,6 +66,7 @@ int supervise(const LaunchOptions& options) {
   request.config = read_settings(options.source, Purpose::train, request.ranks);
   if (!options.fresh && !request.config.overwrite())
     check_goes_on(request.config, stderr, /*quietly=*/true);
+  check_files(request.config);
   request.words = {"train"};
   for (const std::string& drill : options.drills) {
     request.words.emplace_back("--drill");

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <map>
+#include <thread>
 
 #include "core/gpu.h"
 #include "parallel/gather_blobs.h"
@@ -237,7 +238,14 @@ void TrainingRun::open_checkpoints() {
 
 // On rank 0: this launch still has the lease, or its supervisor has.
 bool TrainingRun::may_write() const {
-  return lease_ ? lease_->ours() : newest_lease(request_.run) == request_.lease_generation();
+  if (lease_) return lease_->ours();
+  // One that takes over has its lease a moment before its ranks hear of it.
+  constexpr std::chrono::milliseconds kPatience(3000), kPause(10);
+  for (auto waited = kPause * 0; waited < kPatience; waited += kPause) {
+    if (newest_lease(request_.run) == request_.lease_generation()) return true;
+    std::this_thread::sleep_for(kPause);
+  }
+  return false;
 }
 
 TrainResult TrainingRun::go() {

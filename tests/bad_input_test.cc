@@ -221,7 +221,10 @@ TEST_F(BadInput, AFullDiskCostsLinesOfMetricsOnly) {
             small_training(300) +
             "--model.width=8 --data.validation=tokens/validation --train.tensorboard=false");
   EXPECT_EQ(result.code, 0) << result.err;
-  EXPECT_EQ(count(result.err, "training goes on without these lines"), 1) << result.err;
+  EXPECT_EQ(count(result.err, "training goes on without these lines"), 2)
+      << result.err;  // once each
+  EXPECT_EQ(count(result.err, "run/metrics.jsonl: cannot write"), 1) << result.err;
+  EXPECT_EQ(count(result.err, " of the run's records were lost"), 1) << result.err;
   EXPECT_NE(result.err.find("step 300/300"), std::string::npos) << result.err;
   const std::string metrics = read_file(run() + "/metrics.jsonl");
   const int kept = count(metrics, "\n");
@@ -243,14 +246,14 @@ TEST_F(BadInput, MetricsGoOnWhenADiskHasRoomAgain) {
       "2>said & id=$!; "
       "until [ -s run/metrics.jsonl ]; do sleep 0.1; done; "
       "dd if=/dev/zero of=run/hog bs=4k 2>/dev/null; "
-      "until grep -q 'training goes on' said; do sleep 0.1; done; rm run/hog; sleep 1; "
+      "until grep -q '^metrics: .*training goes on' said; do sleep 0.1; done; rm run/hog; sleep 1; "
       "kill -TERM $id; wait $id; code=$?; cp -r run kept; umount run; exit $code");
   if (result.code == kRefused)
     GTEST_SKIP() << "mount is refused here (" << result.err
                  << "): run as root with CAP_SYS_ADMIN to fill a real disk";
   const std::string said = read_file(*this / "said");
   EXPECT_EQ(result.code, 75) << said;
-  EXPECT_EQ(count(said, "No space left on device"), 1) << said;
+  EXPECT_EQ(count(said, "run/metrics.jsonl: cannot write: No space left on device"), 1) << said;
   EXPECT_EQ(count(said, " of the run's lines were lost"), 1) << said;
   const std::string metrics = read_file(*this / "kept/metrics.jsonl");
   const std::vector<double> steps = numbers_of(metrics, "step");

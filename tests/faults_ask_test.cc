@@ -18,15 +18,11 @@ using Clock = Launched::Clock;
 constexpr int64_t kEndless = 1'000'000'000, kMostSteps = 20'000;
 constexpr double kGrace = 30;  // seconds from SIGTERM to a scheduler's SIGKILL
 
-double since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
 // Whether a test's share of the soak lasts on.
 class Share {
  public:
   explicit Share(double share) : seconds_(double(soak_seconds()) * share) {}
-  bool lasts() const { return since(begin_) < seconds_; }
+  bool lasts() const { return seconds_since(begin_) < seconds_; }
 
  private:
   Clock::time_point begin_ = Clock::now();
@@ -54,13 +50,13 @@ TEST_F(FaultAsk, ByATerminationSavesAllOfItWithinTheGrace) {
     if (!early) {
       ASSERT_TRUE(wait_until([&] { return launched.steps() > done; }, kPatience))
           << launched.said();
-      if (done > 0) table.add(kAgain, -1, since(begun), 0);
+      if (done > 0) table.add(kAgain, -1, seconds_since(begun), 0);
     }
     pause_for(random.uniform(draw++) * (early ? 1.0 : 0.5));
     const Launched::Before before = launched.before();
     kill(launched.supervisor(), SIGTERM);
     EXPECT_EQ(launched.end(kGrace), 75) << launched.said();
-    table.add(early ? kStart : kEnd, -1, since(before.time), 0);
+    table.add(early ? kStart : kEnd, -1, seconds_since(before.time), 0);
     expect_nothing_left(launched);
     const int64_t steps = launched.steps();
     EXPECT_GE(steps, before.steps);
@@ -77,7 +73,7 @@ TEST_F(FaultAsk, ByATerminationSavesAllOfItWithinTheGrace) {
 // machine.
 void expect_refused(Launched& other, const Launched& works, Clock::time_point begin,
                     const char* kind, FaultTable& table) {
-  const double seconds = since(begin);
+  const double seconds = seconds_since(begin);
   EXPECT_LT(seconds, 2 + 3);
   EXPECT_EQ(other.end(1), 1) << other.said();
   EXPECT_EQ(count(other.said(), "process " + std::to_string(works.supervisor())), 1)
@@ -181,7 +177,7 @@ TEST_F(FaultAsk, OfAFullDiskGoesOnAndSavesWhenThereIsSpace) {
       auto space = Clock::now();
       for (; launched.events("save_failed").size() == failed && seconds < 60; seconds *= 2) {
         const auto full = Clock::now();
-        while (since(full) < seconds) {
+        while (seconds_since(full) < seconds) {
           disk.fill();  // again: older checkpoints may have gone
           pause_for(0.005);
         }
@@ -195,7 +191,7 @@ TEST_F(FaultAsk, OfAFullDiskGoesOnAndSavesWhenThereIsSpace) {
       EXPECT_EQ(launched.attempt(), before.attempt);
       EXPECT_EQ(launched.processes().ranks, ranks);
       EXPECT_GT(launched.steps(), before.steps);
-      table.add("full disk: to the next save", -1, since(space), 0);
+      table.add("full disk: to the next save", -1, seconds_since(space), 0);
       if (soak_seconds() == 0) break;
     }
     kill(launched.supervisor(), SIGTERM);

@@ -89,8 +89,7 @@ TEST_F(FaultHang, OfAStoppedRankIsFoundAndNamed) {
       clear();
       if (HasFailure()) break;
     }
-  } while (!HasFailure() &&
-           Launched::Clock::now() - begin < std::chrono::seconds(soak_seconds() * 3 / 4));
+  } while (!HasFailure() && seconds_since(begin) < double(soak_seconds()) * 0.75);
   table.print();
 }
 
@@ -124,8 +123,7 @@ TEST_F(FaultHang, InItsOwnCodeIsFoundAndNamedWithItsStack) {
     EXPECT_EQ(launched.end(kPatience + 60), 0) << launched.said();
     expect_whole(launched, whole);
     clear();
-  } while (!HasFailure() &&
-           Launched::Clock::now() - begin < std::chrono::seconds(soak_seconds() / 4));
+  } while (!HasFailure() && seconds_since(begin) < double(soak_seconds()) * 0.25);
   table.print();
 }
 

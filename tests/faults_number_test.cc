@@ -44,7 +44,7 @@ TEST_F(FaultNumber, IsTakenAgainRolledBackOrLeftOut) {
       SCOPED_TRACE(drill);
       Launched launched(*this / "", run(), drill + words(kSteps));
       train(launched);
-      EXPECT_EQ(events(launched, "replayed", step), once ? 1u : twice ? 1u : 2u);
+      EXPECT_EQ(events(launched, "replayed", step), 1u);
       EXPECT_EQ(events(launched, "rolled_back", step), once ? 0u : 1u);
       EXPECT_EQ(events(launched, "skipped", step), once || twice ? 0u : 1u);
       if (once || twice) {
@@ -62,7 +62,7 @@ TEST_F(FaultNumber, IsTakenAgainRolledBackOrLeftOut) {
       clear();
       if (HasFailure()) break;
     }
-  } while (!HasFailure() && Launched::Clock::now() - begin < std::chrono::seconds(soak_seconds()));
+  } while (!HasFailure() && seconds_since(begin) < double(soak_seconds()));
   table.print();
 }
 

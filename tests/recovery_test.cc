@@ -91,6 +91,20 @@ TEST(Recovery, RecognisesACrashLoopAtOneStep) {
   EXPECT_NE(verdict.text.find("3 failures at step 58"), std::string::npos) << verdict.text;
 }
 
+// Steps of milliseconds are over before they are heard of.
+TEST(Recovery, StepsThatMayBeOneAndTheSameCountTogether) {
+  for (const auto& [unheard, loop] : {std::pair(0, false), {1, false}, {3, true}}) {
+    Recovery recovery(options_of(2), {});
+    Verdict verdict;
+    for (int64_t step : {57, 54, 55}) {
+      AttemptEnd end = lost_at(step, 50);
+      end.steps_unheard = unheard;
+      verdict = recovery.after(end);
+    }
+    EXPECT_EQ(verdict.crash_loop, loop) << unheard;
+  }
+}
+
 TEST(Recovery, AStepThatWasPassedIsNoCrashLoop) {
   Recovery recovery(options_of(2), {});
   EXPECT_TRUE(recovery.after(lost_at(57, 50)).restarts);

@@ -65,7 +65,7 @@ class Supervised : public ProgramTest {
     return " --ranks 2" + small_training(steps) +
            "--parallel.expert=2 --train.progress=off --train.save_interval=10 --model.width=64 "
            "--train.sequence_length=256 --train.global_batch_size=8 --launch.backoff_seconds=0.1 "
-           "--launch.max_restarts=100 ";
+           "--launch.max_restarts=100 --launch.crash_loop=100 ";
   }
 
   // A command of the program in the background, its output in the file "said".
@@ -200,7 +200,7 @@ TEST_F(Supervised, RanksOfASupervisorThatNobodyFollowsEndThemselves) {
   const pid_t again = start("launch" + words(1'000'000'000));
   after_steps();
   EXPECT_EQ(events_of("taken_over"), 0) << story();
-  EXPECT_EQ(events_of("resumed"), 2) << story();
+  EXPECT_EQ(events_of("resumed"), 1) << story();
   kill(again, SIGTERM);
   EXPECT_EQ(end_of(again), 75) << story();
 }
@@ -217,6 +217,32 @@ TEST_F(Supervised, ARankThatIsStoppedIsFoundAndNamed) {
   EXPECT_EQ(count(events(), "rank 1 on "), 1) << story();
   EXPECT_EQ(count(events(), "its process is stopped (SIGSTOP)"), 1) << story();
   EXPECT_EQ(count(said(), ">1"), 1) << story();  // in the table of all ranks
+}
+
+TEST_F(Supervised, ARankThatHangsIsFoundAndNamedWithItsStack) {
+  constexpr int64_t kSteps = 100;
+  const CheckpointManifest wanted = undisturbed(kSteps);
+  const pid_t launcher =
+      start("launch --launch.hang_seconds=3 --drill 'hang rank=1 step=25'" + words(kSteps));
+  EXPECT_EQ(end_of(launcher), 0) << story();
+  expect_as(wanted);
+  EXPECT_EQ(events_of("hang"), 1) << story();
+  EXPECT_EQ(count(events(), "rank 1 on "), 1) << story();
+  EXPECT_GE(count(said(), "hangs at step 25"), 1) << story();
+  const std::string stack = said().substr(std::min(said().size(), said().find("its stack:")));
+  EXPECT_NE(stack.find("sleep"), std::string::npos) << story();
+  EXPECT_NE(stack.find("main"), std::string::npos) << story();
+}
+
+// What ends everything at one step is not repeated for ever.
+TEST_F(Supervised, ACrashLoopIsReportedInsteadOfRepeated) {
+  const pid_t launcher = start("launch --drill 'crash rank=1 step=25 times=always'" +
+                               words(1'000'000'000) + "--launch.crash_loop=3");
+  EXPECT_EQ(end_of(launcher), 1) << story();
+  EXPECT_EQ(events_of("crash_loop"), 1) << story();
+  EXPECT_EQ(events_of("restarting"), 2) << story();
+  EXPECT_EQ(count(said(), "a crash loop: 3 failures at step "), 1) << story();
+  EXPECT_EQ(list_checkpoints(run()).front().step, 20);
 }
 
 TEST_F(Supervised, ASignalSavesAndTheSameCommandGoesOn) {
@@ -300,7 +326,7 @@ TEST_F(Supervised, WrongSettingsEndItBeforeAnythingBegins) {
   EXPECT_EQ(end_of(start("launch --launch.status_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.control_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch" + words(10) + "--data.train=missing")), 1);
-  EXPECT_FALSE(file_exists(metrics_file()));
+  EXPECT_FALSE(file_exists(run()));
 }
 
 }  // namespace

@@ -18,8 +18,8 @@ using asio::ip::tcp;
 using boost::system::error_code;
 
 constexpr auto kHandshake = std::chrono::seconds(5);
-constexpr size_t kMostStrangers = 256;   // of more, the one that came first is cut off
-constexpr size_t kMostUnsent = 1 << 18;  // bytes, of one that does not read
+constexpr size_t kStrangers = 256;  // and one a rank: of more, the one that came first is cut off
+constexpr size_t kMostUnsent = 1 << 18;                        // bytes, of one that does not read
 constexpr auto kAcceptPause = std::chrono::milliseconds(100);  // where descriptors ran out
 
 }  // namespace
@@ -203,7 +203,7 @@ void ControlServer::accept() {
 }
 
 void ControlServer::take(tcp::socket socket) {
-  if (strangers_.size() >= kMostStrangers) {
+  if (strangers_.size() >= kStrangers + size_t(expected_)) {
     const auto oldest = strangers_.front();
     oldest->close("too many connections that do not greet");
   }

@@ -11,10 +11,7 @@ constexpr size_t kMostInView = 200;
 }  // namespace
 
 EventLog::EventLog(std::string run, RunView& view, Outlet& terminal, std::function<bool()> hold)
-    : file_(run),
-      view_(view),
-      terminal_(terminal),
-      hold_(std::move(hold)) {}
+    : file_(run), view_(view), terminal_(terminal), hold_(std::move(hold)) {}
 
 void EventLog::note(const Event& event) {
   const double now = wall_seconds();

@@ -133,7 +133,10 @@ std::optional<Allocation> slurm_allocation() {
   for (size_t i = 0; i < allocation.hosts.size(); ++i) allocation.hosts[i].slots = slots[i];
   std::istringstream words(output_of({"srun", "--mpi=list"}, end, /*errors_too=*/true));
   for (std::string word; words >> word;)
-    if (word == "pmix") allocation.mpi = word;
+    if (word == "pmix") allocation.srun_options = {"--mpi=pmix"};
+  if (!allocation.srun_options.empty() &&
+      output_of({"srun", "--help"}, end).find("--overlap") != std::string::npos)
+    allocation.srun_options.emplace_back("--overlap");
   return allocation;
 }
 

@@ -23,7 +23,9 @@ std::string hostfile_text(const std::vector<HostSlots>& hosts);
 struct Allocation {
   int ranks = 1;                 // --ntasks
   std::vector<HostSlots> hosts;  // empty: Slurm's tools did not say which
-  std::string mpi;  // what srun --mpi starts ranks with that find each other; empty: nothing does
+  // Of srun, so that the ranks find each other and a step need not wait until the one before is
+  // wholly gone. Empty: it cannot start such ranks.
+  std::vector<std::string> srun_options;
 };
 std::optional<Allocation> slurm_allocation();
 // SLURM_TASKS_PER_NODE: "8(x2),4" is 8, 8, 4. Empty where it is no such list.

@@ -89,7 +89,12 @@ Verdict Recovery::after(const AttemptEnd& end) {
 
 Verdict Recovery::restart(const AttemptEnd& end) {
   const bool begun = end.kind != AttemptEnd::Kind::not_begun;
-  const int64_t crashes = ++memory_.crashes[begun ? end.step : kBeforeSteps];
+  const int64_t step = begun ? end.step : kBeforeSteps;
+  ++memory_.crashes[step];
+  int64_t crashes = 0;  // at this step, or what may have been this step
+  for (auto at = memory_.crashes.lower_bound(step - end.steps_unheard);
+       at != memory_.crashes.upper_bound(step + end.steps_unheard); ++at)
+    if ((at->first == kBeforeSteps) == !begun) crashes += at->second;
   if (crashes >= options_.limits.crash_loop()) {
     Verdict verdict = give_up(concat(
         "a crash loop: ", crashes,

@@ -25,7 +25,8 @@ struct AttemptEnd {
     not_begun,  // ended before all ranks had come
   };
   Kind kind = Kind::lost;
-  int64_t step = 0;                      // at hand then
+  int64_t step = 0;                      // at hand then, as far as it was heard of
+  int64_t steps_unheard = 0;             // so many more may have been taken since
   int64_t saved_step = -1;               // the newest checkpoint that is there now; -1: none
   std::vector<std::string> hosts;        // of lost ranks, one entry for each
   std::vector<std::string> unreachable;  // hosts that do not answer now

@@ -15,6 +15,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr size_t kMostName = 160;  // templates have longer ones
+
 struct Frame {
   std::string file, offset;  // empty: a name alone
 };
@@ -45,6 +47,7 @@ std::string stack_text(const std::vector<std::string>& frames, double most_secon
     std::string function, place;
     for (size_t i : at) {
       if (!std::getline(names, function) || !std::getline(names, place)) break;
+      if (function.size() > kMostName) function.replace(kMostName, std::string::npos, "...");
       if (function != "??") lines[i] = function;
       if (place.rfind("??", 0) != 0) lines[i] += " (" + place + ")";
     }

@@ -1,6 +1,7 @@
 #include "launcher/supervisor/supervisor.h"
 
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -45,6 +46,15 @@ std::string hex(const std::string& bytes) {
   return text;
 }
 
+// A descriptor for each rank's connection and its process, and for all else.
+void allow_connections(int ranks) {
+  rlimit limit{};
+  const rlim_t wanted = 2 * rlim_t(ranks) + 500;
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = std::min(wanted, limit.rlim_max);
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 WatchLimits limits_of(const LaunchConfig& launch) {
   return {.lost = launch.lost_seconds(),
           .hang = launch.hang_seconds(),
@@ -71,8 +81,8 @@ double Supervisor::now() const {
 
 int Supervisor::run() {
   signal(SIGPIPE, SIG_IGN);  // a terminal that is gone must not end the run
+  allow_connections(request_.ranks);
   open();
-  wait_for_signals();
   tick();
   context_.run();
   log_.follow(outlet_);
@@ -89,6 +99,7 @@ void Supervisor::open() {
       std::max(request_.config.checkpoint().lease_seconds(), launch_.fence_seconds() + 1);
   lease_ = std::make_unique<Lease>(
       files_, run_, Lease::Options{.lifetime = std::chrono::milliseconds(int64_t(lifetime * 1e3))});
+  wait_for_signals();  // until here they end the process, and nothing was begun
   const std::string secret = make_secret(files_, folder_);
   run_key_ = sha256("run key\n" + secret).substr(0, 32);
   server_ = std::make_unique<ControlServer>(
@@ -236,15 +247,20 @@ std::vector<std::string> Supervisor::command_of_attempt() {
   if (request_.config.overwrite() && !file_exists(overwriting_mark(run_)))
     command.words.push_back("--overwrite=false");  // done
   const std::vector<HostSlots> hosts = recovery_->hosts();
-  if (!request_.srun_mpi.empty()) {
+  if (!request_.srun_options.empty()) {
     command.hosts_left_out = recovery_->memory().left_out;
     if (!command.hosts_left_out.empty()) command.hosts = int(hosts.size());
-    return srun_words(command, request_.srun_mpi);
+    command.options.insert(command.options.begin(), request_.srun_options.begin(),
+                           request_.srun_options.end());
+    return srun_words(command);
   }
   if (!hosts.empty()) {
     command.hostfile = join_path(folder_, "hosts");
     write_file(files_, command.hostfile, hostfile_text(hosts));
   }
+  command.this_machine_alone = std::all_of(
+      hosts.begin(), hosts.end(), [](const HostSlots& host) { return is_this_host(host.name); });
+  command.fence_seconds = launch_.fence_seconds();
   return mpirun_words(command);
 }
 
@@ -325,10 +341,17 @@ void Supervisor::wait_for_signals() {
   const sigset_t wanted = stop_signals();
   for (int signal : {SIGINT, SIGTERM, SIGUSR1})
     if (sigismember(&wanted, signal)) signals_.add(signal);
+  struct sigaction hang_up {};  // of the terminal; nohup ignores it
+  if (sigaction(SIGHUP, nullptr, &hang_up) == 0 && hang_up.sa_handler != SIG_IGN)
+    signals_.add(SIGHUP);
+  next_signal();
+}
+
+void Supervisor::next_signal() {
   signals_.async_wait([this](const boost::system::error_code& error, int signal) {
     if (error) return;
     stop_asked(signal);
-    wait_for_signals();
+    next_signal();
   });
 }
 

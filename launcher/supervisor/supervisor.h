@@ -26,10 +26,10 @@ namespace moemamba {
 struct LaunchRequest {
   RunConfig config;
   int ranks = 1;
-  std::vector<HostSlots> hosts;    // where to; empty: this machine
-  std::string srun_mpi;            // of a Slurm allocation: "pmix"; empty: mpirun starts the ranks
-  bool fresh = false;              // only in an empty folder
-  std::vector<std::string> words;  // of every rank: "train", ...
+  std::vector<HostSlots> hosts;           // where to; empty: this machine
+  std::vector<std::string> srun_options;  // in a Slurm allocation; empty: mpirun starts the ranks
+  bool fresh = false;                     // only in an empty folder
+  std::vector<std::string> words;         // of every rank: "train", ...
 };
 
 // Keeps a run going until it is done, is asked to stop, or cannot go on; returns the exit code
@@ -70,6 +70,7 @@ class Supervisor {
   void tick();
   bool replaced();
   void wait_for_signals();
+  void next_signal();
   void stop_asked(int signal);
   void order_stop();
   void end_early(const std::string& text);
@@ -104,9 +105,11 @@ class Supervisor {
   bool others_gone();
   std::string listed_host(int rank) const;
   void conclude();
+  void say_report();
   void restart(const Verdict& verdict);
   void finish(int exit_code, const std::string& kind, const std::string& text);
   int64_t step_at_hand() const;
+  int64_t steps_unheard() const;
   int early_exit_code() const;
   std::string early_text() const;
   std::string place_to_go_on() const;
@@ -134,8 +137,8 @@ class Supervisor {
   std::unique_ptr<Watch> watch_;
   std::vector<RankLink> links_;
   Doing doing_ = Doing::pausing;
-  Fault fault_;        // of the attempt that ends
-  std::string stack_;  // of its culprit
+  Fault fault_;                     // of the attempt that ends
+  std::vector<std::string> stack_;  // of its culprit
   std::vector<std::string> unreachable_;
   std::function<void()> gone_;  // what comes when nothing is left of it
   double ended_at_ = 0;         // since when the attempt before has been at its end; 0: none was

@@ -20,6 +20,7 @@ constexpr double kLastWords = 0.05;  // of ranks, after mpirun's end
 constexpr double kStackWait = 2;
 constexpr double kSymbols = 3;  // for their names, while the processes end
 constexpr double kKillRound = 0.02;
+constexpr double kReportDelay = 0.05;  // of a rank, after a step
 constexpr auto kSweep = std::chrono::milliseconds(30);
 constexpr double kStuck = 10;  // after which a process that does not die is named
 constexpr double kFenceMargin = 1;
@@ -84,7 +85,7 @@ void Supervisor::judge() {
                        : any_came || adopted_ ? Kind::lost
                                               : Kind::not_begun,
                .event = failed ? "failed" : "lost",
-               .text = concat(request_.srun_mpi.empty() ? "mpirun " : "srun ", how,
+               .text = concat(request_.srun_options.empty() ? "mpirun " : "srun ", how,
                               any_came   ? ""
                               : adopted_ ? " before its ranks had come back"
                                          : " before any rank came; why, see above")});
@@ -121,9 +122,10 @@ void Supervisor::end_attempt(Fault fault) {
   stack_.clear();
   using Kind = AttemptEnd::Kind;
   const bool well = fault_.kind == Kind::done || fault_.kind == Kind::stopped;
+  if (!well) events_.say({.kind = fault_.event, .step = step_at_hand(), .text = fault_.text});
   if (!well && view_.state != RunState::stopping) view_.state = RunState::recovering;
   if (fault_.kind == Kind::lost)
-    view_.hang_report = report_of(view_, fault_.text, fault_.rank, now());
+    view_.hang_report = fault_.text + "\n" + table_of(view_, fault_.rank, now());
   if (fault_.asks_stack && fault_.rank >= 0 && server_->connected(fault_.rank)) {
     ControlWord word;
     word.mutable_order()->set_what(Order::SEND_STACK);
@@ -136,7 +138,7 @@ void Supervisor::end_attempt(Fault fault) {
 
 void Supervisor::got_stack(const std::vector<std::string>& frames) {
   if (doing_ != Doing::ending || !fault_.asks_stack || !stack_.empty()) return;
-  for (const std::string& frame : frames) stack_ += frame + "\n";
+  stack_ = frames;
   kill_all([this] { conclude(); });
 }
 
@@ -202,6 +204,19 @@ int64_t Supervisor::step_at_hand() const {
   return step;
 }
 
+// A rank's heartbeats and reports may be so old when it dies.
+int64_t Supervisor::steps_unheard() const {
+  double step = 0;
+  for (const RankView& rank : view_.of_ranks) step = std::max(step, rank.step_seconds);
+  return step > 0 ? int64_t((launch_.heartbeat_seconds() + kReportDelay) / step) : 0;
+}
+
+// The table and the culprit's stack, whose functions are looked up only now that nothing waits.
+void Supervisor::say_report() {
+  if (!stack_.empty()) view_.hang_report += "  its stack:\n" + stack_text(stack_, kSymbols);
+  outlet_.say(view_.hang_report.substr(view_.hang_report.find('\n') + 1));
+}
+
 // Nothing is left of the attempt.
 void Supervisor::conclude() {
   log_.follow(outlet_);
@@ -210,17 +225,9 @@ void Supervisor::conclude() {
   look_at_checkpoints();
   if (fault_.kind != Kind::done && fault_.kind != Kind::stopped && is_finished())
     fault_ = {.kind = Kind::done, .event = "done", .text = "done"};
-  if (!view_.hang_report.empty() && fault_.kind == Kind::lost) {
-    if (!stack_.empty()) {
-      std::vector<std::string> frames;
-      for (size_t at = 0, end; (end = stack_.find('\n', at)) != std::string::npos; at = end + 1)
-        frames.push_back(stack_.substr(at, end - at));
-      view_.hang_report += "  its stack:\n" + stack_text(frames, kSymbols);
-    }
-    outlet_.say(view_.hang_report);
-  }
   AttemptEnd end{.kind = fault_.kind,
                  .step = step_at_hand(),
+                 .steps_unheard = steps_unheard(),
                  .saved_step = view_.saved_step,
                  .hosts = {},
                  .unreachable = unreachable_,
@@ -228,8 +235,7 @@ void Supervisor::conclude() {
   for (const RankView& rank : view_.of_ranks)
     if (fault_.kind == Kind::lost && (rank.rank == fault_.rank || rank.state == RankState::silent))
       end.hosts.push_back(listed_host(rank.rank));
-  if (fault_.kind != Kind::done && fault_.kind != Kind::stopped)
-    events_.say({.kind = fault_.event, .step = end.step, .text = fault_.text});
+  if (fault_.kind == Kind::lost) say_report();
   if (signals_got_ > 0 && fault_.kind != Kind::done)
     return finish(early_exit_code(), "stopped", early_text());
   const Verdict verdict = recovery_->after(end);
@@ -280,6 +286,7 @@ void Supervisor::finish(int exit_code, const std::string& kind, const std::strin
   view_.state_text = text;
   events_.say({.kind = kind, .text = text});
   remember(false);
+  if (status_) files_.remove(join_path(folder_, "status_url"));
   context_.stop();
 }
 

@@ -199,7 +199,7 @@ std::string activity_text(const RankView& rank) {
   return text;
 }
 
-std::string report_of(const RunView& view, const std::string& why, int culprit, double now) {
+std::string table_of(const RunView& view, int culprit, double now) {
   const std::vector<std::string> heads = {
       "rank",  "host",       "pid",   "gpu",  "state",      "step",           "phase",
       "layer", "collective", "group", "rows", "silent for", "no progress for"};
@@ -223,7 +223,7 @@ std::string report_of(const RunView& view, const std::string& why, int culprit, 
   std::vector<size_t> widths(heads.size(), 0);
   for (const auto& line : lines)
     for (size_t i = 0; i < line.size(); ++i) widths[i] = std::max(widths[i], line[i].size());
-  std::string text = why + "\n";
+  std::string text;
   for (const auto& line : lines) {
     std::string row = "  ";
     for (size_t i = 0; i < line.size(); ++i)

@@ -55,8 +55,8 @@ class Watch {
   std::vector<int64_t> slow_steps_;  // in a row, of each rank
 };
 
-// What each rank was at, for people: a line that names the culprit, and a table.
-std::string report_of(const RunView& view, const std::string& why, int culprit, double now);
+// What each rank is at, for people: a table, in which `culprit` is marked (-1: none).
+std::string table_of(const RunView& view, int culprit, double now);
 // "rank 3 on node17 (process 4711, NVIDIA H100)": as much of it as is known.
 std::string name_of(const RankView& rank);
 // "step 12, backward, layer 3, in collective 481 (expert), 120 of 512 rows"

@@ -1,5 +1,6 @@
 #include "tests/support/fault_test.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -27,6 +28,10 @@ std::vector<std::string> chain_of(const std::string& run) {
 
 }  // namespace
 
+double seconds_since(Launched::Clock::time_point begin) {
+  return std::chrono::duration<double>(Launched::Clock::now() - begin).count();
+}
+
 std::string FaultTest::words(int64_t steps) const {
   return " --ranks 2 --launch.max_restarts=1000000 --launch.crash_loop=1000"
          " --launch.host_failures=1000 --launch.backoff_seconds=0.2"
@@ -39,7 +44,9 @@ FaultTest::Whole FaultTest::undisturbed(int64_t steps) const {
   const Result result = shell("$moemamba train" + words(steps));
   EXPECT_EQ(result.code, 0) << result.err;
   if (result.code != 0) return {};
-  Whole whole{.chain = chain_of(run()), .end = newest_manifest(run())};
+  Whole whole{.chain = chain_of(run()),
+              .losses = numbers_of(read_file(join_path(run(), "metrics.jsonl")), "loss"),
+              .end = newest_manifest(run())};
   EXPECT_EQ(int64_t(whole.chain.size()), steps);
   clear();
   return whole;
@@ -61,6 +68,44 @@ void FaultTest::expect_whole(const Launched& launched, const Whole& whole) const
   EXPECT_TRUE(file_exists(launched.run() + "/weights"));
   EXPECT_EQ(count(launched.said(), "damaged"), 0) << launched.said();
   expect_nothing_left(launched);
+}
+
+void FaultTest::expect_agrees(const Launched& launched, const Whole& whole, int64_t from) const {
+  constexpr size_t kAgree = 20;    // steps; later the smallest differences have grown
+  constexpr double kBound = 1e-5;  // docs/testing.md: 2.2e-7 are seen between layouts
+  const std::vector<std::string> steps = chain_of(launched.run());
+  const std::vector<double> losses =
+      numbers_of(read_file(join_path(launched.run(), "metrics.jsonl")), "loss");
+  ASSERT_EQ(steps.size(), whole.chain.size());
+  ASSERT_EQ(losses.size(), steps.size());
+  for (size_t i = 0; i < steps.size(); ++i) {
+    ASSERT_EQ(steps[i].substr(0, steps[i].find(' ')), std::to_string(i));
+    if (int64_t(i) < from) {
+      ASSERT_EQ(steps[i], whole.chain[i]) << "before step " << from;
+    } else if (i < size_t(from) + kAgree) {
+      ASSERT_NEAR(losses[i], whole.losses[i], kBound * whole.losses[i]) << "step " << i;
+    }
+  }
+  expect_nothing_left(launched);
+}
+
+void FaultTest::expect_listens_on(pid_t process, const std::vector<std::string>& addresses,
+                                  const Hosts* hosts) const {
+  const std::string said = shell((hosts ? hosts->on(0) : "") + "ss -Hltnp").out;
+  std::istringstream lines(said);
+  int ports = 0;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.find("pid=" + std::to_string(process) + ",") == std::string::npos) continue;
+    std::istringstream words(line);
+    std::string local;
+    for (int i = 0; i < 4; ++i) words >> local;  // state, two queues, "address:port"
+    const std::string address = local.substr(0, local.rfind(':'));
+    EXPECT_NE(std::find(addresses.begin(), addresses.end(), address), addresses.end())
+        << words_of(process, "comm") << " listens on " << local;
+    ++ports;
+  }
+  EXPECT_GE(ports, words_of(process, "cmdline").find("launch") != std::string::npos ? 1 : 0)
+      << said;
 }
 
 void FaultTest::explain(const Launched& launched, const Launched::Before& before,

@@ -18,12 +18,20 @@ class FaultTest : public ProgramTest {
   // The same run, by `moemamba train` and undisturbed; it is gone then.
   struct Whole {
     std::vector<std::string> chain;  // "STEP HASH"
+    std::vector<double> losses;
     CheckpointManifest end;
   };
   Whole undisturbed(int64_t steps) const;
 
   // Fails where the run, which is done, is another than the undisturbed one, or left processes.
   void expect_whole(const Launched& launched, const Whole& whole) const;
+  // The same of a run that went on from step `from` on with other ranks: equal up to there, then
+  // its losses agree for a while.
+  void expect_agrees(const Launched& launched, const Whole& whole, int64_t from) const;
+  // Fails where a process listens on another address than these ("127.0.0.1", "10.77.0.1"). hosts:
+  // it is on host 0 of these.
+  void expect_listens_on(pid_t process, const std::vector<std::string>& addresses,
+                         const Hosts* hosts = nullptr) const;
   // Of one that took long: prints what was logged since, so that a soak can be understood.
   static void explain(const Launched& launched, const Launched::Before& before,
                       const Outcome& outcome, double long_seconds);
@@ -32,6 +40,8 @@ class FaultTest : public ProgramTest {
   // Ready for the next run.
   void clear() const;
 };
+
+double seconds_since(Launched::Clock::time_point begin);
 
 // What may take its time on a busy machine.
 constexpr double kPatience = 90;

@@ -147,6 +147,7 @@ std::string Hosts::space(int host) const {
 }
 
 void Hosts::make() {
+  fs::remove_all(folder_);
   fs::create_directories(folder_);
   fs::create_directories(kNames);
   must("ip netns add " + space(-1));
