@@ -124,7 +124,7 @@ std::unique_ptr<OutputFile> PosixFileSystem::open(const std::string& path, OpenM
                       : mode == OpenMode::create ? O_TRUNC
                                                  : O_EXCL | O_NOFOLLOW;
   const int flags = O_WRONLY | O_CREAT | O_CLOEXEC | of_mode;
-  const int fd = ::open(path.c_str(), flags, 0666);
+  const int fd = ::open(path.c_str(), flags, mode == OpenMode::create_private ? 0600 : 0666);
   if (fd < 0) refuse(path, "open for writing", errno);
   return std::make_unique<PosixFile>(path, fd, mode == OpenMode::create_direct);
 }
@@ -245,6 +245,10 @@ std::string read_file(const std::string& path) {
 bool file_exists(const std::string& path) {
   std::error_code error;
   return std::filesystem::exists(path, error);
+}
+
+void keep_private(const std::string& folder) {
+  if (::chmod(folder.c_str(), 0700) != 0) refuse(folder, "keep others out", errno);
 }
 
 std::string folder_of(const std::string& path) {

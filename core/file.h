@@ -23,7 +23,8 @@ class OutputFile {
 // create: an existing file becomes empty. create_new: it must not exist, nor does a symlink count.
 // create_direct: the same, and whole blocks from memory that begins on a block's border go past the
 // page cache (O_DIRECT) where the file system can do that; everything else is written as ever.
-enum class OpenMode { create, append, create_new, create_direct };
+// create_private: like create_new, and no other user may read it.
+enum class OpenMode { create, append, create_new, create_direct, create_private };
 constexpr size_t kDirectBlock = 4096;  // no disk asks for more
 
 // All that changes a disk goes through this seam, so that tests can make it fail. Reading does not.
@@ -85,6 +86,7 @@ void remove_tree(FileSystem& files, const std::string& folder);
 void write_file(FileSystem& files, const std::string& path, std::string_view content);  // atomic
 std::string read_file(const std::string& path);
 bool file_exists(const std::string& path);
+void keep_private(const std::string& folder);    // no other user may enter it
 std::string folder_of(const std::string& path);  // "." where there is none
 std::string join_path(const std::string& folder, const std::string& name);
 

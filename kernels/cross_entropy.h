@@ -7,7 +7,8 @@ namespace moemamba {  // letters: T tokens, V vocabulary, D width
 // tokens that live in the stream's workspace only.
 //   loss[t] = logsumexp(logits_t) - logits_t[targets[t]]   (0 where targets[t] = -1: not counted)
 // With gradients (dx and dweight given): of scale * sum_t loss[t]. Logits and losses are f32, the
-// logits' gradients of x's dtype. On a GPU a target that is no id gives a loss that is NaN.
+// logits' gradients of x's dtype, and so is x times a token's 1 / sum_v exp(logit) where that
+// factor is taken out of them (Hopper). On a GPU a target that is no id gives a loss that is NaN.
 struct HeadCrossEntropy {
   static constexpr auto name = "head_cross_entropy";
   Tensor x;        // [T, D] read, f32 or bf16

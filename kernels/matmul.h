@@ -21,8 +21,12 @@ struct Matmul {
   void check() const;
 };
 
+// [1] i32, the last of a grouped product's offsets: how many rows are of groups.
+Tensor grouped_rows(const Tensor& offsets);
+
 // For every group e: out rows of e = (rows of e of a) op(b[e]). Rows past offsets[E] are not
-// touched; empty groups cost nothing.
+// touched; empty groups cost nothing. Where that costs nothing, relu, or its gradient, is taken of
+// the product before it is stored; it is what ActivationForward and -Backward make of out.
 struct GroupedMatmul {
   static constexpr auto name = "grouped_matmul";
   Tensor a;        // [R, K] read, f32 or bf16
@@ -30,8 +34,11 @@ struct GroupedMatmul {
   Tensor offsets;  // [E + 1] i32 read, ascending, offsets[0] = 0, offsets[E] <= R
   Tensor out;      // [R, N] written, dtype of a
   bool b_transposed = false;
+  bool relu = false;     // out is 0 where the product is below 0
+  Tensor positive = {};  // [R, N] read, optional, dtype of a: out is 0 where this is not above 0
   static constexpr auto reads() {
-    return std::tuple(&GroupedMatmul::a, &GroupedMatmul::b, &GroupedMatmul::offsets);
+    return std::tuple(&GroupedMatmul::a, &GroupedMatmul::b, &GroupedMatmul::offsets,
+                      &GroupedMatmul::positive);
   }
   static constexpr auto writes() { return std::tuple(&GroupedMatmul::out); }
   void check() const;

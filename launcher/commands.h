@@ -14,6 +14,7 @@ using Words = std::vector<std::string>;  // the program's arguments, without its
 
 // Each adds its sub-command to `app` and returns what runs it once the words are parsed.
 Command add_train(CLI::App& app, const Words& words);
+Command add_launch(CLI::App& app, const Words& words);
 Command add_evaluate(CLI::App& app, const Words& words);
 Command add_generate(CLI::App& app, const Words& words);
 Command add_prepare(CLI::App& app, const Words& words);
@@ -22,5 +23,6 @@ Command add_settings(CLI::App& app, const Words& words);
 Command add_compare(CLI::App& app, const Words& words);
 Command add_inspect(CLI::App& app, const Words& words);
 Command add_bench(CLI::App& app, const Words& words);
+Command add_doctor(CLI::App& app, const Words& words);
 
 }  // namespace moemamba

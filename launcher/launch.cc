@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -55,19 +56,8 @@ std::vector<std::string> export_environment() {
   return names;
 }
 
-// The words stay as they are, --ranks among them: only the parser knows which of them are values
-// of others, and under mpirun the option only has to agree (must_launch).
-std::vector<std::string> command_of(int ranks, const std::vector<std::string>& words) {
-  std::vector<std::string> command{"mpirun",          "-n",        concat(ranks),
-                                   "--oversubscribe", "--bind-to", "none"};
-  if (getuid() == 0) command.emplace_back("--allow-run-as-root");
-  for (const std::string& name : export_environment()) {
-    command.emplace_back("-x");
-    command.push_back(name);
-  }
-  command.push_back(own_path());
-  command.insert(command.end(), words.begin(), words.end());
-  return command;
+bool has_option(const std::vector<std::string>& options, const char* name) {
+  return std::find(options.begin(), options.end(), name) != options.end();
 }
 
 // In the child: becomes mpirun. A process group of its own, so that a terminal's Ctrl-C reaches
@@ -151,6 +141,10 @@ int started_rank() {
   return first_number({"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"}, -1);
 }
 
+int started_local_rank() {
+  return first_number({"OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"}, 0);
+}
+
 int started_ranks() {
   if (started_rank() < 0) return 1;  // a batch script's own environment has SLURM_* as well
   return first_number({"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"},
@@ -165,8 +159,42 @@ bool must_launch(int ranks) {
   return false;
 }
 
+std::vector<std::string> mpirun_words(const RanksCommand& command) {
+  std::vector<std::string> words{"mpirun", "-n", concat(command.ranks), "--oversubscribe"};
+  const auto add = [&](std::initializer_list<std::string> more) {
+    words.insert(words.end(), more);
+  };
+  if (!has_option(command.options, "--bind-to")) add({"--bind-to", "none"});
+  if (getuid() == 0) add({"--allow-run-as-root"});
+  if (!command.hostfile.empty()) add({"--hostfile", command.hostfile});
+  for (const std::string& name : export_environment()) add({"-x", name});
+  for (const std::string& name : command.names) add({"-x", name});
+  words.insert(words.end(), command.options.begin(), command.options.end());
+  words.push_back(own_path());
+  words.insert(words.end(), command.words.begin(), command.words.end());
+  return words;
+}
+
+// srun hands on the whole environment.
+std::vector<std::string> srun_words(const RanksCommand& command, const std::string& mpi) {
+  export_environment();
+  std::vector<std::string> words{"srun", "--mpi=" + mpi, concat("--ntasks=", command.ranks),
+                                 "--kill-on-bad-exit=1", "--input=none"};
+  if (command.hosts > 0) words.push_back(concat("--nodes=", command.hosts));
+  std::string without;
+  for (const std::string& host : command.hosts_left_out)
+    without += (without.empty() ? "" : ",") + host;
+  if (!without.empty()) words.push_back("--exclude=" + without);
+  words.insert(words.end(), command.options.begin(), command.options.end());
+  words.push_back(own_path());
+  words.insert(words.end(), command.words.begin(), command.words.end());
+  return words;
+}
+
 int launch(int ranks, const std::vector<std::string>& words, OnSignal on_signal) {
-  const std::vector<std::string> command = command_of(ranks, words);
+  // The words stay as they are, --ranks among them: only the parser knows which of them are values
+  // of others, and under mpirun the option only has to agree (must_launch).
+  const std::vector<std::string> command = mpirun_words({.ranks = ranks, .words = words});
   sigset_t signals = stop_signals(), before;
   sigaddset(&signals, SIGCHLD);
   sigprocmask(SIG_BLOCK, &signals, &before);

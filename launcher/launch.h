@@ -17,6 +17,7 @@ void add_ranks_option(CLI::App& app, int& ranks);
 
 // This process' rank if mpirun (or srun) has started it; -1 otherwise. Known before MPI starts.
 int started_rank();
+int started_local_rank();  // among the ranks of this machine; 0 where nobody says
 int started_ranks();  // how many; 1 without mpirun
 
 // True: `ranks` processes are wanted and this is none of them yet: launch() is due.
@@ -34,6 +35,20 @@ enum class OnSignal {
 // rank that failed, but 128 + n after signal n (SIGUSR1 asks for no more than it gets: 0), and
 // kExitRestart if a rank was killed.
 int launch(int ranks, const std::vector<std::string>& words, OnSignal on_signal);
+
+// Another way than launch() to have ranks: the words of a command that starts them.
+struct RanksCommand {
+  int ranks = 1;
+  std::string hostfile;                     // empty: this machine
+  std::vector<std::string> options;         // further words of mpirun or srun
+  std::vector<std::string> names;           // environment variables that all ranks get as well
+  std::vector<std::string> words;           // of this program
+  std::vector<std::string> hosts_left_out;  // of a Slurm allocation
+  int hosts = 0;                            // of it; 0: all
+};
+// Both put into this process's environment what the ranks inherit.
+std::vector<std::string> mpirun_words(const RanksCommand& command);
+std::vector<std::string> srun_words(const RanksCommand& command, const std::string& mpi);
 
 // Where progress goes.
 struct Terminal {

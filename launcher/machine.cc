@@ -3,11 +3,11 @@
 #include <hwloc.h>
 
 #include <algorithm>
-#include <fstream>
 #include <memory>
 #include <type_traits>
 
 #include "core/error.h"
+#include "launcher/control_groups.h"
 
 namespace moemamba {
 
@@ -59,13 +59,26 @@ int64_t machine_memory() {
   const Topology topology = load_topology("--memory");
   int64_t bytes = int64_t(hwloc_get_root_obj(topology.get())->total_memory);
   check(bytes > 0, "hwloc does not know this machine's memory; give --memory");
-  // A container may have less of it (control groups, versions 2 and 1).
-  for (const char* file :
-       {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
-    int64_t limit = 0;
-    if (std::ifstream(file) >> limit && limit > 0) bytes = std::min(bytes, limit);
-  }
-  return bytes;
+  return std::min(bytes, group_memory_limit().value_or(bytes));  // a container may have less of it
+}
+
+Processors find_processors() {
+  const Topology loaded = load_topology("train.threads");
+  hwloc_topology_t topology = loaded.get();
+  const auto count = [&](hwloc_obj_type_t type) {
+    return std::max(0, hwloc_get_nbobjs_by_type(topology, type));
+  };
+  Processors found{.packages = count(HWLOC_OBJ_PACKAGE),
+                   .cores = cores_in(topology, hwloc_topology_get_complete_cpuset(topology)),
+                   .threads = count(HWLOC_OBJ_PU),
+                   .usable_cores = cores_in(topology, hwloc_topology_get_allowed_cpuset(topology)),
+                   .memory_nodes = count(HWLOC_OBJ_NUMANODE)};
+  if (const hwloc_obj_t package = hwloc_get_obj_by_type(topology, HWLOC_OBJ_PACKAGE, 0))
+    if (const char* model = hwloc_obj_get_info_by_name(package, "CPUModel")) found.model = model;
+  const std::unique_ptr<hwloc_bitmap_s, FreeBitmap> bound(hwloc_bitmap_alloc());
+  if (hwloc_get_cpubind(topology, bound.get(), HWLOC_CPUBIND_PROCESS) == 0)
+    found.usable_cores = std::min(found.usable_cores, cores_in(topology, bound.get()));
+  return found;
 }
 
 }  // namespace moemamba

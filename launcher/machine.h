@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <string>
 
 namespace moemamba {
 
@@ -9,5 +10,14 @@ int threads_per_rank(int ranks);
 
 // Bytes of memory that this machine lets its processes have.
 int64_t machine_memory();
+
+// What computes here.
+struct Processors {
+  std::string model;  // "AMD EPYC 9454"; "": not known
+  int packages = 0, cores = 0, threads = 0;
+  int usable_cores = 0;  // by this process, as it is bound and as its container allows
+  int memory_nodes = 0;
+};
+Processors find_processors();
 
 }  // namespace moemamba

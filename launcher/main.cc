@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <thread>
@@ -43,12 +44,19 @@ int run(int argc, char** argv) {
       "`moemamba COMMAND --help` says more, `moemamba settings` lists every setting.");
   const std::pair<const char*, Command> commands[] = {
       {"prepare", add_prepare(app, words)},   {"train", add_train(app, words)},
-      {"evaluate", add_evaluate(app, words)}, {"generate", add_generate(app, words)},
-      {"plan", add_plan(app, words)},         {"settings", add_settings(app, words)},
-      {"compare", add_compare(app, words)},   {"inspect", add_inspect(app, words)},
-      {"bench", add_bench(app, words)}};
+      {"launch", add_launch(app, words)},     {"evaluate", add_evaluate(app, words)},
+      {"generate", add_generate(app, words)}, {"plan", add_plan(app, words)},
+      {"settings", add_settings(app, words)}, {"compare", add_compare(app, words)},
+      {"inspect", add_inspect(app, words)},   {"bench", add_bench(app, words)},
+      {"doctor", add_doctor(app, words)}};
   try {
-    app.parse(argc, argv);
+    // Between the options of a launch and those of its training there may be a "--".
+    Words parsed = words;
+    if (!parsed.empty() && parsed.front() == "launch")
+      if (const auto dashes = std::find(parsed.begin(), parsed.end(), "--"); dashes != parsed.end())
+        parsed.erase(dashes);
+    std::reverse(parsed.begin(), parsed.end());  // as the parser wants them
+    app.parse(std::move(parsed));
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() != 0) std::fputs("moemamba: ", stderr);
     return app.exit(error, std::cout, std::cerr) == 0 ? 0 : kExitSettings;

@@ -115,6 +115,7 @@ std::string memory_text(const Plan& plan) {
                      row("exchange buffers", plan.bytes.exchange) +
                      row("batch and facts", t.batch) +
                      row("checkpoint", plan.bytes.staging, "the copy that is written") +
+                     (plan.bytes.samples > 0 ? row("sample texts", plan.bytes.samples) : "") +
                      (plan.bytes.workspace > 0
                           ? row("workspace", plan.bytes.workspace, "operators and libraries, about")
                           : "") +

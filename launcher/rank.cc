@@ -37,7 +37,7 @@ DeviceKind device_of(const RunConfig& config, int rank) {
 
 }  // namespace
 
-void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
+void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work, Activity* activity) {
   const std::chrono::milliseconds deadline(
       int64_t(std::max(1.0, config.parallel().deadline_seconds() * 1e3)));
   World world;
@@ -54,6 +54,7 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work) {
     choose_gpu(world);
   }
   ProcessGroups groups = world.make_groups(layout, deadline, device, kExitRestart);
+  if (activity) groups.tell(activity);
   const int threads =
       config.train().threads() > 0 ? config.train().threads() : threads_per_rank(world.node_size());
   Rank rank{world, groups, threads};

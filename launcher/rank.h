@@ -13,7 +13,9 @@ struct Rank {
 };
 
 // Starts MPI, compares settings and build with all other ranks before anything else, makes the
-// groups and calls `work`. If it throws, the other ranks are woken and told why.
-void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work);
+// groups and calls `work`. If it throws, the other ranks are woken and told why. activity: is told
+// what this rank is at; null: nobody is.
+void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work,
+              Activity* activity = nullptr);
 
 }  // namespace moemamba

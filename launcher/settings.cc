@@ -77,6 +77,15 @@ void check_steps(Settings& settings, const RunConfig& config) {
   };
   whole_groups("train.global_batch_size", train.global_batch_size());
   whole_groups("train.micro_batch_size", train.micro_batch_size());
+  if (train.sample_tokens() >= train.sequence_length())
+    settings.object("train.sample_tokens",
+                    concat("must be less than the ", train.sequence_length(),
+                           " of a sequence (train.sequence_length), for a prompt comes first; "
+                           "found ",
+                           train.sample_tokens()));
+  if (train.sample_tokens() > 0 && config.data().tokenizer() == "none")
+    settings.object("train.sample_tokens",
+                    "data.tokenizer \"none\" makes no text of ids; take 0, or give the tokenizer");
   if (train.warmup_steps() > train.steps())
     settings.object("train.warmup_steps",
                     concat("must be at most the ", train.steps(),
@@ -120,7 +129,7 @@ ModelSizes sizes_of(const RunConfig& config) {
 bool is_about_the_run(const std::string& setting) {
   return setting == "run" || setting == "overwrite" || setting == "init_from" ||
          setting == "train.threads" || setting == "device" || setting == "train.progress" ||
-         setting == "train.log_interval" ||
+         setting == "train.log_interval" || setting == "train.tensorboard" ||
          setting.rfind("launch.", 0) == 0;
 }
 

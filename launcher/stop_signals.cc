@@ -71,19 +71,36 @@ StopSignals::~StopSignals() {
 }
 
 void StopSignals::watch() {
-  sigset_t waited = signals_, wakes;
+  sigset_t wakes;
   sigemptyset(&wakes);
   sigaddset(&wakes, SIGUSR2);
   while (!ends_) {
-    const int signal = sigwaitinfo(&waited, nullptr);
+    const int signal = sigwaitinfo(received_ ? &wakes : &signals_, nullptr);
     if (signal <= 0 || signal == SIGUSR2) continue;  // interrupted; the destructor
     received_ = signal;
     std::fputs(notice_.c_str(), stderr);
+    if (!outlasts_repeats()) return;
     set_handlers(signals_, SIG_DFL);
     sigset_t next = signals_;
     sigdelset(&next, SIGUSR2);
     pthread_sigmask(SIG_UNBLOCK, &next, nullptr);  // here the next one takes its effect
-    waited = wakes;
+  }
+}
+
+// False: the destructor has called meanwhile.
+bool StopSignals::outlasts_repeats() {
+  const auto end = std::chrono::steady_clock::now() + kRepeatedSignals;
+  for (;;) {
+    const auto left = end - std::chrono::steady_clock::now();
+    if (left.count() <= 0) return true;
+    const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(left).count();
+    const timespec patience{time_t(ns / 1'000'000'000), long(ns % 1'000'000'000)};
+    const int signal = sigtimedwait(&signals_, nullptr, &patience);
+    if (ends_) return false;
+    if (signal == SIGINT) {  // a person's: it counts, and comes again below
+      kill(getpid(), SIGINT);
+      return true;
+    }
   }
 }
 

@@ -2,17 +2,21 @@
 #include <signal.h>
 
 #include <atomic>
+#include <chrono>
 #include <string>
 #include <thread>
 
 namespace moemamba {
 
+// SIGTERM and SIGUSR1 that come so soon after the first signal are the same word again: a scheduler
+// that ends a job sends two of a kind to some of its processes.
+constexpr std::chrono::seconds kRepeatedSignals(2);
+
 // While it lives, the first SIGINT, SIGTERM or SIGUSR1 only asks this process to stop, which says
-// `notice` on standard error; the next one ends it as ever. Afterwards they are ignored, unless
-// an exception is on its way: a process that has done its work must not die of them on its way out.
-// A signal that the process ignored
-// before stays ignored. REQUIRES: made before other threads of this program (those of libraries
-// that start before main() may be there).
+// `notice` on standard error; the next one that is no repetition ends it as ever. Afterwards they
+// are ignored, unless an exception is on its way: a process that has done its work must not die of
+// them on its way out. A signal that the process ignored before stays ignored. REQUIRES: made
+// before other threads of this program (those of libraries that start before main() may be there).
 class StopSignals {
  public:
   explicit StopSignals(std::string notice);
@@ -23,6 +27,7 @@ class StopSignals {
 
  private:
   void watch();
+  bool outlasts_repeats();
   sigset_t signals_, before_;
   std::string notice_;
   std::atomic<int> received_ = 0;

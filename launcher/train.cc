@@ -3,10 +3,13 @@
 #include "core/schema.h"
 #include "launcher/build_facts.h"
 #include "launcher/commands.h"
+#include "launcher/drill.h"
+#include "launcher/events_file.h"
 #include "launcher/launch.h"
 #include "launcher/rank.h"
 #include "launcher/settings.h"
 #include "launcher/stop_signals.h"
+#include "launcher/under_supervisor.h"
 #include "runtime/commands.h"
 
 namespace moemamba {
@@ -17,6 +20,7 @@ struct TrainOptions {
   SettingsSource source;
   int ranks = 1;
   bool fresh = false;
+  std::vector<std::string> drills;
 };
 
 std::string build_text() {
@@ -51,6 +55,30 @@ std::string notice() {
                 "moemamba: ending after this step; the next signal ends it at once\n");
 }
 
+// ranks: how many the run will have.
+std::vector<Drill> parse_drills(const std::vector<std::string>& texts, int ranks, bool speaks) {
+  std::vector<Drill> drills;
+  for (const std::string& text : texts) drills.push_back(parse_drill(text));
+  for (const Drill& drill : drills)
+    if (speaks && drill.rank >= ranks)
+      std::fprintf(stderr, "moemamba: --drill \"%s\": there is no such rank among %d\n",
+                   drill.text.c_str(), ranks);
+  return drills;
+}
+
+// Without a supervisor, which does it else.
+void write_events(TrainRequest& request) {
+  request.on_event = [file = EventsFile(request.run)](const RunEvent& event) mutable {
+    file.add({.wall_seconds = wall_seconds(),
+              .kind = event.kind(),
+              .step = event.step(),
+              .text = event.text(),
+              .seconds = event.has_seconds() ? event.seconds() : -1,
+              .job = ""});
+    file.write();
+  };
+}
+
 int train(const TrainOptions& options, const Words& words) {
   const bool launches = must_launch(options.ranks);
   const RunConfig config =
@@ -58,15 +86,27 @@ int train(const TrainOptions& options, const Words& words) {
   // The first rank speaks for all, and where there is a launcher, that one.
   if (!options.fresh && !config.overwrite())
     check_goes_on(config, started_rank() <= 0 ? stderr : nullptr, launches);
+  const std::vector<Drill> drills =
+      parse_drills(options.drills, launches ? options.ranks : started_ranks(),
+                   launches || (started_rank() <= 0 && options.ranks == 1));
   if (launches) return launch(options.ranks, words, OnSignal::ask);
   const StopSignals signals(notice());
-  bool stopped = false;
-  run_rank(config, [&](Rank& rank) {
-    PosixFileSystem files;
-    TrainRequest request = request_of(config, rank.threads);
-    request.stop_wanted = [&signals] { return signals.received() != 0; };
-    request.fresh = options.fresh;
-    stopped = run_training(files, rank.groups, request).stopped;
+  std::atomic<bool> stop_ordered = false;
+  const std::unique_ptr<Agent> agent = join_supervisor(config, [&] { stop_ordered = true; });
+  const bool stopped = run_with_goodbye(agent.get(), [&] {
+    bool stops = false;
+    const auto work = [&](Rank& rank) {
+      PosixFileSystem files;
+      TrainRequest request = request_of(config, rank.threads);
+      request.stop_wanted = [&] { return signals.received() != 0 || stop_ordered; };
+      request.fresh = options.fresh;
+      wire_drills(drills, rank.groups.rank, request);
+      write_events(request);
+      report_to(agent.get(), rank.groups, request);
+      stops = run_training(files, rank.groups, request).stopped;
+    };
+    run_rank(config, work, agent ? &agent->activity() : nullptr);
+    return stops;
   });
   if (!stopped) return 0;
   return started_rank() < 0 && signals.received() == SIGINT ? 128 + SIGINT : kExitRestart;
@@ -80,6 +120,7 @@ Command add_train(CLI::App& app, const Words& words) {
   add_ranks_option(*command, options->ranks);
   command->add_flag("--fresh", options->fresh,
                     "Begin in an empty folder or not at all; never go on with a run");
+  add_drill_option(*command, options->drills);
   add_settings_options(*command, options->source);
   command->footer([] {
     return "Leaves settings, metrics.jsonl, loss.svg, checkpoints and weights in the run's "

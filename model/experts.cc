@@ -6,16 +6,6 @@
 
 namespace moemamba {
 
-namespace {
-
-// [1] i32, beside the chunk's rows: how many there are.
-Tensor row_count(const Rows& rows) {
-  const Tensor offsets = rows.offsets;
-  return view(offsets.row<int32_t>(0) + offsets.cols() - 1, {1}, DType::i32, offsets.device);
-}
-
-}  // namespace
-
 Experts Experts::make(ParameterStore& store, const std::string& name, const ModelSizes& s,
                       const Form& form) {
   const FirstValues first(s);
@@ -50,21 +40,20 @@ Experts::Chunk Experts::take_chunk(Step& step) const {
   if (linear) return chunk;
   chunk.up = step.arena.take({C, F}, dtype, "expert hidden rows");
   if (kind.gated) chunk.gate = step.arena.take({C, F}, dtype, "expert gate rows");
-  // relu'(x) can be told from relu(x): what goes in need not be kept beside what comes out.
-  const bool in_place = !kind.gated && kind.activation == Activation::relu;
-  chunk.hidden = in_place ? chunk.up : step.arena.take({C, F}, dtype, "expert activations");
+  chunk.hidden = with_product() ? chunk.up : step.arena.take({C, F}, dtype, "expert activations");
   return chunk;
 }
 
 // Fills chunk.hidden; returns what the last matrix reads.
 Tensor Experts::hidden_rows(Step& step, const Chunk& chunk) const {
   if (linear) return chunk.x.values;
-  const Tensor offsets = chunk.x.offsets, rows = row_count(chunk.x);
+  const Tensor offsets = chunk.x.offsets, rows = grouped_rows(chunk.x.offsets);
   run(step.stream, GroupedMatmul{.a = chunk.x.values,
                                  .b = up->compute,
                                  .offsets = offsets,
                                  .out = chunk.up,
-                                 .b_transposed = true});
+                                 .b_transposed = true,
+                                 .relu = with_product()});
   if (kind.gated) {
     run(step.stream, GroupedMatmul{.a = chunk.x.values,
                                    .b = gate->compute,
@@ -73,7 +62,7 @@ Tensor Experts::hidden_rows(Step& step, const Chunk& chunk) const {
                                    .b_transposed = true});
     run(step.stream,
         SwiGluForward{.gate = chunk.gate, .up = chunk.up, .rows = rows, .y = chunk.hidden});
-  } else {
+  } else if (!with_product()) {
     run(step.stream,
         ActivationForward{.x = chunk.up, .rows = rows, .y = chunk.hidden, .kind = kind.activation});
   }
@@ -95,16 +84,23 @@ Tensor Experts::forward(Step& step, Tensor x, const Router::Saved& routing, Save
   exchange.plan(step.stream, routing.offsets);
   exchange.keep(saved.plan);
   saved.first = take_chunk(step);
-  saved.returned = step.arena.take({T * K, out()}, x.dtype, "exchange rows returned");
-  Tensor y = step.arena.take({T, out()}, x.dtype, "MoE output");
   const int64_t C = exchange.capacity();
+  const bool stay = exchange.rows_stay();  // in the one chunk, and in what it gives
+  const auto take = [&](int64_t rows, int64_t width, const char* who) {
+    return step.arena.take({rows, width}, x.dtype, who);
+  };
+  saved.returned = take(stay ? C : T * K, out(), "exchange rows returned");
+  const Tensor returned = saved.returned.row_range(0, T * K);
+  Tensor y = take(T, out(), "MoE output");
   {
     Frame frame(step.arena);
-    Tensor rows = step.arena.take({T * K, in()}, x.dtype, "exchange rows to send");
-    Tensor staging = step.arena.take({C, in()}, x.dtype, "exchange staging");
-    Tensor chunk_out = step.arena.take({C, out()}, x.dtype, "exchange outputs of experts");
-    Tensor back =
-        out() == in() ? staging : step.arena.take({C, out()}, x.dtype, "exchange staging");
+    const Tensor first = saved.first.x.values;
+    Tensor rows = stay ? first.row_range(0, T * K) : take(T * K, in(), "exchange rows to send");
+    Tensor staging = stay ? first : take(C, in(), "exchange staging");
+    Tensor chunk_out = stay ? saved.returned : take(C, out(), "exchange outputs of experts");
+    Tensor back = stay              ? saved.returned
+                  : out() == in() ? staging
+                                  : take(C, out(), "exchange staging");
     run(step.stream, Permute{.x = x,
                              .source = routing.source,
                              .offsets = routing.offsets,
@@ -115,24 +111,24 @@ Tensor Experts::forward(Step& step, Tensor x, const Router::Saved& routing, Save
       const Chunk chunk = i == 0 ? saved.first : take_chunk(step);
       exchange.dispatch(step.stream, i, rows, chunk.x, staging);
       chunk_forward(step, chunk, chunk_out);
-      exchange.combine(step.stream, i, {chunk_out, chunk.x.offsets}, saved.returned, back);
+      exchange.combine(step.stream, i, {chunk_out, chunk.x.offsets}, returned, back);
     }
   }
   if (weighted)
-    run(step.stream, Unpermute{.rows = saved.returned,
+    run(step.stream, Unpermute{.rows = returned,
                                .position = routing.position,
                                .weight = routing.weight,
                                .y = y});
   else  // the sum of a token's rows, which is what permute's gradient is
     run(step.stream,
-        PermuteBackward{.drows = saved.returned, .position = routing.position, .dx = y});
+        PermuteBackward{.drows = returned, .position = routing.position, .dx = y});
   return y;
 }
 
-// From the gradient of the activations to that of the rows.
+// From the gradient of the activations (with_product(): of what goes into them) to that of rows.
 void Experts::hidden_backward(Step& step, const Chunk& chunk, Tensor dhidden, Tensor dx,
                               bool accumulate) const {
-  const Tensor offsets = chunk.x.offsets, x = chunk.x.values, rows = row_count(chunk.x);
+  const Tensor offsets = chunk.x.offsets, x = chunk.x.values, rows = grouped_rows(chunk.x.offsets);
   Tensor dgate;
   if (kind.gated) {
     dgate = step.arena.take(chunk.hidden.shape, dhidden.dtype, "gradient of the gate");
@@ -144,7 +140,7 @@ void Experts::hidden_backward(Step& step, const Chunk& chunk, Tensor dhidden, Te
                                     .dup = dhidden});
     step.weight_work(GroupedOuter{
         .a = dgate, .b = x, .offsets = offsets, .out = gate->gradient, .accumulate = accumulate});
-  } else {
+  } else if (!with_product()) {
     run(step.stream,
         ActivationBackward{
             .x = chunk.up, .dy = dhidden, .rows = rows, .dx = dhidden, .kind = kind.activation});
@@ -168,7 +164,11 @@ void Experts::chunk_backward(Step& step, const Chunk& chunk, Tensor dy, Tensor d
   Frame frame(step.arena);
   Tensor dlast =
       linear ? dx : step.arena.take(chunk.hidden.shape, dy.dtype, "gradient of activations");
-  run(step.stream, GroupedMatmul{.a = dy, .b = last.compute, .offsets = offsets, .out = dlast});
+  run(step.stream, GroupedMatmul{.a = dy,
+                                 .b = last.compute,
+                                 .offsets = offsets,
+                                 .out = dlast,
+                                 .positive = with_product() ? chunk.hidden : Tensor()});
   step.weight_work(GroupedOuter{.a = dy,
                                 .b = linear ? chunk.x.values : chunk.hidden,
                                 .offsets = offsets,
@@ -180,18 +180,19 @@ void Experts::chunk_backward(Step& step, const Chunk& chunk, Tensor dy, Tensor d
 // The gradient of what the experts returned takes its place: that was its last use.
 void Experts::return_gradients(Step& step, const Gradient& g, const Router::Saved& routing,
                                const Saved& saved) const {
+  const Tensor returned = saved.returned.row_range(0, g.dy.rows() * routing.expert.cols());
   if (weighted)
     run(step.stream, UnpermuteBackward{.dy = g.dy,
-                                       .rows = saved.returned,
+                                       .rows = returned,
                                        .position = routing.position,
                                        .weight = routing.weight,
-                                       .drows = saved.returned,
+                                       .drows = returned,
                                        .dweight = g.dweight});
   else
     run(step.stream, Permute{.x = g.dy,
                              .source = routing.source,
                              .offsets = routing.offsets,
-                             .rows = saved.returned,
+                             .rows = returned,
                              .top_k = routing.expert.cols()});
 }
 
@@ -204,21 +205,27 @@ void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routi
   return_gradients(step, g, routing, saved);
   exchange.use(saved.plan);
   const int64_t C = exchange.capacity();
-  Tensor rows = step.arena.take({T * K, in()}, dtype, "exchange gradients returned");
+  const bool stay = exchange.rows_stay();
+  const auto take = [&](int64_t rows, int64_t width, const char* who) {
+    return step.arena.take({rows, width}, dtype, who);
+  };
+  const Tensor returned = saved.returned.row_range(0, T * K);
+  Tensor din = take(C, in(), "exchange gradients of rows");
+  Tensor rows = stay ? din.row_range(0, T * K) : take(T * K, in(), "exchange gradients returned");
   Tensor sent;
   if (exchange.chunks() > 1) {
-    sent = step.arena.take({T * K, in()}, dtype, "exchange rows to send again");
+    sent = take(T * K, in(), "exchange rows to send again");
     run(step.stream, Permute{.x = saved.x,
                              .source = routing.source,
                              .offsets = routing.offsets,
                              .rows = sent,
                              .top_k = K});
   }
-  Tensor staging = step.arena.take({C, in()}, dtype, "exchange staging");
-  Tensor out_staging =
-      out() == in() ? staging : step.arena.take({C, out()}, dtype, "exchange staging");
-  Tensor dout = step.arena.take({C, out()}, dtype, "exchange gradients of outputs");
-  Tensor din = step.arena.take({C, in()}, dtype, "exchange gradients of rows");
+  Tensor staging = stay ? din : take(C, in(), "exchange staging");
+  Tensor dout = stay ? saved.returned : take(C, out(), "exchange gradients of outputs");
+  Tensor out_staging = stay              ? dout
+                       : out() == in() ? staging
+                                       : take(C, out(), "exchange staging");
   for (int64_t i = 0; i < exchange.chunks(); ++i) {
     Frame again(step.arena);
     const Chunk chunk = i == 0 ? saved.first : take_chunk(step);
@@ -226,7 +233,7 @@ void Experts::backward(Step& step, const Gradient& g, const Router::Saved& routi
       exchange.dispatch(step.stream, i, sent, chunk.x, staging);
       hidden_rows(step, chunk);
     }
-    exchange.dispatch(step.stream, i, saved.returned, {dout, chunk.x.offsets}, out_staging);
+    exchange.dispatch(step.stream, i, returned, {dout, chunk.x.offsets}, out_staging);
     chunk_backward(step, chunk, dout, din, step.accumulate || i > 0);
     exchange.combine(step.stream, i, {din, chunk.x.offsets}, rows, staging);
   }

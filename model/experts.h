@@ -26,7 +26,7 @@ struct Experts {
     Tensor x;  // [T, Din]
     ExpertExchange::Plan plan;
     Chunk first;
-    Tensor returned;  // [S, Dout] the experts' outputs
+    Tensor returned;  // the experts' outputs: [S, Dout], or [C, Dout] where rows stay
   };
   struct Form {
     FeedForwardKind kind;
@@ -51,6 +51,11 @@ struct Experts {
  private:
   int64_t in() const { return up->shape[2]; }
   int64_t out() const { return (linear ? up : down)->shape[1]; }
+  // relu, and its gradient, are taken with the products beside them; relu'(x) can be told from
+  // relu(x), so that what goes in need not be kept beside what comes out.
+  bool with_product() const {
+    return !linear && !kind.gated && kind.activation == Activation::relu;
+  }
   Chunk take_chunk(Step& step) const;
   Tensor hidden_rows(Step& step, const Chunk& chunk) const;
   void chunk_forward(Step& step, const Chunk& chunk, Tensor out) const;

@@ -18,6 +18,11 @@ int block_index(size_t block) {
   return int(block) + 1;
 }
 
+constexpr int64_t kNoBlock = -1;
+void at_block(const Step& step, int64_t block) {
+  if (step.activity) step.activity->at_layer(block);
+}
+
 void wait_for(Step& step, ParameterStore& store, int block, GradientBuckets* weights) {
   if (step.stream.is_dry()) return;
   for (Axis axis : {Axis::data, Axis::expert_data}) {
@@ -80,10 +85,12 @@ void LanguageModel::forward(Step& step, const Tensor& ids, Saved& saved,
   wait_for(step, store_, kEmbedding, weights);
   SubLayer::Residual s{.stream = embed(step, ids), .pending = {}};
   for (size_t i = 0; i < blocks_.size(); ++i) {
+    at_block(step, int64_t(i));
     wait_for(step, store_, block_index(i), weights);
     for (size_t j = 0; j < blocks_[i].size(); ++j)
       s = blocks_[i][j].forward(step, s, saved.blocks[i][j]);
   }
+  at_block(step, kNoBlock);
   if (final_norm_) {
     wait_for(step, store_, block_index(blocks_.size()), weights);
     saved.x = final_norm_->forward(step, s.stream, s.pending, saved.final_norm);
@@ -137,10 +144,12 @@ void LanguageModel::backward(Step& step, const Tensor& ids, const Saved& saved,
     announce(step, block_index(blocks_.size()), ready);
   }
   for (size_t i = blocks_.size(); i-- > 0;) {
+    at_block(step, int64_t(i));
     for (size_t j = blocks_[i].size(); j-- > 0;)
       blocks_[i][j].backward(step, dstream, saved.blocks[i][j]);
     announce(step, block_index(i), ready);
   }
+  at_block(step, kNoBlock);
   embed_backward(step, ids, dstream);
   announce(step, kEmbedding, ready);
 }

@@ -39,6 +39,8 @@ struct Step {
   // them; one for each attention layer, [B, slots, 2 Hkv dh].
   const std::vector<Tensor>* caches = nullptr;
   int64_t position = 0;
+  Activity* activity = nullptr;  // told of the block at hand; null: nobody is
+  bool dropless = false;  // whatever the model's capacity factor: no row is beyond any capacity
 
   // Takes a product for a weight's gradient. Operators are values: a later version may keep them
   // until an exchange is in flight; nothing reads a weight's gradient before the block ends.

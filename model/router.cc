@@ -57,7 +57,7 @@ void Router::forward(Step& step, Tensor x, Saved& saved) const {
                          .z = z,
                          .flag = flag,
                          .groups = G,
-                         .capacity_factor = capacity_factor,
+                         .capacity_factor = step.dropless ? 0 : capacity_factor,
                          .renormalise = renormalise,
                          .kind = kind_of(*this),
                          .scale = scale});

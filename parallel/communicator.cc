@@ -20,6 +20,12 @@ void sum_gathered(Communicator& group, Stream& stream, const Tensor& values, voi
 
 }  // namespace
 
+void Communicator::tell(Activity* activity, bool waits) {
+  activity_ = activity;
+  waits_ = waits;
+  if (activity) group_of_activity_ = activity->add_group(name());
+}
+
 void all_reduce_sum(Communicator& group, Stream& stream, const Tensor& values, Tensor workspace) {
   check(values.dense(), "all_reduce_sum: rows of ", to_string(values.shape), " are padded");
   check(workspace.bytes() >= group.size() * values.bytes(), "all_reduce_sum: expected ",

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/activity.h"
 #include "core/device.h"
 
 namespace moemamba {
@@ -50,6 +51,46 @@ class Communicator {
 
   // This rank failed: wakes all the others. Called once, from any thread.
   virtual void abort(const std::string& why) noexcept = 0;
+
+  // Who is told of this seat's calls, before the first of them; null: nobody, as at first. waits:
+  // the thread that trains waits for them, and does not go on beside them.
+  void tell(Activity* activity, bool waits);
+  Activity* activity() const { return activity_; }
+
+ protected:
+  // From a call's begin to its end: while it is at work, not while it is enqueued.
+  void begin_call() const {
+    if (activity_) activity_->begin_collective(group_of_activity_);
+  }
+  void end_call(std::chrono::nanoseconds took) const {
+    if (!activity_) return;
+    if (waits_) activity_->add_waited(took);
+    activity_->end_collective(group_of_activity_);
+  }
+  class InCall;  // both, on the thread that does the work
+
+ private:
+  Activity* activity_ = nullptr;
+  int group_of_activity_ = 0;
+  bool waits_ = false;
+};
+
+class Communicator::InCall {
+ public:
+  explicit InCall(const Communicator& seat) : seat_(seat) {
+    if (!seat.activity_) return;
+    start_ = std::chrono::steady_clock::now();
+    seat.begin_call();
+  }
+  ~InCall() {
+    if (seat_.activity_) seat_.end_call(std::chrono::steady_clock::now() - start_);
+  }
+  InCall(const InCall&) = delete;
+  InCall& operator=(const InCall&) = delete;
+
+ private:
+  const Communicator& seat_;
+  std::chrono::steady_clock::time_point start_;
 };
 
 // Sums over the ranks in rank order: the same bits on every member and for every implementation.

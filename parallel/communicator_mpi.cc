@@ -162,6 +162,7 @@ MpiCommunicator::~MpiCommunicator() {
 }
 
 void MpiCommunicator::exchange(const AllToAll& call) {
+  const InCall in_call(*this);
   const auto deadline = Clock::now() + deadline_;
   BackOff back_off;
   try {

@@ -22,29 +22,34 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-constexpr milliseconds kGrace(10000);  // of an abort that hangs
-constexpr int64_t kFlag = 16;          // bytes of a rank in a barrier
+constexpr milliseconds kGrace(2000);  // of an abort that hangs
+constexpr int64_t kFlag = 16;         // bytes of a rank in a barrier
 
 void call(cudaError_t code, const char* what) {
   check(code == cudaSuccess, "CUDA: ", what, ": ", cudaGetErrorString(code), " (",
         cudaGetErrorName(code), ")");
 }
 
-cudaStream_t native(const Stream& stream) { return static_cast<cudaStream_t>(stream.native()); }
+cudaStream_t native(const Stream& stream) {
+  return static_cast<cudaStream_t>(stream.native());
+}
 
 // Ends the process unless it is gone before the grace time is over. NCCL's abort has been seen to
 // wait for what it should end; then there is no other way out.
 class Grace {
  public:
-  Grace(std::string group, milliseconds time, int exit_code) {
-    std::thread([over = over_, group = std::move(group), time, exit_code] {
+  // why: what the caller has not been able to say yet.
+  Grace(std::string group, std::string why, milliseconds time, int exit_code) {
+    std::thread([over = over_, group = std::move(group), why = std::move(why), time, exit_code] {
       const auto end = Clock::now() + time;
       while (Clock::now() < end) {
         if (*over) return;
         std::this_thread::sleep_for(milliseconds(20));
       }
-      std::fprintf(stderr, "group %s: could not be ended within %d ms; this process ends itself\n",
-                   group.c_str(), int(time.count()));
+      std::fprintf(stderr,
+                   "moemamba: %s\nmoemamba: group %s could not be ended within %d ms; this process "
+                   "ends itself\n",
+                   why.c_str(), group.c_str(), int(time.count()));
       std::_Exit(exit_code);
     }).detach();
   }
@@ -72,7 +77,8 @@ class NcclCommunicator final : public Communicator {
 
  private:
   // A call on its way. It is late when `done` does not follow `begun` within the deadline: what the
-  // stream has to do before does not count.
+  // stream has to do before does not count. Whoever watches this rank hears of a call when it is
+  // enqueued, and of its end when somebody looks.
   struct Pending {
     cudaEvent_t begun = nullptr, done = nullptr;
     std::optional<Clock::time_point> since;  // begun was seen
@@ -84,6 +90,7 @@ class NcclCommunicator final : public Communicator {
   void exchange(Stream& stream, const AllToAll& call);
   void look();  // what poll() looks for, in this order
   void look_at_calls();
+  static std::chrono::nanoseconds time_of(const Pending& pending);  // REQUIRES: it is past
   void take(ncclResult_t result);    // fails unless it is success or "in progress"
   void settle(ncclResult_t result);  // waits until NCCL has done what it does on the host
   [[noreturn]] void fail(ncclResult_t result);
@@ -116,8 +123,8 @@ NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> beside,
       exit_code_(exit_code),
       flags_(DeviceKind::cuda, 2 * beside_->size() * kFlag) {
   for (Pending& pending : calls_) {
-    call(cudaEventCreateWithFlags(&pending.begun, cudaEventDisableTiming), "cudaEventCreate");
-    call(cudaEventCreateWithFlags(&pending.done, cudaEventDisableTiming), "cudaEventCreate");
+    call(cudaEventCreate(&pending.begun), "cudaEventCreate");
+    call(cudaEventCreate(&pending.done), "cudaEventCreate");
   }
   try {
     connect();
@@ -129,7 +136,8 @@ NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> beside,
 
 NcclCommunicator::~NcclCommunicator() {
   if (comm_ && !lost_) {
-    const Grace grace(name(), std::max(kGrace, deadline_), exit_code_);
+    const Grace grace(name(), "not all ranks have come to the end", std::max(kGrace, deadline_),
+                      exit_code_);
     ncclResult_t state = ncclCommFinalize(comm_);
     while (state == ncclInProgress && ncclCommGetAsyncError(comm_, &state) == ncclSuccess)
       std::this_thread::yield();
@@ -222,8 +230,9 @@ void NcclCommunicator::all_gather(Stream& stream, const void* send, void* recv, 
 void NcclCommunicator::begin(const Stream& stream) {
   look();
   check(stream.device() == DeviceKind::cuda, "group ", name(), ": NCCL works on CUDA streams");
+  begin_call();
   tracked_ = last_ - first_ < calls_.size();  // else an earlier one hangs before this one can
-  if (!tracked_) return;
+  if (!tracked_) return end_call({});
   Pending& pending = calls_[last_ % calls_.size()];
   pending.since.reset();
   call(cudaEventRecord(pending.begun, native(stream)), "cudaEventRecord");
@@ -262,11 +271,20 @@ void NcclCommunicator::look_at_calls() {
   };
   for (; first_ < last_; ++first_) {
     Pending& pending = calls_[first_ % calls_.size()];
-    if (past(pending.done)) continue;
+    if (past(pending.done)) {
+      if (activity()) end_call(time_of(pending));
+      continue;
+    }
     if (!pending.since && past(pending.begun)) pending.since = Clock::now();
     if (pending.since && Clock::now() - *pending.since > deadline_) miss();
     return;
   }
+}
+
+std::chrono::nanoseconds NcclCommunicator::time_of(const Pending& pending) {
+  float time = 0;  // in milliseconds
+  call(cudaEventElapsedTime(&time, pending.begun, pending.done), "cudaEventElapsedTime");
+  return std::chrono::nanoseconds(int64_t(double(time) * 1e6));
 }
 
 void NcclCommunicator::take(ncclResult_t result) {
@@ -294,8 +312,8 @@ void NcclCommunicator::settle(ncclResult_t result) {
 }
 
 void NcclCommunicator::fail(ncclResult_t result) {
-  const std::string why = concat("NCCL: ", ncclGetErrorString(result), ": ",
-                                 ncclGetLastError(comm_));
+  const std::string why =
+      concat("NCCL: ", ncclGetErrorString(result), ": ", ncclGetLastError(comm_));
   check(result != ncclInvalidArgument && result != ncclInvalidUsage, "group ", name(), ": ", why);
   // What went wrong with the others is their loss; all else happened here.
   const bool theirs = result == ncclRemoteError || result == ncclSystemError;
@@ -319,7 +337,7 @@ void NcclCommunicator::lose(PeerLost lost) {
 
 void NcclCommunicator::tear_down() noexcept {
   if (!comm_) return;
-  const Grace grace(name(), kGrace, exit_code_);
+  const Grace grace(name(), lost_ ? lost_->what() : "its work was given up", kGrace, exit_code_);
   ncclCommAbort(std::exchange(comm_, nullptr));
 }
 
@@ -338,6 +356,12 @@ std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicato
                                                      milliseconds deadline, int exit_code) {
   return std::make_unique<NcclCommunicator>(std::move(beside), std::move(world_ranks), deadline,
                                             exit_code);
+}
+
+std::string nccl_version() {
+  int version = 0;  // 22105: 2.21.5
+  if (ncclGetVersion(&version) != ncclSuccess) return "unknown";
+  return concat(version / 10000, ".", version % 10000 / 100, ".", version % 100);
 }
 
 }  // namespace moemamba

@@ -23,4 +23,7 @@ std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicato
                                                      std::chrono::milliseconds deadline,
                                                      int exit_code);
 
+// Of the library that this program has found: "2.21.5"; "" in a build without NCCL.
+std::string nccl_version();
+
 }  // namespace moemamba

@@ -9,4 +9,6 @@ std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicato
                      "rank; install NCCL and configure again, or use --device=cpu"));
 }
 
+std::string nccl_version() { return ""; }
+
 }  // namespace moemamba

@@ -158,10 +158,14 @@ class ThreadCommunicator final : public Communicator {
   const std::string& name() const override { return meeting_->name(); }
 
   void all_to_all(Stream& stream, const AllToAll& call) override {
-    stream.submit([this, &stream, call] { meeting_->exchange(rank_, stream, call); });
+    stream.submit([this, &stream, call] {
+      const InCall in_call(*this);
+      meeting_->exchange(rank_, stream, call);
+    });
   }
   void all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) override {
     stream.submit([this, &stream, send, recv, bytes] {
+      const InCall in_call(*this);
       meeting_->exchange(rank_, stream, gather_.fill(send, recv, bytes));
     });
   }

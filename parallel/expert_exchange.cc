@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace moemamba {
 
@@ -86,7 +87,7 @@ ExpertExchange::Interval ExpertExchange::within(int64_t chunk, int64_t source,
   return {begin, std::clamp<int64_t>((chunk + 1) * capacity_ - first, begin, rows)};
 }
 
-bool ExpertExchange::asks_nobody() const {
+bool ExpertExchange::rows_stay() const {
   return device_ == DeviceKind::cuda && group_.size() == 1 && capacity_ >= max_rows_;
 }
 
@@ -101,14 +102,16 @@ void ExpertExchange::plan(Stream& stream, const Tensor& offsets) {
   }
   check(stream.device() == device_, "expert exchange: made for streams of the ",
         device_ == DeviceKind::cpu ? "CPU" : "GPU");
-  if (asks_nobody()) {
+  if (rows_stay()) {
     chunks_ = 1;
     received_ = max_rows_;
-    return;
+  } else {
+    const Observed observed(stream, "exchange");
+    const InPhase in_phase(group_.activity(), Phase::exchange);
+    gather_offsets(stream, offsets);
+    number_rows();
   }
-  const Observed observed(stream, "exchange");
-  gather_offsets(stream, offsets);
-  number_rows();
+  planned_rows_ += received_;
 }
 
 // Into offsets_; the host waits (house.md, decision 13).
@@ -138,7 +141,7 @@ void ExpertExchange::keep(Plan& plan) const {
   plan.offsets = own_offsets_;
   plan.chunks = chunks_;
   plan.received = received_;
-  if (!asks_nobody()) plan.all_offsets.assign(offsets_.begin(), offsets_.end());
+  if (!rows_stay()) plan.all_offsets.assign(offsets_.begin(), offsets_.end());
 }
 
 void ExpertExchange::use(const Plan& plan) {
@@ -273,11 +276,30 @@ void ExpertExchange::copy_on_device(Stream& stream, const Move& move) const {
   copy_between(staged_segments_, move.staging.rows_on_device(capacity_));
 }
 
+// For those who watch this rank: rows of other ranks that this call brings.
+void ExpertExchange::tell_begin(const Move& move) const {
+  expected_ = 0;
+  for (size_t r = 0; r < sent_.size(); ++r) {
+    if (int(r) == group_.rank()) continue;
+    const Interval& comes = (move.out ? staged_ : sent_)[r];
+    expected_ += comes.end - comes.begin;
+  }
+  before_ = group_.activity()->phase();
+  group_.activity()->enter(Phase::exchange);
+  group_.activity()->expect_rows(expected_);
+}
+
+void ExpertExchange::tell_end() const {
+  group_.activity()->expect_rows(-1);
+  group_.activity()->enter(before_);
+}
+
 void ExpertExchange::exchange(Stream& stream, const Move& move) const {
   const Observed observed(stream, "exchange");
   stream.submit([this, &stream, move] {
     started_ = Clock::now();
     place(move);
+    if (group_.activity()) tell_begin(move);
     if (!move.out) copy_chunk(stream, move);
   });
   if (group_.size() > 1) {
@@ -297,7 +319,9 @@ void ExpertExchange::exchange(Stream& stream, const Move& move) const {
     group_.all_to_all(stream, call);
   }
   stream.submit([this, &stream, move] {
+    if (group_.activity()) group_.activity()->receive_rows(expected_);
     if (move.out) copy_chunk(stream, move);
+    if (group_.activity()) tell_end();
     if (device_ == DeviceKind::cpu)  // a GPU's work goes on
       nanoseconds_ += std::chrono::nanoseconds(Clock::now() - started_).count();
   });
@@ -308,10 +332,11 @@ void ExpertExchange::dispatch(Stream& stream, int64_t chunk, const Tensor& rows,
   check_move(chunk, rows, out.values, staging);
   expect("out.offsets[E' + 1]", out.offsets, {layout_.experts_of(group_.rank()) + 1}, DType::i32);
   if (stream.is_dry()) return;
-  if (asks_nobody()) {
+  if (rows_stay()) {
     const Observed observed(stream, "exchange");
     const int32_t* count = own_offsets_.as<int32_t>() + layout_.experts();
-    device_work::copy_first_rows(stream, rows, count, out.values);
+    if (rows.data != out.values.data)
+      device_work::copy_first_rows(stream, rows, count, out.values);
     return copy(stream, own_offsets_, out.offsets);
   }
   exchange(stream, {.chunk = chunk,
@@ -326,10 +351,12 @@ void ExpertExchange::combine(Stream& stream, int64_t chunk, const Rows& rows, co
                              const Tensor& staging) const {
   check_move(chunk, out, rows.values, staging);
   if (stream.is_dry()) return;
-  if (asks_nobody()) {
+  if (rows_stay()) {
     const Observed observed(stream, "exchange");
     const int32_t* count = own_offsets_.as<int32_t>() + layout_.experts();
-    return device_work::copy_first_rows(stream, rows.values, count, out);
+    if (rows.values.data != out.data)
+      device_work::copy_first_rows(stream, rows.values, count, out);
+    return;
   }
   exchange(stream, {.chunk = chunk,
                     .rows = Block(out),
@@ -351,6 +378,10 @@ void ExpertExchange::check_move(int64_t chunk, const Tensor& rows, const Tensor&
                     (capacity_ < 2 || local.stride == staging.stride);
   check(same, "rows, chunk and staging must be padded alike: strides ", rows.stride, ", ",
         local.stride, " and ", staging.stride);
+}
+
+int64_t ExpertExchange::take_rows() {
+  return std::exchange(planned_rows_, 0);
 }
 
 double ExpertExchange::take_seconds() { return double(nanoseconds_.exchange(0)) * 1e-9; }

@@ -42,6 +42,10 @@ class ExpertExchange {
   // Over all chunks; all that could come where nobody asked.
   int64_t received_rows() const { return received_; }
 
+  // Whether nothing is exchanged: on a GPU that has all experts and room for all rows. Then rows
+  // may be the first ones of a chunk, and a chunk the staging: what lies there is not copied.
+  bool rows_stay() const;
+
   // rows[S, D] (sorted by expert) -> out.values[C, D], out.offsets[E' + 1] of chunk `chunk`.
   // staging: [C, D].
   void dispatch(Stream& stream, int64_t chunk, const Tensor& rows, const Rows& out,
@@ -52,6 +56,8 @@ class ExpertExchange {
                const Tensor& staging) const;
   // Spent in exchanges since the last call; 0 on CUDA streams, whose work the host does not see.
   double take_seconds();
+  // That came in plans since the last call, over all their chunks.
+  int64_t take_rows();
 
  private:
   // Rows of this rank that one receiver gets, or rows of staging that one source fills.
@@ -69,9 +75,10 @@ class ExpertExchange {
   void check_move(int64_t chunk, const Tensor& rows, const Tensor& local,
                   const Tensor& staging) const;
   void place(const Move& move) const;
-  bool asks_nobody() const;
   void gather_offsets(Stream& stream, const Tensor& offsets);
   void exchange(Stream& stream, const Move& move) const;
+  void tell_begin(const Move& move) const;
+  void tell_end() const;
   int64_t begin_of(int64_t chunk, int64_t expert) const;
   void copy_chunk(Stream& stream, const Move& move) const;
   void copy_on_device(Stream& stream, const Move& move) const;
@@ -81,6 +88,7 @@ class ExpertExchange {
   Communicator& group_;
   const RankLayout& layout_;
   int64_t capacity_, max_rows_, chunks_ = 1, received_ = 0;
+  int64_t planned_rows_ = 0;  // since take_rows()
   DeviceKind device_;
   Tensor own_offsets_;            // as given to plan()
   Buffer gathered_, staging_;     // of a GPU: all ranks' offsets, and on their way to the host
@@ -91,6 +99,8 @@ class ExpertExchange {
   mutable std::vector<Interval> sent_, staged_;
   mutable std::vector<int64_t> sent_places_, sent_bytes_, staged_places_, staged_bytes_;
   mutable std::vector<device_work::Segment> own_segments_, staged_segments_;
+  mutable int64_t expected_ = 0;         // rows from other ranks
+  mutable Phase before_{};               // what the stream was at before
   mutable std::vector<int32_t> begins_;  // [E' + 1] where experts begin within the chunk
   mutable std::chrono::steady_clock::time_point started_;  // touched by the stream's work alone
   mutable std::atomic<int64_t> nanoseconds_{0};

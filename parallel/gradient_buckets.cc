@@ -80,7 +80,19 @@ void GradientBuckets::ready(int64_t i, Stream& compute) {
   last_ = communication_.record();
 }
 
-void GradientBuckets::finish(Stream& compute) { compute.wait(last_); }
+// Whoever watches this rank hears how long it has waited: of an immediate stream, whose thread
+// waits here. A CUDA stream waits by itself.
+void GradientBuckets::wait(Event event, Stream& compute) {
+  Activity* activity = buckets_.empty() ? nullptr : buckets_[0].group->activity();
+  if (!activity) return compute.wait(event);
+  const auto start = Clock::now();
+  compute.wait(event);
+  activity->add_waited(Clock::now() - start);
+}
+
+void GradientBuckets::finish(Stream& compute) {
+  wait(last_, compute);
+}
 
 void GradientBuckets::gather_weights(Stream& compute) {
   communication_.wait(compute.record());
@@ -96,7 +108,7 @@ void GradientBuckets::gather_weights(Stream& compute) {
 }
 
 void GradientBuckets::wait_weights(int64_t i, Stream& compute) {
-  compute.wait(gathered_[size_t(i)]);
+  wait(gathered_[size_t(i)], compute);
 }
 
 void GradientBuckets::start_clock() {

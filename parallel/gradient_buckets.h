@@ -46,6 +46,7 @@ class GradientBuckets {
   struct Places {  // of the slices of all ranks within a bucket, in bytes; the own one is not sent
     std::vector<int64_t> offsets, bytes;
   };
+  void wait(Event event, Stream& compute);
   void start_clock();
   void stop_clock();
 

@@ -4,6 +4,15 @@
 
 namespace moemamba {
 
+// The training thread waits for rows and facts; gradients, weights and votes travel beside it, and
+// where it waits for these, GradientBuckets says so.
+void ProcessGroups::tell(Activity* to) {
+  activity = to;
+  for (Communicator* group : {expert.get(), control.get()}) group->tell(to, true);
+  for (Communicator* group : {data.get(), expert_data.get(), checkpoint.get()})
+    group->tell(to, false);
+}
+
 void ProcessGroups::poll() {
   try {
     for (Communicator* group : {control.get(), data.get(), expert_data.get(), expert.get()})

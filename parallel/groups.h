@@ -15,6 +15,9 @@ struct ProcessGroups {
   std::unique_ptr<Communicator> expert;          // token exchange
   std::unique_ptr<Communicator> control;         // all ranks: small facts (losses, verdicts)
   std::unique_ptr<Communicator> checkpoint;      // all ranks: votes of a save behind the steps
+  Activity* activity = nullptr;                  // what this rank is at; null: nobody reads
+  // Tells all of them, and what is made of them, to write down what they are at.
+  void tell(Activity* activity);
   // While the host waits for a CUDA stream, which cannot throw by itself:
   //   stream.watch([&groups] { groups.poll(); });
   // Throws PeerLost where a member of a group of the step is lost, after it has told all others, so

@@ -99,6 +99,25 @@ std::string describe_differences(const std::vector<Facts>& of_ranks) {
   return text;
 }
 
+std::string mpi_library() {
+  std::array<char, MPI_MAX_LIBRARY_VERSION_STRING> text{};
+  int length = 0;
+  MPI_Get_library_version(text.data(), &length);
+  const std::string whole(text.data(), size_t(length));
+  return whole.substr(0, whole.find_first_of(",\n"));
+}
+
+std::string mpi_thread_level(bool* enough) {
+  int level = 0;
+  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level);
+  MPI_Finalize();
+  *enough = level >= MPI_THREAD_SERIALIZED;
+  return level == MPI_THREAD_MULTIPLE     ? "MPI_THREAD_MULTIPLE"
+         : level == MPI_THREAD_SERIALIZED ? "MPI_THREAD_SERIALIZED"
+         : level == MPI_THREAD_FUNNELED   ? "MPI_THREAD_FUNNELED"
+                                          : "MPI_THREAD_SINGLE";
+}
+
 World::World() : exceptions_(std::uncaught_exceptions()) {
   int level = 0;
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);

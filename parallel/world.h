@@ -15,6 +15,13 @@ using Facts = std::vector<std::pair<std::string, std::string>>;
 // "" when all ranks' facts are equal; else which facts differ, on which ranks, and their values.
 std::string describe_differences(const std::vector<Facts>& of_ranks);
 
+// The MPI library that this program has found, "Open MPI v4.1.4"; known before MPI starts.
+std::string mpi_library();
+// Starts MPI, asks for everything, ends it, and says what threads may do: "MPI_THREAD_MULTIPLE".
+// `enough`: a World can be made of it. Once in a process, and in no other process than one that may
+// die of it.
+std::string mpi_thread_level(bool* enough);
+
 // MPI between its start and its end: one object in a process, for as long as communicators live.
 // Whoever catches an error ends the job with abort(): a destructor that runs because of an
 // exception leaves MPI unfinished, so that mpirun ends the other ranks instead of all waiting.

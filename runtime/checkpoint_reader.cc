@@ -252,7 +252,7 @@ std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& 
     read_all(groups, stream, store, *checkpoint);
     if (groups.rank == 0) set_aside(files, request.run, request.generation, damaged);
     const CheckpointManifest& m = checkpoint->manifest().facts();
-    say(concat("resumed    ", path, "; ", layout_text(m, groups.layout), "; next sample ",
+    say(concat(request.heading, path, "; ", layout_text(m, groups.layout), "; next sample ",
                m.next_sample(), "; loss was ", m.loss()));
     return m;
   }

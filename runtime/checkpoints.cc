@@ -104,6 +104,10 @@ void Checkpoints::announce() {
 // Counted and said, once.
 void Checkpoints::tell() {
   told_ = true;
+  if (groups_.rank == 0 && options_.on_end)
+    options_.on_end({.step = facts_.step,
+                     .problem = problem_,
+                     .seconds = seconds_ + (options_.verify ? reread_seconds_ : 0)});
   using Speech = std::function<void(const std::string&)>;
   const auto say = [&](const Speech& how, const std::string& text) {
     if (groups_.rank == 0 && how) how(text);
@@ -116,6 +120,7 @@ void Checkpoints::tell() {
                             " failed so far, older checkpoints are untouched"));
   }
   failed_in_a_row_ = 0;
+  newest_ = facts_.step;
   char text[200];
   int length =
       std::snprintf(text, sizeof text,
@@ -140,6 +145,7 @@ void Checkpoints::conclude() {
 }
 
 Event Checkpoints::save(CheckpointFacts facts, Stream* compute) {
+  const InPhase in_phase(groups_.activity, Phase::saving);
   const auto start = Clock::now();
   conclude();
   facts_ = std::move(facts);
@@ -159,6 +165,7 @@ Event Checkpoints::save(CheckpointFacts facts, Stream* compute) {
 }
 
 void Checkpoints::finish() {
+  const InPhase in_phase(groups_.activity, Phase::saving);
   conclude();
 }
 

@@ -13,6 +13,11 @@ namespace moemamba {
 // counts as a failed save and is set aside.
 class Checkpoints {
  public:
+  struct Ended {
+    int64_t step = 0;
+    std::string problem;  // "": it is there
+    double seconds = 0;   // from its step to its end, behind the steps for the most part
+  };
   struct Options {
     CheckpointWriter::Options writer;
     bool asynchronous = true;
@@ -22,6 +27,7 @@ class Checkpoints {
     // Rank 0, from the caller's thread: what became of a save. `warn`: of one that failed; empty:
     // as the others.
     std::function<void(const std::string&)> say, warn = {};
+    std::function<void(const Ended&)> on_end = {};  // rank 0, once for each save; empty: nobody
   };
   Checkpoints(FileSystem& files, ProcessGroups& groups, const ParameterStore& store,
               Options options);
@@ -34,7 +40,8 @@ class Checkpoints {
   // Says what became of the latest save, if it has ended. Between any steps, on this rank alone: it
   // waits for nobody.
   void announce();
-  int64_t failed() const { return failed_; }           // in all, as far as announced
+  int64_t failed() const { return failed_; }  // in all, as far as announced
+  int64_t newest() const { return newest_; }  // step of the latest good one, likewise; or -1
   double blocked_seconds() const { return blocked_; }  // of the latest save()
 
  private:
@@ -55,7 +62,7 @@ class Checkpoints {
   std::atomic<bool> ended_ = false;  // what follows is the caller's to read
   std::string problem_, untidy_;
   std::exception_ptr error_;
-  int64_t failed_ = 0, failed_in_a_row_ = 0;
+  int64_t failed_ = 0, failed_in_a_row_ = 0, newest_ = -1;
   double blocked_ = 0, seconds_ = 0, reread_seconds_ = 0;
 };
 

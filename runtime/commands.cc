@@ -94,9 +94,8 @@ std::string run_generation(ProcessGroups& groups, const UseRequest& request,
         "--data.tokenizer=none: this model was trained on ids alone, which no tokenizer turns into "
         "text; give the tokenizer that made its token files: --data.tokenizer=FILE");
   constexpr int64_t kPiece = 64;  // tokens of the prompt that are read at once
-  ModelSizes sizes =
+  const ModelSizes sizes =
       model_sizes(request.model, tokenizer->vocabulary(), request.train.sequence_length());
-  sizes.capacity_factor = 0;  // a capacity shares out a batch; here every token is alone
   Session session = open_session(groups, request, sizes, 1, kPiece);
   load_newest_weights(request.weights, session, groups);
   if (groups.rank == 0) std::fputs(prompt.c_str(), out);

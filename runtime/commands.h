@@ -6,8 +6,10 @@
 #include "model/model_config.pb.h"
 #include "parallel/groups.h"
 #include "parallel/parallel_config.pb.h"
+#include "runtime/control.pb.h"
 #include "runtime/evaluate.h"
 #include "runtime/generate.h"
+#include "runtime/metrics.h"
 #include "runtime/train_config.pb.h"
 
 namespace moemamba {
@@ -32,16 +34,27 @@ struct TrainRequest {
   int columns = 0;  // width of the terminal, 0 = not known
   // True on any rank: the run ends after the step at hand, with its weights. Empty: never.
   std::function<bool()> stop_wanted;
+  // What people want to know later; on rank 0 alone, from the thread that trains. Empty: nobody.
+  std::function<void(const RunEvent&)> on_event;
+  // Where a supervisor holds the lease of the run's folder: its generation now. Rank 0 then takes
+  // no lease, and commits while that one is the newest. Empty: rank 0 takes a lease of its own.
+  std::function<int64_t()> lease_generation;
+  // A step that has ended, with the time that this rank has waited for others in it; on every rank.
+  // Rank 0 gets the choices of all experts, [routers, E], with it.
+  std::function<void(const StepRecord&, const std::vector<double>& choices)> on_step;
+  // Drills: those of TrainerOptions, of this rank.
+  std::function<bool(int64_t step)> spoil;
+  std::function<void(int64_t step)> before_step;
+  std::function<void(int64_t step, double seconds)> before_verdict;
 };
 
 struct TrainResult {
   std::optional<Evaluation> evaluation;  // the last one; without held-out text: none
   bool stopped = false;                  // before its last step, as asked
 };
-// Leaves config.textproto, metrics.jsonl, loss.svg, experts.txt, checkpoints/ and weights/ in the
-// run's folder.
-TrainResult run_training(FileSystem& files, ProcessGroups& groups,
-                                       const TrainRequest& request);
+// Leaves config.textproto, metrics.jsonl, samples.jsonl, tensorboard/, loss.svg, experts.txt,
+// checkpoints/ and weights/ in the run's folder.
+TrainResult run_training(FileSystem& files, ProcessGroups& groups, const TrainRequest& request);
 
 struct UseRequest {
   ModelConfig model;

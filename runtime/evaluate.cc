@@ -123,6 +123,7 @@ Evaluation Evaluator::run() {
   const Tensor facts = view(device_facts_, 0, {n}, DType::f64);
   RoutingFacts routing{.choices = {}, .sums = view(device_facts_, n * 8, {4}, DType::f64)};
   if (n > 1) routing.choices = view(device_facts_, 8, {sizes.routers(), sizes.E}, DType::f64);
+  const InPhase in_phase(session_.groups.activity, Phase::evaluation);
   loss_sum_ = view(device_facts_, 0, {1}, DType::f64);
   fill_zero(session_.compute, view(device_facts_, 0, {n + 4}, DType::f64));
   for (size_t first = 0; first < pieces_.size(); first += ranks) {
@@ -134,6 +135,7 @@ Evaluation Evaluator::run() {
   all_reduce_sum(*session_.groups.control, session_.host, view(facts_.data(), {n}),
                  view(gathered_.data(), {int64_t(ranks), n}));
   session_.exchange.take_seconds();
+  session_.exchange.take_rows();
   Evaluation result;
   result.loss_sum = facts_[0];
   result.tokens = predicted_;

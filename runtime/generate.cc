@@ -18,7 +18,9 @@ Sampler::Sampler(const SamplingOptions& options, int64_t vocabulary) : options_(
 
 int32_t Sampler::choose(const float* logits, uint64_t index) {
   const size_t V = order_.size();
-  for (size_t v = 0; v < V; ++v) order_[v] = {logits[v], int32_t(v)};
+  // What is no number has no place in an order; it is taken for the least likely.
+  for (size_t v = 0; v < V; ++v)
+    order_[v] = {std::isnan(logits[v]) ? -INFINITY : logits[v], int32_t(v)};
   // Likeliest first; equal logits by id, so that the choice is the same everywhere.
   std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) {
     return a.first != b.first ? a.first > b.first : a.second < b.second;
@@ -61,6 +63,13 @@ void Decoder::take_states() {
   caches_ = session_.model.take_caches(states_, 1, most_tokens_);
 }
 
+int64_t Decoder::planned_bytes(Session& session, int64_t most_tokens) {
+  Arena states = Arena::measure("state");
+  for (int i = 0; i < 2; ++i) session.model.take_states(session.compute, states, 1);
+  session.model.take_caches(states, 1, most_tokens);
+  return states.peak() + session.model.sizes().V * 4;
+}
+
 void Decoder::reset() {
   states_.give_back(0);
   position_ = 0;
@@ -75,6 +84,7 @@ const float* Decoder::feed_piece(std::span<const int32_t> ids) {
   step.final = &after_;
   step.caches = &caches_;
   step.position = position_;
+  step.dropless = true;
   const Tensor logits = view(logits_, 0, {1, session_.model.sizes().V}, DType::f32);
   const Tensor tokens = session_.upload(step, view(ids_.data(), {T}));
   session_.model.forward(step, tokens, session_.saved, nullptr);
@@ -129,17 +139,24 @@ void TextStream::show_until(size_t end) {
 std::string generate(Session& session, const Tokenizer& tokenizer, std::string_view prompt,
                      const SamplingOptions& options,
                      const std::function<void(std::string_view)>& piece) {
-  Communicator& control = *session.groups.control;
   std::vector<int32_t> ids = tokenizer.encode(prompt);
   if (ids.empty()) ids.push_back(tokenizer.end_of_document());
   Decoder decoder(session, int64_t(ids.size()) + options.tokens);
+  return generate(session, decoder, tokenizer, ids, options, piece);
+}
+
+std::string generate(Session& session, Decoder& decoder, const Tokenizer& tokenizer,
+                     std::span<const int32_t> prompt, const SamplingOptions& options,
+                     const std::function<void(std::string_view)>& piece) {
+  Communicator& control = *session.groups.control;
   Sampler sampler(options, session.model.sizes().V);
   std::vector<int32_t> tokens(size_t(control.size()));
   TextStream text([&](std::span<const int32_t> made) { return tokenizer.decode(made); },
                   [&](std::string_view part) {
                     if (session.groups.rank == 0) piece(part);
                   });
-  const float* logits = decoder.feed(ids);
+  decoder.reset();
+  const float* logits = decoder.feed(prompt);
   for (int64_t i = 0; i < options.tokens; ++i) {
     // Everybody follows rank 0: rows may be rounded differently where their neighbours differ.
     const int32_t own = sampler.choose(logits, uint64_t(i));

@@ -31,12 +31,16 @@ class Sampler {
 // Recurrent decoding: the state of every Mamba layer is carried from token to token, so that time
 // and memory per token do not grow; attention layers look back on all keys and values so far.
 // Every rank calls it; experts stay where they are. The session must hold one sequence of at least
-// one token; longer prompts are read piece by piece.
+// one token; longer prompts are read piece by piece. No token is beyond an expert's capacity, which
+// shares out a batch: here every token is alone.
 class Decoder {
  public:
   // most_tokens: fed at most before reset(); matters to attention and learned positions alone.
   Decoder(Session& session, int64_t most_tokens);
   void reset();
+  // What it allocates where the model works; and would, for a session that is only planned.
+  int64_t bytes() const { return states_.capacity() + logits_.bytes(); }
+  static int64_t planned_bytes(Session& session, int64_t most_tokens);
   // Takes in `ids`; returns the logits [V] after the last of them.
   const float* feed(std::span<const int32_t> ids);
 
@@ -71,6 +75,11 @@ class TextStream {
   std::string text_;
   size_t shown_ = 0;
 };
+
+// Continues the tokens of a prompt, from the decoder's beginning; piece(text) as below.
+std::string generate(Session& session, Decoder& decoder, const Tokenizer& tokenizer,
+                     std::span<const int32_t> prompt, const SamplingOptions& options,
+                     const std::function<void(std::string_view)>& piece);
 
 // Continues `prompt`; piece(text) is called on rank 0 as text appears. Returns the new text.
 std::string generate(Session& session, const Tokenizer& tokenizer, std::string_view prompt,

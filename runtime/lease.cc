@@ -13,6 +13,7 @@
 
 #include "core/error.h"
 #include "runtime/checkpoint_folder.h"
+#include "runtime/process_facts.h"
 
 namespace moemamba {
 
@@ -33,26 +34,10 @@ std::string first_line(const std::string& path) {
   return line;
 }
 
-// Ticks between the boot and the start of a process; 0: there is no such process, or a dead one.
-int64_t start_of(int64_t pid) {
-  const std::string line = first_line(concat("/proc/", pid, "/stat"));
-  const size_t name_end = line.rfind(')');  // the name may hold anything
-  if (name_end == std::string::npos) return 0;
-  std::istringstream fields(line.substr(name_end + 1));
-  std::string field;
-  fields >> field;
-  if (field == "Z" || field == "X") return 0;
-  for (int i = 4; i <= 22; ++i) fields >> field;
-  return std::atoll(field.c_str());
-}
-
 LeaseOwner this_process() {
   char host[256] = {};
   gethostname(host, sizeof host - 1);
-  return {.host = host,
-          .boot_id = first_line("/proc/sys/kernel/random/boot_id"),
-          .pid = getpid(),
-          .started = start_of(getpid())};
+  return {.host = host, .boot_id = boot_id(), .pid = getpid(), .started = process_start(getpid())};
 }
 
 std::string path_of(const std::string& run, int64_t generation) {
@@ -65,16 +50,6 @@ std::optional<int64_t> generation_of(const std::string& name) {
   if (name.empty() || name.size() > 18 || name.find_first_not_of("0123456789") != std::string::npos)
     return std::nullopt;
   return std::atoll(name.c_str());
-}
-
-// The highest generation there is; 0: none.
-int64_t newest_generation(const std::string& run) {
-  int64_t newest = 0;
-  std::error_code error;
-  for (fs::directory_iterator at(join_path(run, kFolder), error), end; !error && at != end;
-       at.increment(error))
-    newest = std::max(newest, generation_of(at->path().filename().string()).value_or(0));
-  return newest;
 }
 
 struct LeaseState {
@@ -96,14 +71,14 @@ LeaseState read_lease(const std::string& path) {
 bool dead_here(const LeaseOwner& owner) {
   const LeaseOwner self = this_process();
   return owner.boot_id == self.boot_id && owner.host == self.host && owner.pid > 0 &&
-         start_of(owner.pid) != owner.started;
+         process_start(owner.pid) != owner.started;
 }
 
 // For people: who holds the newest lease. It may be replaced while it is being read.
 std::string newest_owner(const std::string& run) {
   LeaseOwner owner;
   for (int i = 0; i < 20 && owner.pid == 0; ++i)
-    owner = read_lease(path_of(run, newest_generation(run))).owner;
+    owner = read_lease(path_of(run, newest_lease(run))).owner;
   return describe(owner);
 }
 
@@ -123,7 +98,7 @@ void wait_for_end(const std::string& run, int64_t generation, const Lease::Optio
     std::this_thread::sleep_for(milliseconds(50));
     const LeaseState now = read_lease(path);
     if (ended(now.owner)) return;
-    if (now.beats != first.beats || newest_generation(run) != generation) refuse(run);
+    if (now.beats != first.beats || newest_lease(run) != generation) refuse(run);
     if (!said && Clock::now() - start > options.patience) {
       said = true;
       std::fprintf(stderr,
@@ -136,6 +111,15 @@ void wait_for_end(const std::string& run, int64_t generation, const Lease::Optio
 
 }  // namespace
 
+int64_t newest_lease(const std::string& run) {
+  int64_t newest = 0;
+  std::error_code error;
+  for (fs::directory_iterator at(join_path(run, kFolder), error), end; !error && at != end;
+       at.increment(error))
+    newest = std::max(newest, generation_of(at->path().filename().string()).value_or(0));
+  return newest;
+}
+
 std::string describe(const LeaseOwner& owner) {
   return owner.pid > 0 ? concat("process ", owner.pid, " on ", owner.host) : "another launch";
 }
@@ -143,18 +127,37 @@ std::string describe(const LeaseOwner& owner) {
 Lease::Lease(FileSystem& files, std::string run, const Options& options)
     : files_(files), run_(std::move(run)), options_(options) {
   files.make_folders(join_path(run_, kFolder));
-  const int64_t newest = newest_generation(run_);
+  const int64_t newest = newest_lease(run_);
   if (newest > 0) wait_for_end(run_, newest, options_);
   generation_ = newest + 1;
   take();
   try {
-    fence_attempts(files, run_, generation_);
-    drop_older();
+    fence();
   } catch (...) {
     release();
     throw;
   }
   heart_ = std::thread([this] { renew(); });
+}
+
+void Lease::fence() {
+  fence_attempts(files_, run_, generation_);
+  drop_older();
+}
+
+void Lease::advance() {
+  std::lock_guard lock(mutex_);
+  if (!ours()) refuse(run_);
+  std::unique_ptr<OutputFile> before = std::move(file_);
+  ++generation_;
+  try {
+    take();
+  } catch (...) {
+    --generation_;
+    file_ = std::move(before);
+    throw;
+  }
+  fence();
 }
 
 // The file comes to be whole, under a name that one of several gets: nobody sees half a lease.
@@ -175,7 +178,7 @@ void Lease::take() {
       files_.remove(draft);
     } catch (const Error&) {  // the next owner does it
     }
-    if (newest_generation(run_) < generation_) throw;  // not taken: the disk refuses
+    if (newest_lease(run_) < generation_) throw;  // not taken: the disk refuses
   }
   if (taken && !ours()) files_.remove(path);  // others have taken and left it since it was free
   if (!taken || !ours()) refuse(run_);
@@ -212,7 +215,7 @@ Lease::~Lease() {
 }
 
 bool Lease::ours() const {
-  return newest_generation(run_) == generation_;
+  return newest_lease(run_) == generation_;
 }
 
 void Lease::write(int64_t beats, bool released) {

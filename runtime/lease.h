@@ -36,12 +36,16 @@ class Lease {
   Lease& operator=(const Lease&) = delete;
 
   int64_t generation() const { return generation_; }
+  // Takes the next one, without letting go of this one: who still works under it can write no more.
+  // An Error where another has taken over.
+  void advance();
   // Nobody has taken over. Reads the disk.
   bool ours() const;
 
  private:
   void take();
   void drop_older();
+  void fence();  // what worked under older ones
   void release();
   void renew();
   void write(int64_t beats, bool released);
@@ -56,6 +60,10 @@ class Lease {
   bool ends_ = false;
   std::thread heart_;
 };
+
+// The highest generation in a run's folder; 0: none. For who works under the lease of another
+// process, which tells it the generation.
+int64_t newest_lease(const std::string& run);
 
 // For messages: "process 123 on host" of a lease's file.
 std::string describe(const LeaseOwner& owner);

@@ -3,8 +3,6 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
-#include <filesystem>
-#include <nlohmann/json.hpp>
 
 #include "core/error.h"
 
@@ -45,14 +43,9 @@ void put_seconds(Line& line, const StepSeconds& seconds) {
   const auto finite = [](double value) { return std::isfinite(value) ? value : 0.0; };
   line.put(",\"seconds\":{\"data\":%.6g,\"forward\":%.6g,\"backward\":%.6g", finite(seconds.data),
            finite(seconds.forward), finite(seconds.backward));
-  line.put(",\"exchange\":%.6g,\"reduction\":%.6g,\"optimizer\":%.6g}", finite(seconds.exchange),
+  line.put(",\"exchange\":%.6g,\"reduction\":%.6g,\"optimizer\":%.6g", finite(seconds.exchange),
            finite(seconds.reduction), finite(seconds.optimizer));
-}
-
-int64_t size_of_file(const std::string& path) {
-  std::error_code error;
-  const auto size = std::filesystem::file_size(path, error);
-  return error ? 0 : int64_t(size);
+  line.put(",\"all\":%.6g}", finite(seconds.all));
 }
 
 }  // namespace
@@ -79,51 +72,20 @@ size_t format_metrics(const StepRecord& record, char* buffer, size_t size) {
     line.put(",\"state_hash\":\"%016llx\"", static_cast<unsigned long long>(*record.state_hash));
   if (record.failed_saves != 0)
     line.put(",\"failed_saves\":%lld", static_cast<long long>(record.failed_saves));
+  if (record.replays != 0) line.put(",\"replays\":%lld", static_cast<long long>(record.replays));
+  if (record.skipped) line.put(",\"skipped\":true");
   line.put("}");
   return line.used();
 }
 
 MetricsWriter::MetricsWriter(FileSystem& files, const std::string& path)
-    : path_(path), file_(files.open(path, OpenMode::append)), bytes_(size_of_file(path)) {}
+    : lines_(files, path, "metrics") {}
 
 void MetricsWriter::record(const StepRecord& record) {
   char line[kMetricsLine + 1];
   size_t length = format_metrics(record, line, kMetricsLine);
   line[length++] = '\n';
-  try {
-    if (torn_) file_->truncate(bytes_);
-    torn_ = true;
-    file_->write(line, length);
-    torn_ = false;
-    bytes_ += int64_t(length);
-  } catch (const Error& error) {
-    if (++lost_lines_ == 1)  // said once
-      std::fprintf(stderr, "metrics: %s; training goes on without these lines\n", error.what());
-    drop_torn_line();
-  }
-}
-
-void cut_metrics(FileSystem& files, const std::string& path, int64_t step) {
-  if (!file_exists(path)) return;
-  const std::string content = read_file(path);
-  std::string kept;
-  for (size_t begin = 0, end = 0; (end = content.find('\n', begin)) != std::string::npos;
-       begin = end + 1) {
-    const std::string line = content.substr(begin, end + 1 - begin);
-    const auto row = nlohmann::json::parse(line, nullptr, false);
-    if (row.is_object() && row.contains("step") && row["step"].is_number_integer() &&
-        row["step"].get<int64_t>() < step)
-      kept += line;
-  }
-  if (kept != content) write_file(files, path, kept);
-}
-
-void MetricsWriter::drop_torn_line() {
-  try {
-    file_->truncate(bytes_);
-    torn_ = false;
-  } catch (const Error&) {  // the next record tries again
-  }
+  lines_.add(line, length);
 }
 
 }  // namespace moemamba

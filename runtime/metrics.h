@@ -1,10 +1,9 @@
 #pragma once
 #include <array>
-#include <memory>
 #include <optional>
 #include <string>
 
-#include "core/file.h"
+#include "runtime/line_file.h"
 
 namespace moemamba {
 
@@ -16,6 +15,8 @@ struct StepSeconds {
   double exchange = 0;   // waiting for expert rows
   double reduction = 0;  // waiting for gradients
   double optimizer = 0;
+  double all = 0;      // from its begin to its end
+  double waiting = 0;  // of these, for other ranks; 0 where nobody watches this rank
 };
 
 // What one step tells of itself. Losses are nats per token.
@@ -32,34 +33,28 @@ struct StepRecord {
   int64_t dead_experts = 0;       // over all layers
   int64_t dropped_rows = 0;
   StepSeconds seconds;
+  int64_t rows = 0;                // that this rank's experts worked on
   std::optional<double> val_loss;  // where the step ended with an evaluation
   std::optional<double> val_bpb;
   std::array<char, 65> chain{};        // 64 hex digits; empty: none
   std::optional<uint64_t> state_hash;  // where the state was hashed after the step
   int64_t failed_saves = 0;            // checkpoints of this launch that failed so far
+  int64_t replays = 0;                 // attempts of this launch that were not finite, before it
+  bool skipped = false;                // nor was this one: nothing was changed by the step
+  int64_t skipped_steps = 0;           // of this launch so far
 };
 
-// metrics.jsonl: one JSON object a step, whole lines only; what is not finite becomes null.
-// A disk that refuses a line costs that line and one sentence on stderr, never the training.
-// Allocates nothing after construction while the disk accepts.
+// metrics.jsonl: one JSON object a step; what is not finite becomes null.
 class MetricsWriter {
  public:
-  // Appends to `path`. Unlike a later write, failing to open is an Error.
   MetricsWriter(FileSystem& files, const std::string& path);
   void record(const StepRecord& record);
-  int64_t lost_lines() const { return lost_lines_; }
+  void cut(int64_t step) { lines_.cut(step); }
+  int64_t lost_lines() const { return lines_.lost_lines(); }
 
  private:
-  void drop_torn_line();
-  std::string path_;
-  std::unique_ptr<OutputFile> file_;
-  int64_t bytes_ = 0;  // whole lines so far
-  bool torn_ = false;  // a part of a line may follow them
-  int64_t lost_lines_ = 0;
+  LineFile lines_;
 };
-
-// Drops the lines of steps from `step` on, for a run that goes on there, and a torn last line.
-void cut_metrics(FileSystem& files, const std::string& path, int64_t step);
 
 // The line of `record` without its newline, into buffer; returns its length.
 // REQUIRES: size >= kMetricsLine.

@@ -6,6 +6,7 @@
 
 #include "core/schema.h"
 #include "runtime/checkpoint_pieces.h"
+#include "runtime/samples.h"
 
 namespace moemamba {
 
@@ -94,6 +95,9 @@ PlannedBytes PlannedRank::bytes() {
   std::ranges::stable_sort(largest, std::greater(), &Arena::Taken::bytes);
   for (const StatePiece& piece : written_pieces(session_.store))
     planned.staging += (piece.end - piece.begin) * int64_t(sizeof(float));
+  if (options_.sample_tokens > 0)
+    planned.samples =
+        Decoder::planned_bytes(session_, sample_room(options_.sample_tokens, session_.length));
   const int64_t tokens = share_.micro_batch * session_.length;
   planned.scratch = scratch_estimate(options_.sizes, tokens);
   if (options_.device == DeviceKind::cuda) {

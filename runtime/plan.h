@@ -8,15 +8,16 @@ namespace moemamba {  // letters: E experts, M ranks of the expert group
 
 // Bytes of one rank. The values are f32: there are no masters beside them.
 struct PlannedBytes {
-  TrainerBytes trainer;  // activations: all of the arena
-  int64_t exchange = 0;  // of the activations: what the exchange reads and writes, at the peak
-  int64_t dense = 0;     // of the values: parameters that every rank holds whole
-  int64_t staging = 0;   // the copy that a checkpoint is written from, behind the steps
-                         // (a GPU's copy is in the host's memory: 0)
-  int64_t workspace = 0; // of a GPU: what operators take besides, by estimate; 0 on the CPU
-  int64_t scratch = 0;   // the same on the CPU, not in total()
+  TrainerBytes trainer;   // activations: all of the arena
+  int64_t exchange = 0;   // of the activations: what the exchange reads and writes, at the peak
+  int64_t dense = 0;      // of the values: parameters that every rank holds whole
+  int64_t staging = 0;    // the copy that a checkpoint is written from, behind the steps
+                          // (a GPU's copy is in the host's memory: 0)
+  int64_t samples = 0;    // states and logits of texts that are written between the steps
+  int64_t workspace = 0;  // of a GPU: what operators take besides, by estimate; 0 on the CPU
+  int64_t scratch = 0;    // the same on the CPU, not in total()
   std::vector<Arena::Taken> largest;  // activations at the peak, added up by name, largest first
-  int64_t total() const { return trainer.total() + staging + workspace; }
+  int64_t total() const { return trainer.total() + staging + samples + workspace; }
 };
 
 // Bytes that one rank sends in a step, to other ranks. Tokens are spread evenly over the experts.

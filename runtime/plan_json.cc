@@ -10,11 +10,11 @@ using Json = nlohmann::ordered_json;
 
 Json bytes_json(const PlannedBytes& bytes) {
   const TrainerBytes& t = bytes.trainer;
-  return {{"values", t.values},         {"masters", 0},
-          {"gradients", t.gradients},   {"moments", t.moments},
-          {"reduction", t.reduction},   {"activations", t.activations - bytes.exchange},
-          {"exchange", bytes.exchange}, {"batch", t.batch},
-          {"checkpoint", bytes.staging},
+  return {{"values", t.values},          {"masters", 0},
+          {"gradients", t.gradients},    {"moments", t.moments},
+          {"reduction", t.reduction},    {"activations", t.activations - bytes.exchange},
+          {"exchange", bytes.exchange},  {"batch", t.batch},
+          {"checkpoint", bytes.staging}, {"samples", bytes.samples},
           {"workspace", bytes.workspace}};
 }
 

@@ -79,6 +79,7 @@ size_t format_progress(const ProgressOptions& options, const StepRecord& record,
   if (eta_seconds >= 0) format_duration_to(eta_seconds, eta, sizeof(eta));
   put("  eta %s", eta);
   if (record.failed_saves > 0) put("  NOT SAVED %lldx", integer(record.failed_saves));
+  if (record.skipped_steps > 0) put("  SKIPPED %lldx", integer(record.skipped_steps));
   return used;
 }
 

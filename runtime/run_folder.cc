@@ -13,6 +13,9 @@ namespace fs = std::filesystem;
 constexpr const char* kConfigName = "config.textproto";
 constexpr const char* kConfigDraft = "config.textproto.tmp";  // of a launch that died
 constexpr const char* kLeaseName = "lease";
+// Of a launch: its supervisor, which works on the run while that is given up, and its events.
+constexpr const char* kSupervisorName = "supervisor";
+constexpr const char* kEventsName = "events.jsonl";
 // What the settings of a run are called that is being overwritten. Where they are, all else in the
 // folder is to be deleted, whatever it looks like.
 constexpr const char* kGivenUpName = "config.textproto.overwritten";
@@ -27,7 +30,8 @@ void empty_folder(FileSystem& files, const std::string& folder) {
   std::vector<std::string> found;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    if (name != kGivenUpName && name != kLeaseName) found.push_back(entry.path().string());
+    if (name != kGivenUpName && name != kLeaseName && name != kSupervisorName)
+      found.push_back(entry.path().string());
   }
   for (const std::string& path : found) {
     if (fs::is_directory(fs::symlink_status(path)))
@@ -61,8 +65,9 @@ bool holds_run(const std::string& folder) {
   if (file_exists(join_path(folder, kConfigName))) return true;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const fs::path name = entry.path().filename();
-    check(name == kLeaseName || name == kConfigDraft, folder,
-          " holds files that are no run's (there is no ", kConfigName,
+    check(name == kLeaseName || name == kConfigDraft || name == kSupervisorName ||
+              name == kEventsName,
+          folder, " holds files that are no run's (there is no ", kConfigName,
           "); choose another --run or empty it yourself");
   }
   return false;

@@ -78,7 +78,8 @@ Step Session::begin(int64_t sequences, int64_t routing_group) {
               .arena = arena,
               .exchange = &exchange,
               .sequences = sequences,
-              .routing_groups = std::max<int64_t>(1, sequences / routing_group)};
+              .routing_groups = std::max<int64_t>(1, sequences / routing_group),
+              .activity = groups.activity};
 }
 
 Tensor Session::upload(Step& step, const Tensor& host) {

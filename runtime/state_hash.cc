@@ -1,7 +1,9 @@
 #include "runtime/state_hash.h"
 
 #include <bit>
+#include <cmath>
 #include <cstdio>
+#include <limits>
 #include <vector>
 
 #include "core/error.h"
@@ -30,10 +32,13 @@ void add_hashes(Stream& stream, const std::vector<StatePiece>& pieces, const Ten
 }  // namespace
 
 void HashChain::add(const Link& link) {
+  const auto bits = [](double value) {
+    return std::bit_cast<uint64_t>(std::isnan(value) ? std::numeric_limits<double>::quiet_NaN()
+                                                     : value);
+  };
   digest_.add(text_.data(), text_.size() - 1);
-  const uint64_t words[] = {uint64_t(link.step), std::bit_cast<uint64_t>(link.loss),
-                            std::bit_cast<uint64_t>(link.grad_norm), uint64_t(link.first_sample),
-                            uint64_t(link.samples)};
+  const uint64_t words[] = {uint64_t(link.step), bits(link.loss), bits(link.grad_norm),
+                            uint64_t(link.first_sample), uint64_t(link.samples)};
   digest_.add(words, sizeof words);
   digest_.hex(text_.data());
 }
@@ -59,6 +64,7 @@ StateHasher::StateHasher(ProcessGroups& groups, const ParameterStore& store)
       host_(Stream::immediate()) {}
 
 uint64_t StateHasher::take(Stream& compute) {
+  const InPhase in_phase(groups_.activity, Phase::hashing);
   const Tensor sum = view(sum_, 0, {1}, DType::i64);
   fill_zero(compute, sum);
   add_hashes(compute, values_, sum);

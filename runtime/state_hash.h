@@ -9,6 +9,7 @@ namespace moemamba {
 
 // What a run was, step by step: H_k = SHA-256(H_{k-1}, step, loss bits, bits of the gradient's
 // norm, first and last sample). Two runs with the same value had the same losses all along.
+// What is not a number has one pattern of bits here, whatever made it.
 class HashChain {
  public:
   struct Link {

@@ -3,8 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <utility>
 
+#include "core/gpu.h"
+#include "core/host_mirror.h"
+#include "kernels/adamw.h"
 #include "kernels/pointwise.h"
 
 namespace moemamba {
@@ -20,8 +24,22 @@ double since(Clock::time_point start) {
 // Balance to NaN are RoutingFacts::sums.
 enum Fact { kLoss, kBalance, kZ, kDropped, kNotANumber, kSquares, kStop, kFacts };
 
+// What was not finite on a rank in a step, from cause to consequence.
+enum Trouble : int32_t { kBadLogits = 1, kBadLoss = 2, kBadGradient = 4, kBadSum = 8 };
+
+// "gradient of ranks 0, 2": the ranks that have it; empty: none.
+std::string ranks_with(Trouble trouble, const char* what, const std::vector<int32_t>& of_ranks) {
+  std::string ranks;
+  int count = 0;
+  for (size_t r = 0; r < of_ranks.size(); ++r)
+    if (of_ranks[r] & trouble) ranks += concat(count++ ? ", " : "", r);
+  return count == 0 ? "" : concat(what, count == 1 ? " of rank " : " of ranks ", ranks);
+}
+
 // The host's side of a micro-batch: ids, targets, starts.
-int64_t slot_bytes(const StepBuffers& b) { return b.ids + b.targets + (b.starts + 15) / 16 * 16; }
+int64_t slot_bytes(const StepBuffers& b) {
+  return b.ids + b.targets + (b.starts + 15) / 16 * 16;
+}
 
 }  // namespace
 
@@ -48,6 +66,7 @@ TrainerOptions trainer_options(const ModelSizes& sizes, const ParallelConfig& pa
   options.data.seed = train.seed();
   options.micro_batch = train.micro_batch_size();
   options.routing_group = train.routing_group();
+  options.sample_tokens = train.sample_tokens();
   options.exchange_rows = parallel.exchange_rows();
   options.seed = train.seed();
   return options;
@@ -104,8 +123,8 @@ Trainer::Trainer(ProcessGroups& groups, const TrainerOptions& options)
   }
   routing_.sums = view(facts_buffer_, kBalance * 8, {4}, DType::f64);
   if (choices > 0)
-    routing_.choices = view(facts_buffer_, kFacts * 8, {options.sizes.routers(), options.sizes.E},
-                            DType::f64);
+    routing_.choices =
+        view(facts_buffer_, kFacts * 8, {options.sizes.routers(), options.sizes.E}, DType::f64);
   counts_.resize(size_t(choices));
   session_.store.initialise(options.seed, options.threads);
 }
@@ -125,8 +144,7 @@ Trainer::Tokens Trainer::device_tokens(int64_t tokens) const {
 
 Trainer::Tokens Trainer::host_tokens(int64_t tokens, int slot) const {
   if (!staging_.data()) return device_tokens(tokens);
-  const StepBuffers b =
-      step_buffers(options_, share_.micro_batch, session_.groups.layout.ranks());
+  const StepBuffers b = step_buffers(options_, share_.micro_batch, session_.groups.layout.ranks());
   std::byte* at = staging_.data() + b.facts + 16 + slot * slot_bytes(b);
   return {view(at, {tokens}, DType::i32), view(at + b.ids, {tokens}, DType::i32),
           view(at + b.ids + b.targets, {tokens}, DType::u8)};
@@ -156,10 +174,12 @@ void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const double global_tokens = double(options_.data.global_batch * L);
   const double groups = double(options_.data.global_batch / options_.routing_group);
   const double routers = double(std::max<int64_t>(1, options_.sizes.routers()));
+  enter(Phase::data);
   auto start = Clock::now();
   const Tokens tokens = fill_tokens(k, index, count);
   seconds.data += since(start);
 
+  enter(Phase::forward);
   start = Clock::now();
   Step step = session_.begin(count, options_.routing_group);
   step.facts = &routing_;
@@ -174,8 +194,10 @@ void Trainer::micro_batch(int64_t k, int64_t index, StepSeconds& seconds) {
   const double forward_exchange = session_.exchange.take_seconds();
   seconds.forward += since(start) - forward_exchange;
 
+  enter(Phase::backward);
   start = Clock::now();
   const bool last = index + 1 == share_.micro_batches;
+  if (last && options_.spoil && options_.spoil(k)) spoil_gradient();
   session_.model.backward(step, tokens.ids, session_.saved, last ? &buckets_ : nullptr);
   const double backward_exchange = session_.exchange.take_seconds();
   seconds.backward += since(start) - backward_exchange;
@@ -193,6 +215,10 @@ void Trainer::share_facts(StepRecord& record) {
   if (staging_.data()) {
     copy(session_.compute, facts_tensor_, host_facts_);
     session_.compute.synchronize();
+  }
+  if (reduction_ends_) {
+    const double seconds = gpu::seconds_between(reduction_begins_, reduction_ends_);
+    session_.groups.activity->add_waited(std::chrono::nanoseconds(int64_t(seconds * 1e9)));
   }
   double* facts = host_facts_.as<double>();
   facts[kStop] = stop_wanted_;
@@ -232,29 +258,115 @@ StepRecord Trainer::step(int64_t k) {
   }
 }
 
-StepRecord Trainer::take_step(int64_t k) {
+void Trainer::enter(Phase phase) const {
+  if (session_.groups.activity) session_.groups.activity->enter(phase);
+}
+
+double Trainer::waited() const {
+  const Activity* activity = session_.groups.activity;
+  return activity ? std::chrono::duration<double>(activity->waited()).count() : 0;
+}
+
+// The host does not see how long a GPU waits here, so that one is measured where somebody asks.
+void Trainer::wait_reduction(StepSeconds& seconds) {
+  enter(Phase::reduction);
   const auto start = Clock::now();
+  const bool measures = session_.groups.activity && staging_.data();
+  if (measures) reduction_begins_ = gpu::mark(session_.compute);
+  buckets_.finish(session_.compute);
+  if (measures) reduction_ends_ = gpu::mark(session_.compute);
+  seconds.reduction = since(start);
+}
+
+StepRecord Trainer::take_step(int64_t k) {
+  if (session_.groups.activity) session_.groups.activity->begin_step(k);
+  enter(Phase::data);
+  if (options_.before_step) options_.before_step(k);
+  const auto start = Clock::now();
+  const double waited_before = waited();
+  session_.exchange.take_rows();
   StepRecord record;
   record.step = k;
   record.lr = learning_rate(options_.optimizer, k);
   fill_zero(session_.compute, facts_tensor_);
   for (int64_t i = 0; i < share_.micro_batches; ++i) micro_batch(k, i, record.seconds);
 
-  auto phase = Clock::now();
-  buckets_.finish(session_.compute);
-  record.seconds.reduction = since(phase);
-  phase = Clock::now();
+  record.rows = session_.exchange.take_rows();
+  wait_reduction(record.seconds);
+  if (options_.before_verdict)
+    options_.before_verdict(k, since(start) - (waited() - waited_before));
+  const auto phase = Clock::now();
   share_facts(record);
   judge(record);
+  enter(Phase::optimizer);
   session_.compute.wait(std::exchange(held_until_, {}));
   optimizer_.update(session_.compute, verdict_, k);
   if (!skipped_) session_.model.balance_routers(session_.compute, counts_);
   session_.store.values_changed();
   buckets_.gather_weights(session_.compute);
   record.seconds.optimizer = since(phase);
+  record.seconds.all = since(start);
+  record.seconds.waiting = waited() - waited_before;
   record.tokens_per_second =
-      double(options_.data.global_batch * options_.data.sequence_length) / since(start);
+      double(options_.data.global_batch * options_.data.sequence_length) / record.seconds.all;
   return record;
+}
+
+// The head's bucket has not been announced yet, and its gradient is written by now.
+void Trainer::spoil_gradient() {
+  const Tensor gradient = buckets_.bucket(buckets_.size() - 1).gradient;
+  const Tensor first = gradient.column_range(0, 1).reshaped({1});
+  HostMirror mirror(session_.groups.device);
+  session_.compute.synchronize();
+  const Tensor host = mirror.blank(first);
+  host.as<float>()[0] = std::numeric_limits<float>::quiet_NaN();
+  mirror.write_back(host, first);
+}
+
+// Reads the gradient once more, which only a step that went wrong is worth.
+int32_t Trainer::own_trouble() {
+  const double* facts = reinterpret_cast<const double*>(gather_buffer_.data()) +
+                        session_.groups.rank * host_facts_.cols();
+  int32_t trouble = facts[kNotANumber] == 0 ? 0 : kBadLogits;
+  if (!std::isfinite(facts[kLoss] + facts[kBalance] + facts[kZ])) trouble |= kBadLoss;
+  // A reduction leaves the sum over the ranks in a rank's own slice; around it there still is what
+  // the rank itself has made.
+  fill_zero(session_.compute, facts_tensor_);
+  const auto add = [&](const Tensor& gradient, int64_t begin, int64_t end, Fact sum) {
+    if (begin == end) return;
+    run(session_.compute,
+        SumOfSquares{.x = gradient.column_range(begin, end).reshaped({end - begin}),
+                     .sum = fact(sum),
+                     .accumulate = true});
+  };
+  for (int64_t i = 0; i < buckets_.size(); ++i) {
+    const GradientBuckets::Bucket& bucket = buckets_.bucket(i);
+    const int64_t P = bucket.gradient.elements(), N = bucket.group->size(), slice = P / N;
+    const int64_t begin = bucket.group->rank() * slice, end = begin + slice;
+    add(bucket.gradient, 0, begin, kLoss);
+    add(bucket.gradient, begin, end, N == 1 ? kLoss : kSquares);
+    add(bucket.gradient, end, P, kLoss);
+  }
+  if (staging_.data()) copy(session_.compute, facts_tensor_, host_facts_);
+  session_.compute.synchronize();
+  if (!std::isfinite(host_facts_.as<double>()[kLoss])) trouble |= kBadGradient;
+  if (!std::isfinite(host_facts_.as<double>()[kSquares])) trouble |= kBadSum;
+  return trouble;
+}
+
+std::string Trainer::blame() {
+  const int32_t own = own_trouble();
+  std::vector<int32_t> of_ranks(size_t(session_.groups.layout.ranks()));
+  session_.groups.control->all_gather(session_.host, &own, of_ranks.data(), sizeof own);
+  // What comes first explains the rest: a NaN spreads from logits to losses to gradients to sums.
+  // A rank whose sum alone is not finite has itself made it so, or finite numbers became too large.
+  const std::pair<Trouble, const char*> troubles[] = {{kBadLogits, "router logits"},
+                                                      {kBadLoss, "loss"},
+                                                      {kBadGradient, "gradient"},
+                                                      {kBadSum, "gradient"}};
+  for (const auto& [trouble, what] : troubles)
+    if (std::string text = ranks_with(trouble, what, of_ranks); !text.empty()) return text;
+  return "loss or gradient of all ranks together";
 }
 
 TrainerBytes Trainer::bytes() const {
@@ -273,6 +385,11 @@ TrainerBytes Trainer::bytes() const {
 
 void Trainer::wait_weights() {
   for (int64_t i = 0; i < buckets_.size(); ++i) buckets_.wait_weights(i, session_.compute);
+}
+
+void Trainer::rest() {
+  session_.communication.synchronize();
+  session_.compute.synchronize();
 }
 
 }  // namespace moemamba

@@ -1,4 +1,6 @@
 #pragma once
+#include <functional>
+
 #include "parallel/parallel_config.pb.h"
 #include "runtime/data.h"
 #include "runtime/metrics.h"
@@ -13,10 +15,18 @@ struct TrainerOptions {
   DataOptions data;  // sequence_length, global_batch and seed of the run
   int64_t micro_batch = 0;
   int64_t routing_group = 1;
+  int64_t sample_tokens = 0;  // of texts between steps (samples.h), for the plan
   double exchange_rows = 1.25;
   int threads = 1;
   uint64_t seed = 42;
   DeviceKind device = DeviceKind::cpu;  // what is planned for; a trainer works where its groups do
+  // Drill: where true, one element of this rank's gradient becomes NaN before the reduction of the
+  // step. Asked once for each attempt at it. Empty: never.
+  std::function<bool(int64_t step)> spoil = {};
+  // Drills, on the thread that trains: at the begin of an attempt at a step; and before what the
+  // ranks tell each other at its end, with the seconds that this one has computed. Empty: nothing.
+  std::function<void(int64_t step)> before_step = {};
+  std::function<void(int64_t step, double seconds)> before_verdict = {};
 };
 OptimizerSettings optimizer_settings(const TrainConfig& config);
 // All but `threads` and what belongs to files and their tokens.
@@ -49,6 +59,9 @@ class Trainer {
   // throws has aborted its groups before, for its own communication stream waits for the others.
   StepRecord step(int64_t k);
   bool skipped() const { return skipped_; }
+  // After a step that was skipped(): what was not finite, on which ranks, as far as it can be told
+  // ("loss of rank 1"). Every rank calls it and gets the same.
+  std::string blame();
   // The next step tells all ranks, which have stopping() true from its end on, wherever this was
   // called.
   void ask_to_stop() { stop_wanted_ = true; }
@@ -57,6 +70,7 @@ class Trainer {
   // Choices of the latest step, [routers, E], over all ranks.
   const std::vector<double>& expert_counts() const { return counts_; }
   void wait_weights();  // the newest values of all parameters are there
+  void rest();          // and nothing of this rank is under way: others may change the state
   // No step changes parameters or moments before this is past.
   void hold_state(Event until) { held_until_ = until; }
   Session& session() { return session_; }
@@ -74,6 +88,11 @@ class Trainer {
   Tokens host_tokens(int64_t tokens, int slot) const;
   Tokens fill_tokens(int64_t k, int64_t index, int64_t count);
   void micro_batch(int64_t k, int64_t index, StepSeconds& seconds);
+  void wait_reduction(StepSeconds& seconds);
+  void enter(Phase phase) const;
+  double waited() const;  // so far, as far as somebody watches this rank
+  void spoil_gradient();
+  int32_t own_trouble();
   Tensor fact(int which) const;  // [1] f64, where the model works
   void share_facts(StepRecord& record);
   void judge(StepRecord& record);
@@ -91,6 +110,7 @@ class Trainer {
   RoutingFacts routing_;
   std::vector<double> counts_;
   Event held_until_;
+  std::shared_ptr<void> reduction_begins_, reduction_ends_;  // marks of a GPU that is watched
   bool skipped_ = false, stop_wanted_ = false, stopping_ = false;
 };
 

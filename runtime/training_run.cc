@@ -24,6 +24,9 @@ TrainerOptions options_of(const TrainRequest& request, const std::optional<Token
   options.data.sampling =
       request.data.sampling() == DataConfig::CIRCULAR ? Sampling::circular : Sampling::epochs;
   options.threads = request.threads;
+  options.spoil = request.spoil;
+  options.before_step = request.before_step;
+  options.before_verdict = request.before_verdict;
   return options;
 }
 
@@ -39,8 +42,8 @@ TrainerOptions fitting_options(const ProcessGroups& groups, const TrainRequest& 
 std::string devices_text(ProcessGroups& groups, Stream& host) {
   if (groups.device == DeviceKind::cpu) return "";
   std::map<std::string, int> kinds;
-  for (const std::string& name : gather_blobs(
-           *groups.control, host, gpu::devices()[size_t(gpu::used())].name))
+  for (const std::string& name :
+       gather_blobs(*groups.control, host, gpu::devices()[size_t(gpu::used())].name))
     ++kinds[name];
   std::string text;
   for (const auto& [name, count] : kinds)
@@ -51,6 +54,10 @@ std::string devices_text(ProcessGroups& groups, Stream& host) {
 
 std::string metrics_path(const std::string& run) {
   return join_path(run, "metrics.jsonl");
+}
+
+std::string samples_path(const std::string& run) {
+  return join_path(run, "samples.jsonl");
 }
 
 }  // namespace
@@ -64,6 +71,7 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
       hasher_(groups, trainer_.session().store) {
   open_evaluation();
   if (!request.init_from.empty()) {
+    const InPhase in_phase(groups.activity, Phase::loading);
     Session& session = trainer_.session();
     const FoundWeights found = find_weights(request.init_from, groups, session.host);
     load_weights(found.path, session.store, groups);
@@ -100,8 +108,17 @@ void TrainingRun::open_evaluation() {
   HeldOut held_out = open_held_out({files.begin(), files.end()});
   bytes_per_token_ = double(held_out.bytes) / double(held_out.tokens());
   if (!holds_out) return;
-  evaluator_.emplace(trainer_.session(), std::move(held_out),
-                     evaluator_options(request_.train, tokenizer_));
+  const TrainConfig& train = request_.train;
+  if (train.sample_tokens() > 0) {
+    check(tokenizer_.has_value(),
+          "train.sample_tokens: data.tokenizer is \"none\", which makes no ",
+          "text of ids; take 0");
+    samples_.emplace(trainer_.session(), *tokenizer_, held_out,
+                     SamplesOptions{.tokens = train.sample_tokens(),
+                                    .prompt = train.sample_prompt(),
+                                    .seed = train.seed()});
+  }
+  evaluator_.emplace(trainer_.session(), std::move(held_out), evaluator_options(train, tokenizer_));
 }
 
 // Rank 0 takes the folder under a lease and finds out whether the run begins or goes on; all ranks
@@ -118,11 +135,13 @@ void TrainingRun::take_folder() {
     there();  // before anything is written
     const auto lifetime =
         std::chrono::milliseconds(int64_t(request_.checkpoint.lease_seconds() * 1e3));
-    lease_ = std::make_unique<Lease>(files_, request_.run, Lease::Options{.lifetime = lifetime});
+    if (!request_.lease_generation)
+      lease_ = std::make_unique<Lease>(files_, request_.run, Lease::Options{.lifetime = lifetime});
     const bool resumes = there() && !request_.overwrite;  // another may have begun it meanwhile
     if (!resumes)
       claim_run_folder(files_, request_.run, request_.resolved_text, request_.overwrite);
-    facts = concat(resumes ? "resume " : "new ", lease_->generation(), " ", fresh_nonce());
+    facts = concat(resumes ? "resume " : "new ",
+                   lease_ ? lease_->generation() : request_.lease_generation(), " ", fresh_nonce());
   }
   facts = broadcast_blob(*groups_.control, stream, facts);
   const size_t first = facts.find(' '), second = facts.rfind(' ');
@@ -133,12 +152,29 @@ void TrainingRun::take_folder() {
     tokenizer_->save(files_, join_path(request_.run, "tokenizer.model"));
 }
 
-void TrainingRun::resume() {
+// The newest checkpoint that holds, if there is one: state, hash chain and what is known of it.
+std::optional<CheckpointManifest> TrainingRun::load(std::string_view heading) {
+  const InPhase in_phase(groups_.activity, Phase::loading);
   Session& session = trainer_.session();
-  const auto found = load_newest(files_, groups_, session.host, session.store,
-                                 {.run = request_.run,
-                                  .generation = generation_,
-                                  .say = [this](const std::string& text) { say(text); }});
+  auto found = load_newest(files_, groups_, session.host, session.store,
+                           {.run = request_.run,
+                            .generation = generation_,
+                            .say = [this](const std::string& text) { say(text); },
+                            .heading = heading});
+  if (!found) return found;
+  session.store.values_changed();
+  const uint64_t hash = hasher_.take(session.compute);
+  check(hash == found->state_hash(), request_.run, ": what was loaded has the hash ",
+        state_hash_text(hash), ", what was saved ", state_hash_text(found->state_hash()),
+        "; please report this");
+  loaded_step_ = found->step();
+  last_loss_ = found->loss();
+  chain_.resume(found->chain());
+  return found;
+}
+
+void TrainingRun::resume() {
+  const auto found = load("resumed    ");
   if (!found) {
     // It ended before its first checkpoint; but what has weights is not begun again unasked.
     check(!file_exists(join_path(request_.run, "weights")),
@@ -152,23 +188,22 @@ void TrainingRun::resume() {
     const std::string tokenizer = describe_tokenizer(tokenizer_);
     check(found->tokenizer() == tokenizer, request_.run, ": was trained with tokenizer ",
           found->tokenizer(), ", found ", tokenizer, "; give data.tokenizer as it was");
-    const uint64_t hash = hasher_.take(session.compute);
-    check(hash == found->state_hash(), request_.run, ": what was loaded has the hash ",
-          state_hash_text(hash), ", what was saved ", state_hash_text(found->state_hash()),
-          "; please report this");
-    first_step_ = loaded_step_ = found->step();
+    first_step_ = found->step();
     run_id_ = found->run_id();
-    chain_.resume(found->chain());
+    note("resumed", first_step_, concat("goes on after step ", first_step_));
   }
   if (!speaks()) return;
   write_file(files_, join_path(request_.run, "config.textproto"), request_.resolved_text);
-  cut_metrics(files_, metrics_path(request_.run), first_step_);
+  cut_lines(files_, metrics_path(request_.run), first_step_);
+  cut_lines(files_, samples_path(request_.run), first_step_);
 }
 
 void TrainingRun::open_reports() {
   if (!speaks()) return;
   const TrainConfig& train = request_.train;
   metrics_.emplace(files_, metrics_path(request_.run));
+  if (samples_) sample_lines_.emplace(files_, samples_path(request_.run), "samples");
+  if (train.tensorboard()) tensorboard_.emplace(files_, request_.run, first_step_);
   if (train.progress() == TrainConfig::OFF) return;
   const ModelSizes& sizes = trainer_.session().model.sizes();
   progress_.emplace(
@@ -194,9 +229,15 @@ void TrainingRun::open_checkpoints() {
                     .always = loaded_step_},
       .max_failed = config.max_failed_saves(),
       .say = [this](const std::string& text) { say(text); },
-      .warn = [this](const std::string& text) { warn(text); }};
-  if (lease_) options.writer.may_write = [this] { return lease_->ours(); };
+      .warn = [this](const std::string& text) { warn(text); },
+      .on_end = [this](const Checkpoints::Ended& save) { note_save(save); }};
+  if (speaks()) options.writer.may_write = [this] { return may_write(); };
   checkpoints_.emplace(files_, groups_, trainer_.session().store, std::move(options));
+}
+
+// On rank 0: this launch still has the lease, or its supervisor has.
+bool TrainingRun::may_write() const {
+  return lease_ ? lease_->ours() : newest_lease(request_.run) == request_.lease_generation();
 }
 
 TrainResult TrainingRun::go() {
@@ -207,6 +248,11 @@ TrainResult TrainingRun::go() {
   for (; k < request_.train.steps() && !trainer_.stopping(); ++k) {
     if (request_.stop_wanted && request_.stop_wanted()) trainer_.ask_to_stop();
     StepRecord record = trainer_.step(k);
+    if (trainer_.skipped())
+      if (const std::optional<int64_t> back = mend(record)) {
+        k = *back - 1;
+        continue;
+      }
     after_step(record);
   }
   checkpoints_->finish();

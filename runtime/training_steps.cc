@@ -1,5 +1,6 @@
 // What a training run says and writes around its steps.
 #include <cstdio>
+#include <limits>
 
 #include "model/counts.h"
 #include "runtime/model_kind.h"
@@ -43,8 +44,12 @@ void TrainingRun::evaluate(StepRecord& record) {
   evaluation_ = evaluator_->run();
   record.val_loss = evaluation_->loss;
   record.val_bpb = evaluation_->bits_per_byte;
-  if (!progress_) return;
+  if (samples_) write_sample(record.step);
   char text[160];
+  std::snprintf(text, sizeof text, "held-out loss %.4f after step %lld", evaluation_->loss,
+                static_cast<long long>(record.step + 1));
+  note("evaluated", record.step, text);
+  if (!progress_) return;
   int length = std::snprintf(text, sizeof text, "held-out   after step %lld: loss %.4f",
                              static_cast<long long>(record.step + 1), evaluation_->loss);
   if (evaluation_->bits_per_byte)
@@ -53,12 +58,41 @@ void TrainingRun::evaluate(StepRecord& record) {
   progress_->say(std::string_view(text, size_t(length)));
 }
 
-// The step's link in the hash chain, and now and then a hash of all that the steps have made.
+void TrainingRun::note(const char* kind, int64_t step, const std::string& text, double seconds) {
+  if (!speaks() || !request_.on_event) return;
+  RunEvent event;
+  event.set_kind(kind);
+  event.set_step(step);
+  event.set_text(text);
+  if (seconds > 0) event.set_seconds(seconds);
+  request_.on_event(event);
+}
+
+void TrainingRun::note_save(const Checkpoints::Ended& save) {
+  const std::string which = concat("the checkpoint after step ", save.step);
+  if (save.problem.empty())
+    note("saved", save.step, which + " is there", save.seconds);
+  else
+    note("save_failed", save.step, concat(which, " could not be saved: ", save.problem));
+}
+
+void TrainingRun::write_sample(int64_t k) {
+  const InPhase in_phase(groups_.activity, Phase::evaluation);
+  const std::string text = samples_->take();
+  if (!sample_lines_) return;
+  const std::string line = sample_line(k, samples_->prompt(), text);
+  sample_lines_->add(line.data(), line.size());
+}
+
+// The step's link in the hash chain, and now and then a hash of all that the steps have made. Of a
+// step that was left out nothing remains, so its numbers are none, whichever of them was not
+// finite.
 void TrainingRun::link(StepRecord& record) {
   const int64_t batch = request_.train.global_batch_size();
+  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
   chain_.add({.step = record.step,
-              .loss = record.loss,
-              .grad_norm = record.grad_norm,
+              .loss = record.skipped ? kNone : record.loss,
+              .grad_norm = record.skipped ? kNone : record.grad_norm,
               .first_sample = record.step * batch,
               .samples = batch});
   record.chain = chain_.text();
@@ -68,11 +102,11 @@ void TrainingRun::link(StepRecord& record) {
   record.state_hash = hasher_.take(trainer_.session().compute);
 }
 
-void TrainingRun::save_checkpoint(const StepRecord& record) {
+void TrainingRun::save_checkpoint(int64_t done) {
   trainer_.wait_weights();
-  CheckpointFacts facts{.step = record.step + 1,
-                        .next_sample = (record.step + 1) * request_.train.global_batch_size(),
-                        .loss = record.loss,
+  CheckpointFacts facts{.step = done,
+                        .next_sample = done * request_.train.global_batch_size(),
+                        .loss = last_loss_,
                         .chain = chain_.text().data(),
                         .run_id = run_id_,
                         .config = request_.resolved_text,
@@ -88,6 +122,7 @@ void TrainingRun::save_checkpoint(const StepRecord& record) {
 }
 
 void TrainingRun::save_weights_of(int64_t step) {
+  const InPhase in_phase(groups_.activity, Phase::finishing);
   Session& session = trainer_.session();
   WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
   metadata["config"] = request_.resolved_text;
@@ -110,21 +145,6 @@ void TrainingRun::conclude(int64_t step) {
   save_weights_of(step);
 }
 
-// The terminal's line of a step, and what is out of the ordinary in it.
-void TrainingRun::report(const StepRecord& record, bool ends) {
-  constexpr int64_t kMostSkipped = 10;
-  skipped_in_a_row_ = trainer_.skipped() ? skipped_in_a_row_ + 1 : 0;
-  check(skipped_in_a_row_ < kMostSkipped, "steps ", record.step - kMostSkipped + 2, " to ",
-        record.step + 1,
-        ": loss or gradient is not finite; no parameter was changed by them. Try a "
-        "lower train.lr or a lower train.grad_clip");
-  if (!progress_) return;
-  if (trainer_.skipped())
-    progress_->say(
-        concat("step ", record.step + 1, ": loss or gradient is not finite: not applied"));
-  progress_->update(record, ends);
-}
-
 void TrainingRun::after_step(StepRecord& record) {
   const TrainConfig& train = request_.train;
   const int64_t done = record.step + 1;
@@ -132,26 +152,44 @@ void TrainingRun::after_step(StepRecord& record) {
   const bool last = done == train.steps(), stops = trainer_.stopping() && !last;
   checkpoints_->announce();
   record.failed_saves = checkpoints_->failed();
-  report(record, last || stops);
+  record.skipped_steps = skipped_steps_;
+  if (const auto trouble = troubles_.find(record.step); trouble != troubles_.end())
+    record.replays = trouble->second.failures - record.skipped;
+  if (!record.skipped) skipped_in_a_row_ = 0, last_loss_ = record.loss;
+  if (request_.on_step) request_.on_step(record, trainer_.expert_counts());
+  if (progress_) progress_->update(record, last || stops);
+  if (stops) note("stopping", record.step, concat("ending after step ", done, ", as asked"));
   if (evaluator_ && !stops && (due(train.eval_interval()) || last)) evaluate(record);
   link(record);
   if (metrics_) metrics_->record(record);
-  if (last || stops || due(train.save_interval())) save_checkpoint(record);
-  if (!last && !stops) return;
+  if (tensorboard_) tensorboard_->record(record);
+  // A run that diverges leaves out step after step; its saves would push out those from before.
+  const bool saves = due(train.save_interval()) && !record.skipped;
+  if (last || stops || saves) save_checkpoint(done);
+  if (last || stops) end_after(done);
+}
+
+// The state of step `done` is in a checkpoint, or on its way there.
+void TrainingRun::end_after(int64_t done) {
+  const TrainConfig& train = request_.train;
   checkpoints_->finish();
   save_weights_of(done);
-  if (stops)
+  if (done < train.steps())
     say(concat("stopped    after step ", done, " of ", train.steps(),
                ", as asked; the same command goes on with it; the weights are in ",
                join_path(request_.run, "weights")));
 }
 
 void TrainingRun::finish() {
+  if (groups_.activity) groups_.activity->enter(Phase::finishing);
   if (!speaks()) return;
   if (progress_) progress_->finish();
   if (metrics_->lost_lines() > 0)
     std::fprintf(stderr, "metrics: %lld of the run's lines were lost\n",
                  static_cast<long long>(metrics_->lost_lines()));
+  if (tensorboard_ && tensorboard_->lost_records() > 0)
+    std::fprintf(stderr, "tensorboard: %lld of the run's records were lost\n",
+                 static_cast<long long>(tensorboard_->lost_records()));
   write_loss_svg(files_, request_.run);
   const int64_t experts = trainer_.session().model.sizes().E;
   const std::vector<double>& counts = evaluation_ ? evaluation_->counts : trainer_.expert_counts();

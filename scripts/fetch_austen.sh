@@ -9,6 +9,11 @@ corpus=data/austen
 tokens=$corpus/tokens
 novels=$corpus/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb
 
+if [ -f "$tokens/summary.json" ]; then
+  echo "$tokens is there"
+  exit 0
+fi
+
 fetch() { (cd "$corpus" && apt-get download --quiet=2 r-cran-janeaustenr 2>download.log); }
 if [ ! -f "$novels" ]; then
   rm -rf "$corpus"
@@ -23,9 +28,5 @@ if [ ! -f "$novels" ]; then
 fi
 echo "$novels, $(wc -c <"$novels") bytes"
 
-if [ ! -f "$tokens/summary.json" ]; then
-  "$moemamba" prepare --output "$tokens" --tokenizer bpe --vocabulary 4096 \
-    --hold-out Persuasion "$novels"
-else
-  echo "$tokens is there"
-fi
+"$moemamba" prepare --output "$tokens" --tokenizer bpe --vocabulary 4096 \
+  --hold-out Persuasion "$novels"

@@ -8,7 +8,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 seconds=${1:?usage: sh scripts/fuzz.sh SECONDS}
-targets="safetensors manifest weights_index token_files settings"
+targets="safetensors manifest weights_index token_files settings control http"
 
 MOEMAMBA_MORE_PACKAGES="clang libclang-rt-14-dev" sh scripts/install.sh
 sh scripts/build.sh cpu-fuzz fuzz >build/cpu-fuzz.build.log 2>&1 ||

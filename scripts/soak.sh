@@ -1,43 +1,53 @@
 #!/bin/sh
 # The long parts of the tests, round after round with another seed: the fuzz targets, and every test
-# program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test.
-# usage: sh scripts/soak.sh --minutes M [--seed S] [--only "PROGRAM ..."] [--jobs J]
+# program called crash_*, damage_*, reshard_* or kill_*, lease_test and resume_bits_test; with
+# --faults the campaign of harm to runs under `moemamba launch` alone, the programs faults_*.
+# usage: sh scripts/soak.sh --minutes M [--seed S] [--faults] [--only "PROGRAM ..."] [--jobs J]
 # --only: these alone ("fuzz": its targets), with all the time, for the full count of one property.
 # --jobs: so many of a program at once, each with a seed of its own; those that wait for disks and
 # mounts most of their time (crash_power_test) get further that way.
-# Ends with a table: property, cases, failures, first and last seed. Exit code 0: no failures. Logs
-# of rounds that failed stay in build/soak.
+# Ends with a table: property, cases, failures, first and last seed; after faults with another, of
+# the times and steps that they cost. Exit code 0: no failures. Logs of rounds that failed stay in
+# build/soak.
 set -eu
 cd "$(dirname "$0")/.."
 minutes=
 seed=1
+faults=
 only=
 jobs=1
 while [ $# -gt 0 ]; do
   case $1 in
     --minutes) minutes=${2:-}; shift ;;
     --seed) seed=${2:-}; shift ;;
+    --faults) faults=yes ;;
     --only) only=${2:-}; shift ;;
     --jobs) jobs=${2:-}; shift ;;
     *) minutes= seed=; break ;;
   esac
   shift
 done
-usage="usage: sh scripts/soak.sh --minutes M [--seed S] [--only \"PROGRAM ...\"] [--jobs J]"
-case $minutes$seed$jobs in
-  '' | *[!0-9]*) echo "$usage" >&2; exit 2 ;;
-esac
-if [ -z "$minutes" ] || [ -z "$seed" ] || [ "${jobs:-0}" -lt 1 ]; then
-  echo "$usage" >&2
+usage() {
+  echo "usage: sh scripts/soak.sh --minutes M [--seed S] [--faults] [--only \"PROGRAM ...\"]" \
+    "[--jobs J]" >&2
   exit 2
-fi
+}
+case $minutes$seed$jobs in
+  '' | *[!0-9]*) usage ;;
+esac
+if [ -z "$minutes" ] || [ -z "$seed" ] || [ "${jobs:-0}" -lt 1 ]; then usage; fi
 
+if [ -n "$faults" ]; then sources="tests/faults_*_test.cc"
+else
+  sources="tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc
+    tests/reshard_*_test.cc tests/resume_bits_test.cc tests/kill_*_test.cc"
+fi
 programs=
-for source in tests/lease_test.cc tests/crash_*_test.cc tests/damage_*_test.cc \
-  tests/reshard_*_test.cc tests/resume_bits_test.cc tests/kill_*_test.cc; do
+for source in $sources; do
   [ ! -f "$source" ] || programs="$programs $(basename "$source" .cc)"
 done
 fuzz=1
+[ -z "$faults" ] || fuzz=0
 if [ -n "$only" ]; then
   fuzz=0
   chosen=
@@ -50,11 +60,12 @@ if [ -n "$only" ]; then
   done
   programs=$chosen
 fi
-sh scripts/install.sh
+sh scripts/install.sh tests
 # shellcheck disable=SC2086  # a list of words
 sh scripts/build.sh cpu-release moemamba $programs
 
-# A fifth of a round for the fuzz targets, which run two at a time, the rest for the programs.
+# A fifth of a round for the fuzz targets, which run two at a time, the rest for the programs. Faults:
+# two programs at a time, as they mostly wait.
 results=build/soak
 rm -rf "$results"
 mkdir -p "$results"
@@ -65,9 +76,12 @@ fuzz_seconds=$((round / 10 > 5 ? round / 10 : 5))
 [ "$count" -gt 0 ] || fuzz_seconds=$((round / 3))
 [ "$fuzz" -eq 1 ] || fuzz_seconds=0
 share=$((count > 0 ? (round - 2 * fuzz_seconds) / count : 0))
+[ -z "$faults" ] || share=$((round * 2 / count))
 [ "$share" -ge 5 ] || share=5
 lines=$results/lines  # property|cases|failures|seed
+costs=$results/costs  # "kill -9 of a rank: found 0.10 next 1.50 lost 12 seed 1", a line a fault
 : >"$lines"
+: >"$costs"
 
 # What a test program says of its cases: "cases: PROPERTY: N, seed S" (tests/support/soak.h),
 # "P1, P18: N kills of a launch, ..." or "lengths tried: N ...".
@@ -78,7 +92,7 @@ counts() {  # seed
     sed "s/ *|/|/; s/\$/|0|$1/"
 }
 
-fuzz_targets() {
+fuzz_round() {
   log=$results/fuzz-$seed.log
   sh scripts/fuzz.sh "$fuzz_seconds" >"$log" 2>&1 || true
   sed -n 's/^fuzz: \([a-z_]*\): \([0-9]*\) executions.*: passed$/P23 hostile \1|\2|0|'"$seed/p" \
@@ -92,26 +106,36 @@ run_program() {  # program, seed
   log=$results/$1-$2.log
   code=0
   (cd build/cpu-release && "./$1" --soak-seconds "$share" --seed "$2") >"$log" 2>&1 || code=$?
+  sed -n 's/^fault: //p' "$log" >"$log.costs"
   tests=$(sed -n 's/^\[==========\] \([0-9]*\) tests\{0,1\} from .* ran.*/\1/p' "$log")
   failed=$(sed -n 's/^ *\([0-9]*\) FAILED TESTS\{0,1\}$/\1/p' "$log")
   [ "$code" -eq 0 ] || [ -n "$failed" ] || failed=1
   { counts "$2" <"$log"; echo "$1|${tests:-0}|${failed:-0}|$2"; } >"$log.lines"
   [ "$code" -ne 0 ] || rm "$log"
 }
+# What the programs that have ended found out.
+gather() {
+  wait
+  for found in "$results"/*.log.lines; do
+    [ -f "$found" ] || continue
+    cat "$found" >>"$lines"
+    cat "${found%.lines}.costs" >>"$costs"
+    rm "$found" "${found%.lines}.costs"
+  done
+}
 
 while [ "$(date +%s)" -lt "$end" ]; do
-  [ "$fuzz" -eq 0 ] || fuzz_targets
+  [ "$fuzz" -eq 0 ] || fuzz_round
+  running=0
   for program in $programs; do
     [ "$(date +%s)" -lt "$end" ] || break
     for job in $(seq "$jobs"); do
       run_program "$program" $((seed + job - 1)) &
     done
-    wait
-    for job in $(seq "$jobs"); do
-      cat "$results/$program-$((seed + job - 1)).log.lines" >>"$lines"
-    done
-    rm "$results"/*.log.lines
+    running=$((running + 1))
+    [ -n "$faults" ] && [ $((running % 2)) -eq 1 ] || gather
   done
+  gather
   seed=$((seed + jobs))
 done
 

@@ -67,11 +67,13 @@ TEST(HeadCrossEntropy, GivesTheSameLossWithoutGradients) {
   }
 }
 
-// Vocabularies on both sides of where the GPU takes larger blocks, whole packs of four and not;
-// rows on 16-byte borders (29 and 5, with gaps of 3 elements) and not.
+// Vocabularies on both sides of where the GPU takes larger blocks, whole packs of four and not,
+// whole tiles of 256 and not; rows on 16-byte borders (5, 29, 125: with gaps of 3 elements) and
+// not.
 TEST(HeadCrossEntropy, BackendsAgree) {
   for (Size s : {Size{3, 7, 5}, Size{7, 64, 16}, Size{40, 257, 31}, Size{372, 50, 7},
-                 Size{1134, 129, 29}, Size{5, 5003, 29}, Size{130, 4096, 64}, Size{9, 4100, 5}})
+                 Size{1134, 129, 29}, Size{5, 5003, 29}, Size{130, 4096, 64}, Size{9, 4100, 5},
+                 Size{1, 1, 5}, Size{129, 512, 61}, Size{300, 777, 125}})
     for (DType dtype : {DType::f32, DType::bf16})
       for (int flags = 0; flags < 3; ++flags) {
         Case c(10);
@@ -79,10 +81,62 @@ TEST(HeadCrossEntropy, BackendsAgree) {
       }
 }
 
+// A GPU takes 1280 tokens at once in f32, 2048 in bf16.
 TEST(HeadCrossEntropy, BackendsAgreeOnMoreTokensThanAChunk) {
   for (DType dtype : {DType::f32, DType::bf16}) {
     Case c(11);
-    expect_backends_agree(make(c, {1300, 50304, 5}, true, true, dtype));
+    expect_backends_agree(make(c, {2100, 50304, 5}, true, true, dtype));
+  }
+}
+
+// Losses of some hundreds: exp(logit - that of the target) is no number.
+TEST(HeadCrossEntropy, BackendsAgreeWhereLossesAreHuge) {
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    Case c(12);
+    HeadCrossEntropy op = make(c, {70, 300, 29}, true, true, dtype);
+    op.weight = c.normal({300, 29}, 30, dtype);
+    expect_backends_agree(op);
+  }
+}
+
+TEST(HeadCrossEntropy, BackendsAgreeWhereFewTokensCount) {
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    Case c(13);
+    HeadCrossEntropy op = make(c, {150, 300, 29}, true, false, dtype);
+    std::vector<double> targets;
+    for (int t = 0; t < 150; ++t) targets.push_back(t % 40 == 7 ? t : -1);
+    op.targets = c.values({150}, targets, DType::i32);
+    expect_backends_agree(op);
+  }
+}
+
+// In bf16 a GPU's losses are of f32 logits: far closer than bf16 numbers could be.
+TEST(HeadCrossEntropy, LossesOfBackendsAgreeAsThoseOfF32Do) {
+  for (Size s : {Size{130, 4096, 125}, Size{9, 5003, 29}}) {
+    Case c(14);
+    const HeadCrossEntropy op = make(c, s, false, false, DType::bf16);
+    expect_backends_agree(op, 1e-5);
+  }
+}
+
+TEST(HeadCrossEntropy, AGpuShowsNaNAndIdsThatAreNone) {
+  std::optional<Stream> gpu = other_backend();
+  if (!gpu) return;
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    Case c(15);
+    HeadCrossEntropy op = make(c, {4, 18, 5}, true, false, dtype);
+    std::vector<double> x = to_doubles(op.x);
+    x[5] = std::nan("");
+    from_doubles(x, op.x);
+    op.targets = c.values({4}, {3, 4, 18, -2}, DType::i32);
+    const Replica<HeadCrossEntropy> there(*gpu, op);
+    run(*gpu, there.op());
+    const std::vector<double> loss = to_doubles(to_host(*gpu, there.op().loss, c));
+    EXPECT_TRUE(std::isfinite(loss[0]));
+    for (int t = 1; t < 4; ++t) EXPECT_TRUE(std::isnan(loss[size_t(t)])) << t;
+    const std::vector<double> dx = to_doubles(to_host(*gpu, there.op().dx, c));
+    EXPECT_TRUE(std::isfinite(dx[0]));
+    EXPECT_TRUE(std::isnan(dx[5]));
   }
 }
 

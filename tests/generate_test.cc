@@ -53,7 +53,9 @@ std::vector<double> forward_logits(ProcessGroups& groups, const ModelSizes& size
 void expect_decoding(ProcessGroups& groups, const ModelSizes& sizes, int64_t held,
                      const std::vector<int64_t>& pieces) {
   const std::vector<int32_t> ids = some_tokens(29);
-  const std::vector<double> expected = forward_logits(groups, sizes, ids);
+  ModelSizes dropless = sizes;  // a capacity depends on who else is there
+  dropless.capacity_factor = 0;
+  const std::vector<double> expected = forward_logits(groups, dropless, ids);
   Session session(groups, sizes, 1, 1, held, 1.25, Session::Memory::values);
   session.store.initialise(5);
   Decoder decoder(session, 64);
@@ -77,13 +79,20 @@ void expect_decoding(ProcessGroups& groups, const ModelSizes& sizes, int64_t hel
 TEST(Decoder, TokenByTokenGivesTheLogitsOfTheWholeForwardPass) {
   for (const System& system : kSystems) {
     SCOPED_TRACE(system.name);
-    ModelSizes sizes = sizes_of(7, 1, false, system.model);
-    sizes.capacity_factor = 0;  // as in generation: a capacity depends on who else is there
+    const ModelSizes sizes = sizes_of(7, 1, false, system.model);
     in_world(RankLayout(1, 1, int(sizes.E)), [&](ProcessGroups& groups) {
       expect_decoding(groups, sizes, 1, {1});
       expect_decoding(groups, sizes, 8, {3, 1, 11, 2});
     });
   }
+}
+
+TEST(Decoder, HasNoTokenBeyondACapacity) {
+  ModelSizes sizes = sizes_of(7, 2, false);
+  sizes.capacity_factor = 0.5;
+  in_world(RankLayout(1, 1, 7), [&](ProcessGroups& groups) {
+    expect_decoding(groups, sizes, 8, {3, 1});
+  });
 }
 
 TEST(Decoder, RefusesMoreTokensThanItHasRoomOrPositionsFor) {
@@ -165,6 +174,17 @@ TEST(Sampler, IsAPureFunctionOfSeedAndIndex) {
   for (size_t i = 0; i < 50; ++i) a[i] = forward.choose(kLogits, i);
   for (size_t i = 50; i-- > 0;) b[i] = backward.choose(kLogits, i);
   EXPECT_EQ(a, b);
+}
+
+TEST(Sampler, TakesAnIdWhateverTheLogits) {
+  constexpr float kSome[] = {NAN, 1, NAN, 2, -INFINITY}, kNone[] = {NAN, NAN, NAN, NAN, NAN};
+  Sampler greedy({.temperature = 0}, 5), random({.temperature = 1}, 5);
+  EXPECT_EQ(greedy.choose(kSome, 0), 3);
+  for (uint64_t i = 0; i < 100; ++i) {
+    EXPECT_EQ(random.choose(kSome, i) % 2, 1) << i;
+    const int32_t id = random.choose(kNone, i);
+    EXPECT_TRUE(id >= 0 && id < 5) << id;
+  }
 }
 
 TEST(Sampler, RefusesWhatMakesNoSense) {

@@ -240,6 +240,33 @@ TEST(Lease, OfAnOwnerElsewhereIsFollowedAfterItsSilence) {
   EXPECT_EQ(lease.generation(), 8);
 }
 
+TEST(Lease, GoesOnUnderTheNextGenerationWithoutLettingGo) {
+  MemoryFolder folder("lease");
+  const std::string run = folder / "run";
+  {
+    Lease lease(plain_disk(), run, {});
+    const std::string attempt = join_path(checkpoints_folder(run), attempt_name(3, 1, 7));
+    std::filesystem::create_directories(attempt);
+    for (int64_t generation = 2; generation < 6; ++generation) {
+      lease.advance();
+      EXPECT_EQ(lease.generation(), generation);
+      EXPECT_EQ(newest_lease(run), generation);
+      EXPECT_FALSE(file_exists(attempt)) << "what worked under the one before can still write";
+      try {
+        Lease other(plain_disk(), run, {});
+        ADD_FAILURE() << "two owners";
+      } catch (const Error& error) {
+        EXPECT_NE(std::string(error.what()).find(kOwnPid), std::string::npos) << error.what();
+      }
+    }
+  }
+  Lease next(plain_disk(), run, {});  // it was released as a whole
+  EXPECT_EQ(next.generation(), 6);
+  std::ofstream(join_path(run, "lease/00000009")) << "elsewhere boot 1 1 0 5\n";
+  EXPECT_THROW(next.advance(), Error);
+  EXPECT_EQ(next.generation(), 6);
+}
+
 TEST(Lease, NeedsNoClock) {
   // Times of files mean nothing, however they jump.
   MemoryFolder folder("lease");

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "kernels/pointwise.h"
 #include "tests/support/definitions/matmul.h"
 #include "tests/support/harness.h"
 
@@ -274,6 +275,52 @@ TEST(GroupedOuter, BackendsAgreeOnUnevenGroups) {
                          .offsets = c.values({10}, kUneven.offsets, DType::i32),
                          .out = before,
                          .accumulate = accumulate});
+      }
+}
+
+// relu and its gradient are those of the operators that do nothing else.
+TEST(GroupedMatmul, TakesReluWithTheProduct) {
+  Stream stream = Stream::immediate();
+  for (bool backward : {false, true}) {
+    Case c(17);
+    const Shape rows = {12, 20};
+    const GroupedMatmul plain{.a = c.normal({12, 7}),
+                              .b = c.normal({3, 7, 20}),
+                              .offsets = c.values({4}, {0, 4, 4, 9}, DType::i32),
+                              .out = c.normal(rows)};
+    GroupedMatmul both = plain;
+    both.out = c.copy_of(plain.out);
+    both.relu = !backward;
+    if (backward) both.positive = c.normal(rows);
+    run(stream, plain);
+    run(stream, both);
+    const Tensor count = grouped_rows(plain.offsets);
+    if (backward)
+      run(stream, ActivationBackward{
+                      .x = both.positive, .dy = plain.out, .rows = count, .dx = plain.out});
+    else
+      run(stream, ActivationForward{.x = plain.out, .rows = count, .y = plain.out});
+    expect_same_bits(plain.name, 0, both.out, plain.out);
+  }
+}
+
+TEST(GroupedMatmul, BackendsAgreeWithRelu) {
+  for (int64_t N : {13, 136, 517})
+    for (DType dtype : {DType::f32, DType::bf16})
+      for (int flags = 0; flags < 8; ++flags) {
+        Case c(18);
+        const bool b_transposed = flags & 1, gaps = flags & 2, backward = flags & 4;
+        const int64_t K = 72;
+        const Shape b = b_transposed ? Shape{9, N, K} : Shape{9, K, N}, out = {kUneven.rows, N};
+        const auto rows = [&] { return gaps ? c.normal(out, 1, dtype) : dense(c, out, dtype); };
+        expect_backends_agree(
+            GroupedMatmul{.a = dense(c, {kUneven.rows, K}, dtype),
+                          .b = gaps ? c.normal(b, 1, dtype) : dense(c, b, dtype),
+                          .offsets = c.values({10}, kUneven.offsets, DType::i32),
+                          .out = c.zeros(out, dtype),
+                          .b_transposed = b_transposed,
+                          .relu = !backward,
+                          .positive = backward ? rows() : Tensor()});
       }
 }
 

@@ -47,8 +47,14 @@ TEST(Metrics, HoldsEveryFieldOfAStep) {
   EXPECT_EQ(row["step"], 7);
   EXPECT_EQ(row["dropped_rows"], 4);
   EXPECT_FALSE(row.contains("failed_saves"));
+  for (const char* name : {"replays", "skipped"}) EXPECT_FALSE(row.contains(name)) << name;
   full.failed_saves = 2;
-  EXPECT_EQ(nlohmann::json::parse(metrics_line(full))["failed_saves"], 2);
+  full.replays = 1;
+  full.skipped = true;
+  const auto troubled = nlohmann::json::parse(metrics_line(full));
+  EXPECT_EQ(troubled["failed_saves"], 2);
+  EXPECT_EQ(troubled["replays"], 1);
+  EXPECT_EQ(troubled["skipped"], true);
 }
 
 TEST(Metrics, GivesFloatsBackExactly) {
@@ -71,6 +77,8 @@ TEST(Metrics, StaysJsonWhateverTheNumbers) {
       *field = value;
     worst.val_loss = worst.val_bpb = value;
     worst.step = worst.dead_experts = worst.dropped_rows = worst.failed_saves = INT64_MIN;
+    worst.replays = INT64_MIN;
+    worst.skipped = true;
     const auto row = nlohmann::json::parse(metrics_line(worst));
     EXPECT_EQ(row["loss"].is_null(), !std::isfinite(value));
   }
@@ -84,6 +92,18 @@ TEST(Metrics, AppendsToWhatIsThere) {
   EXPECT_EQ(read_file(folder / "metrics.jsonl"), metrics_line(record(1)) + "\n" +
                                                      metrics_line(record(2)) + "\n" +
                                                      metrics_line(record(3)) + "\n");
+}
+
+TEST(Metrics, AreCutWhereARunGoesBackAndGrowOnBehindThat) {
+  TemporaryFolder folder;
+  PosixFileSystem files;
+  MetricsWriter writer(files, folder / "metrics.jsonl");
+  for (int64_t step = 0; step < 4; ++step) writer.record(record(step));
+  writer.cut(2);
+  writer.record(record(2));
+  EXPECT_EQ(read_file(folder / "metrics.jsonl"), metrics_line(record(0)) + "\n" +
+                                                     metrics_line(record(1)) + "\n" +
+                                                     metrics_line(record(2)) + "\n");
 }
 
 TEST(Metrics, LosesLinesNotTheRunOnAFullDisk) {
@@ -122,6 +142,10 @@ TEST(Progress, SaysAllInOneLine) {
   unsaved.failed_saves = 2;
   EXPECT_EQ(line({.steps = 3}, unsaved, -1),
             "step 1/3  loss 3.4121  lr 2.9e-3  gnorm 0.81  12.3k tok/s  eta --:--  NOT SAVED 2x");
+  auto skipped = record(0);
+  skipped.skipped_steps = 3;
+  EXPECT_EQ(line({.steps = 3}, skipped, -1),
+            "step 1/3  loss 3.4121  lr 2.9e-3  gnorm 0.81  12.3k tok/s  eta --:--  SKIPPED 3x");
   ProgressOptions narrow = options;
   narrow.brief = true;
   EXPECT_EQ(
@@ -129,7 +153,7 @@ TEST(Progress, SaysAllInOneLine) {
       "step 120/2000  loss 3.4121 (bpb 1.33)  load max 1.31x dead 0/32  12.3k tok/s  eta 04:12");
   auto worst = record(INT64_MIN);
   worst.loss = worst.grad_norm = worst.tokens_per_second = worst.lr = -1.7e308;
-  worst.failed_saves = INT64_MAX;
+  worst.failed_saves = worst.skipped_steps = INT64_MAX;
   EXPECT_LT(line(options, worst, 1e300).size(), kProgressLine);
 }
 

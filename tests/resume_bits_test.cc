@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 
@@ -172,6 +173,15 @@ TEST(Resume, TheHashChainIsWhatItsPageSays) {
     digits = sha256(digits + std::string(reinterpret_cast<const char*>(words), sizeof words));
     EXPECT_EQ(chain.text().data(), digits);
   }
+  // What is not a number has the bits of the quiet NaN, whichever it was.
+  chain.add({.step = 3,
+             .loss = std::nan(""),
+             .grad_norm = -std::nan("7"),
+             .first_sample = 0,
+             .samples = 8});
+  const uint64_t words[] = {3, 0x7ff8000000000000, 0x7ff8000000000000, 0, 8};
+  digits = sha256(digits + std::string(reinterpret_cast<const char*>(words), sizeof words));
+  EXPECT_EQ(chain.text().data(), digits);
 }
 
 // Asked in its last step, a run is done, not stopped: nothing is left to start again for.

@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/simd/rows.h"
+#include "kernels/pointwise.h"
 
 namespace moemamba {
 
@@ -109,6 +110,11 @@ void GroupedMatmul::check() const {
   expect("b[E, K, N]", b, b_transposed ? Shape{E, N, K} : Shape{E, K, N}, a.dtype);
   expect("offsets[E + 1]", offsets, {E + 1}, DType::i32);
   expect("out[R, N]", out, {R, N}, a.dtype);
+  if (positive) expect("positive[R, N]", positive, {R, N}, a.dtype);
+}
+
+Tensor grouped_rows(const Tensor& offsets) {
+  return view(offsets.row<int32_t>(0) + offsets.cols() - 1, {1}, DType::i32, offsets.device);
 }
 
 void run_cpu(Stream& stream, const GroupedMatmul& op) {
@@ -137,6 +143,11 @@ void run_cpu(Stream& stream, const GroupedMatmul& op) {
                     .b_transposed = op.b_transposed};
     multiply(tiling_of(e).tile(gemm, i));
   });
+  const Tensor rows = grouped_rows(op.offsets);
+  if (op.relu) run_cpu(stream, ActivationForward{.x = op.out, .rows = rows, .y = op.out});
+  if (op.positive)
+    run_cpu(stream,
+            ActivationBackward{.x = op.positive, .dy = op.out, .rows = rows, .dx = op.out});
 }
 
 void GroupedOuter::check() const {

@@ -88,6 +88,14 @@ __device__ Number block_sum(Number x) {
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
+}
+
 // Blocks of a grid in x, which may have 2^31 - 1 of them (y and z: 65,535).
 inline unsigned grid_of(int64_t blocks) {
   check(blocks > 0 && blocks < (int64_t{1} << 31), "a grid of ", blocks, " blocks");

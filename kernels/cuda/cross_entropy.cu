@@ -1,4 +1,4 @@
-#include "kernels/cross_entropy.h"
+#include "kernels/cuda/cross_entropy.h"
 
 #include <cfloat>
 
@@ -198,6 +198,18 @@ void run_chunk(Stream& stream, const HeadCrossEntropy& op, const Products& produ
 
 }  // namespace
 
+void run_head_by_blas(Stream& stream, const HeadCrossEntropy& op) {
+  const int64_t T = op.x.rows(), V = op.weight.rows();
+  const int64_t bytes = chunk_tokens(T, V) * logits_stride(V) * int64_t(sizeof(float));
+  std::byte* memory = stream.workspace(size_t(bytes));
+  const int64_t more = scratch_bytes(stream, op, memory);
+  if (more > 0) memory = stream.workspace(size_t(bytes + more));
+  for_chunks(op, memory, [&](const Products& products, int64_t begin) {
+    visit_real(op.x.dtype,
+               [&]<class Real>() { run_chunk<Real>(stream, op, products, memory + bytes, begin); });
+  });
+}
+
 void run_cuda(Stream& stream, const HeadCrossEntropy& op) {
   const int64_t T = op.x.rows(), V = op.weight.rows();
   check(V < INT32_MAX / 2, op.name, ": weight[V, D] may have 2^30 rows, found ",
@@ -206,15 +218,7 @@ void run_cuda(Stream& stream, const HeadCrossEntropy& op) {
     if (op.dweight && !op.accumulate) fill_zero(stream, op.dweight);
     return;
   }
-  const int64_t bytes = chunk_tokens(T, V) * logits_stride(V) * int64_t(sizeof(float));
-  std::byte* memory = stream.workspace(size_t(bytes));
-  const int64_t more = scratch_bytes(stream, op, memory);
-  if (more > 0) memory = stream.workspace(size_t(bytes + more));
-  for_chunks(op, memory, [&](const Products& products, int64_t begin) {
-    visit_real(op.x.dtype, [&]<class Real>() {
-      run_chunk<Real>(stream, op, products, memory + bytes, begin);
-    });
-  });
+  if (!run_head_by_wgmma(stream, op)) run_head_by_blas(stream, op);
 }
 
 }  // namespace moemamba

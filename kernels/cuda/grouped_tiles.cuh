@@ -22,6 +22,10 @@ struct GroupedWork {
   int M, N, K;       // M: of outer; K: of matmul. The others come from offsets
   bool accumulate;
   bool wide_out;  // out and its rows lie on borders of what an epilogue stores at once
+  // Of wgmma's kernels alone: relu, or its gradient, of the product (GroupedMatmul).
+  bool relu = false;
+  const Real* positive = nullptr;  // [rows, N]; null: none. Rows on 16-byte borders
+  int64_t positive_stride = 0;
 };
 
 // One tile of out, of at most kRows x kCols, and where its operands begin. Operand rows run along

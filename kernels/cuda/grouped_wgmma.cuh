@@ -77,6 +77,17 @@ struct Walk {
     const int64_t out_row = outer ? int64_t(group) * work.M + row : row;
     return work.out + out_row * work.out_stride + col;
   }
+  // Of what is read when the tile is stored: what out has before it is added to, and the masks.
+  __device__ __forceinline__ void prefetch(int lane) const {
+    const auto bring = [&](const auto* from, int64_t stride) {
+      const auto bytes = uint32_t(min(cols(), kCols) * int(sizeof(*from)) / 16 * 16);
+      for (int r = lane; r < min(rows, kRows) && bytes > 0; r += 32)
+        hopper::prefetch_bytes(from + r * stride, bytes);
+    };
+    if (outer && work.accumulate && work.wide_out) bring(out(), work.out_stride);
+    if (!outer && work.positive)
+      bring(work.positive + row * work.positive_stride + col, work.positive_stride);
+  }
 
  private:
   __device__ __forceinline__ void find() {
@@ -105,19 +116,15 @@ struct Walk {
   }
 };
 
-// Fills the stages. One warp; lane 0 starts the copies. What out has before it is added to comes
-// into L2 meanwhile.
-template <GroupedKind kKind, class Out>
-__device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b,
-                                        Walk<kKind, Out> walk, Ring ring) {
+// Fills the stages. One warp; lane 0 starts the copies. What the tile's end reads comes into L2
+// meanwhile.
+template <GroupedKind kKind, class Walk>
+__device__ __forceinline__ void produce(const CUtensorMap& a, const CUtensorMap& b, Walk walk,
+                                        Ring ring) {
   constexpr bool outer = kKind == GroupedKind::outer;
   const int lane = threadIdx.x % 32;
   for (; walk.more(); walk.next()) {
-    if (outer && walk.work.accumulate && walk.work.wide_out) {
-      const uint32_t bytes = uint32_t(min(walk.cols(), kCols)) * uint32_t(sizeof(Out)) / 16 * 16;
-      for (int r = lane; r < min(walk.rows, kRows) && bytes > 0; r += 32)
-        hopper::prefetch_bytes(walk.out() + r * walk.work.out_stride, bytes);
-    }
+    walk.prefetch(lane);
     const int stages = walk.stages();
     for (int s = 0; s < stages; ++s, ring.next()) {
       const int k = s * kDepth;
@@ -177,27 +184,66 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[kSums], const Ring&
         b + step * (hopper::bytes_of_16<b_along_k>() / 16), add || step > 0);
 }
 
+// Where the numbers of a lane's pieces of `positive` in a row are above 0: loaded all at once.
+struct Masks {
+  uint4 pieces[kCols / 32];
+  bool any;
+
+  template <class Walk>
+  __device__ __forceinline__ Masks(const Walk& walk, int row) : any(walk.work.positive) {
+    if (!any) return;
+    const Real* from = walk.work.positive + (walk.row + int64_t(row)) * walk.work.positive_stride;
+#pragma unroll
+    for (int j = 0; j < kCols / 32; ++j) {
+      const int col = (j * 4 + int(threadIdx.x) % 4) * 8, left = walk.cols() - col;
+      pieces[j] = {0, 0, 0, 0};
+      if (row >= walk.rows || left <= 0) continue;
+      if (left >= 8) {
+        pieces[j] = *reinterpret_cast<const uint4*>(from + walk.col + col);
+      } else {
+        uint32_t part[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int n = 0; n < 7; ++n)
+          if (n < left)
+            part[n / 2] |= uint32_t(__bfloat16_as_ushort(from[walk.col + col + n])) << (n % 2 * 16);
+        pieces[j] = {part[0], part[1], part[2], part[3]};
+      }
+    }
+  }
+  __device__ __forceinline__ void apply(int j, uint32_t (&part)[4]) const {
+    const uint32_t piece[4] = {pieces[j].x, pieces[j].y, pieces[j].z, pieces[j].w};
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+      part[n] &= __hgt2_mask(*reinterpret_cast<const __nv_bfloat162*>(&piece[n]),
+                             __float2bfloat162_rn(0.f));
+  }
+};
+
 // A lane has two neighbours of a tile of 8 columns (hopper::multiply_64_256_16). Four tiles side by
 // side are turned around among four lanes: each stores eight columns, 16 bytes, of one tile.
 template <class Walk>
 __device__ __forceinline__ void store(const Walk& walk, const float (&sums)[kSums], Real* out) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool relu = walk.work.relu;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + lane / 4;
     Real* to_row = out + row * walk.work.out_stride;
+    const Masks masks(walk, row);
 #pragma unroll
     for (int j = 0; j < kCols / 8; j += 4) {
       uint32_t part[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int at = (j + n) * 4 + half * 2;
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[at], sums[at + 1]);
+        __nv_bfloat162 pair = __floats2bfloat162_rn(sums[at], sums[at + 1]);
+        if (relu) pair = __hmax2_nan(pair, __float2bfloat162_rn(0.f));
         part[n] = *reinterpret_cast<const uint32_t*>(&pair);
       }
       transpose_quad(part);
       const int col = (j + lane % 4) * 8;
       if (row >= walk.rows || col >= walk.cols()) continue;
+      if (masks.any) masks.apply(j / 4, part);
       if (walk.work.wide_out && col + 8 <= walk.cols()) {
         *reinterpret_cast<uint4*>(to_row + col) = {part[0], part[1], part[2], part[3]};
       } else {
@@ -260,13 +306,15 @@ __device__ __forceinline__ void store(const Walk& walk, const float (&sums)[kSum
 }
 
 // Multiplies what is in the stages. A stage is free when the products that read it are done, which
-// is known one stage later. `memory` is where ring.memory says, for ordinary stores.
-template <GroupedKind kKind, class Out>
-__device__ __forceinline__ void consume(Walk<kKind, Out> walk, Ring ring, std::byte* memory,
-                                        int warpgroup) {
+// is known one stage later. `memory` is where ring.memory says, for ordinary stores. What a tile
+// needs beside, epilogue.begin(walk) loads before the products; end(walk, that, sums) stores it.
+template <GroupedKind kKind, class Walk, class Epilogue>
+__device__ __forceinline__ void consume(Walk walk, Ring ring, std::byte* memory, int warpgroup,
+                                        const Epilogue& epilogue) {
   const bool arrives = threadIdx.x % 32 == 0;  // one lane for its warp
   float sums[kSums];
   for (; walk.more(); walk.next()) {
+    const auto ahead = epilogue.begin(walk);
     const int stages = walk.stages();
     uint32_t last = 0;
     for (int s = 0; s < stages; ++s) {
@@ -286,7 +334,52 @@ __device__ __forceinline__ void consume(Walk<kKind, Out> walk, Ring ring, std::b
     hopper::wait_products<0>();
     hopper::hold(sums);
     if (arrives) hopper::arrive(last);
+    epilogue.end(walk, ahead, sums);
+  }
+}
+
+struct Store {
+  struct Nothing {};
+  template <class Walk>
+  __device__ __forceinline__ Nothing begin(const Walk&) const { return {}; }
+  template <class Walk>
+  __device__ __forceinline__ void end(const Walk& walk, Nothing, const float (&sums)[kSums]) const {
     store(walk, sums, walk.out());
+  }
+};
+
+// Stages from the first border of a pattern in `memory` on. The block's barrier must follow before
+// the ring is used.
+__device__ __forceinline__ Ring start_ring(std::byte* memory, uint64_t (&barriers)[2 * kStages]) {
+  const uint32_t start = hopper::shared_address(memory), skip = -start % hopper::kPatternBytes;
+  const Ring ring{.memory = start + skip,
+                  .full = hopper::shared_address(barriers),
+                  .empty = hopper::shared_address(barriers + kStages)};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      hopper::init_barrier(ring.full + stage * 8, 1);
+      hopper::init_barrier(ring.empty + stage * 8, kConsumers * 4);
+    }
+    hopper::publish_barriers();
+  }
+  return ring;
+}
+__device__ __forceinline__ std::byte* memory_of(const Ring& ring, std::byte* memory) {
+  return memory + (ring.memory - hopper::shared_address(memory));
+}
+
+// Each warpgroup does its part.
+template <GroupedKind kKind, class Walk, class Epilogue>
+__device__ __forceinline__ void share_work(const CUtensorMap& a, const CUtensorMap& b,
+                                           const Walk& walk, const Ring& ring, std::byte* memory,
+                                           const Epilogue& epilogue) {
+  const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+  if (warpgroup == kConsumers) {
+    hopper::give_registers<kProducerRegisters>();
+    if (threadIdx.x / 32 == kProducerWarp) produce<kKind>(a, b, walk, ring);
+  } else {
+    hopper::take_registers<kConsumerRegisters>();
+    consume<kKind>(walk, ring, memory_of(ring, memory), warpgroup, epilogue);
   }
 }
 
@@ -306,30 +399,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) std::byte memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
-  const uint32_t start = hopper::shared_address(memory), skip = -start % hopper::kPatternBytes;
-  const Ring ring{.memory = start + skip,
-                  .full = hopper::shared_address(barriers),
-                  .empty = hopper::shared_address(barriers + kStages)};
-  int* first = reinterpret_cast<int*>(memory + skip + kStages * kStageBytes);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      hopper::init_barrier(ring.full + stage * 8, 1);
-      hopper::init_barrier(ring.empty + stage * 8, kConsumers * 4);
-    }
-    hopper::publish_barriers();
-  }
+  const Ring ring = start_ring(memory, barriers);
+  int* first = reinterpret_cast<int*>(memory_of(ring, memory) + kStages * kStageBytes);
   if constexpr (kKind != GroupedKind::outer)
     count_tiles<kThreads, kRows>(work.offsets, work.groups, work.rows, first);
   __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
-  if (warpgroup == kConsumers) {
-    hopper::give_registers<kProducerRegisters>();
-    if (threadIdx.x / 32 == kProducerWarp)
-      produce<kKind>(a, b, Walk<kKind, Out>(work, first), ring);
-  } else {
-    hopper::take_registers<kConsumerRegisters>();
-    consume<kKind>(Walk<kKind, Out>(work, first), ring, memory + skip, warpgroup);
-  }
+  share_work<kKind>(a, b, Walk<kKind, Out>(work, first), ring, memory, Store());
 #endif
 }
 

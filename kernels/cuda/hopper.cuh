@@ -188,6 +188,20 @@ __device__ __forceinline__ void multiply_64_256_16(float (&d)[128], uint64_t a, 
 
 // --- On the host ---------------------------------------------------------------------------------
 
+// Whether this GPU has wgmma, and this program code of `kernel` for it: compiled for others, such a
+// kernel has no body and so no barriers in shared memory.
+template <class... Arguments>
+bool runs_here(void (*kernel)(Arguments...)) {
+  int device = 0, major = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  if (major != 9) return false;
+  cudaFuncAttributes facts{};
+  cuda_check(cudaFuncGetAttributes(&facts, kernel), "cudaFuncGetAttributes");
+  return facts.sharedSizeBytes > 0;
+}
+
 // How TMA reads bf16 [depth, rows, cols], `cols` running fastest, in boxes of box_rows x box_cols
 // elements that lie in shared memory as swizzled rows of 128 bytes ("Tensors" and
 // cuTensorMapEncodeTiled). The function is the driver's, found at run time: machines without a GPU

@@ -5,6 +5,7 @@
 #include "kernels/cuda/grouped_simt.cuh"
 #include "kernels/cuda/grouped_wgmma.cuh"
 #include "kernels/cuda/products.h"
+#include "kernels/pointwise.h"
 
 namespace moemamba {
 
@@ -66,14 +67,6 @@ Tensor take_f32(const Tensor& like, std::byte*& scratch) {
   return tensor;
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return count;
-}
-
 // Rows that copies of 16 bytes may begin at; they may end anywhere.
 bool in_sixteens(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 &&
@@ -88,21 +81,6 @@ void launch_mma(Stream& stream, const GroupedWork<__nv_bfloat16, Out>& work, int
              "cudaFuncSetAttribute");
   const unsigned blocks = grid_of(std::min<int64_t>(tiles, multiprocessors()));
   kernel<<<blocks, grouped_mma::kThreads, bytes, native(stream)>>>(work);
-}
-
-// Whether this GPU has wgmma, and this program code for it: compiled for others, the kernel has no
-// body and so no barriers in shared memory.
-template <GroupedKind kKind, class Out>
-bool has_wgmma() {
-  int device = 0, major = 0;
-  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "cudaDeviceGetAttribute");
-  if (major != 9) return false;
-  cudaFuncAttributes facts{};
-  cuda_check(cudaFuncGetAttributes(&facts, grouped_wgmma::multiply<kKind, Out>),
-             "cudaFuncGetAttributes");
-  return facts.sharedSizeBytes > 0;
 }
 
 // TMA reads rows on 16-byte borders, and no empty tensors.
@@ -161,6 +139,28 @@ GroupedWork<Real, Out> work_of(const Op& op) {
           .wide_out = rows_fit && reinterpret_cast<uintptr_t>(op.out.data) % store_bytes == 0};
 }
 
+// Whether the product's kernel does what `op` wants beside the product.
+template <class Out>
+bool take_activation(const GroupedMatmul& op, GroupedWork<__nv_bfloat16, Out>& work) {
+  if (op.positive && !in_sixteens(op.positive)) return false;
+  work.relu = op.relu;
+  work.positive = pointer<const __nv_bfloat16>(op.positive);
+  work.positive_stride = op.positive.stride;
+  return true;
+}
+template <class Out>
+bool take_activation(const GroupedOuter&, GroupedWork<__nv_bfloat16, Out>&) { return true; }
+
+// What it does not do.
+void activate(Stream& stream, const GroupedMatmul& op) {
+  const Tensor rows = grouped_rows(op.offsets);
+  if (op.relu) run_cuda(stream, ActivationForward{.x = op.out, .rows = rows, .y = op.out});
+  if (op.positive)
+    run_cuda(stream,
+             ActivationBackward{.x = op.positive, .dy = op.out, .rows = rows, .dx = op.out});
+}
+void activate(Stream&, const GroupedOuter&) {}
+
 template <GroupedKind kKind, class Op>
 void multiply_groups(Stream& stream, const Op& op, bool accumulate, bool wgmma) {
   constexpr bool outer = kKind == GroupedKind::outer;
@@ -172,13 +172,15 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate, bool wgmma) 
         ": at most ", kMostGroups, " groups and 2^31 rows or tiles, found ",
         op.offsets.cols() - 1, " groups, ", op.a.rows(), " rows, ", tiles, " tiles");
   if (tiles == 0) return;
+  bool activated = false;
   if (narrow) {
     auto work = work_of<__nv_bfloat16, Narrow>(op);
     work.accumulate = accumulate;
     const bool fast = in_sixteens(op.a) && in_sixteens(op.b);
-    if (wgmma && tma_takes(op) && has_wgmma<kKind, Narrow>())
+    if (wgmma && tma_takes(op) && hopper::runs_here(grouped_wgmma::multiply<kKind, Narrow>)) {
+      activated = take_activation(op, work);
       launch_wgmma<kKind, Narrow>(stream, op, work, tiles);
-    else if (fast) launch_mma<kKind, Narrow, true>(stream, work, tiles);
+    } else if (fast) launch_mma<kKind, Narrow, true>(stream, work, tiles);
     else launch_mma<kKind, Narrow, false>(stream, work, tiles);
   } else {
     auto work = work_of<float, float>(op);
@@ -189,6 +191,7 @@ void multiply_groups(Stream& stream, const Op& op, bool accumulate, bool wgmma) 
         <<<blocks, grouped_simt::kThreads, bytes, native(stream)>>>(work);
   }
   cuda_check(cudaGetLastError(), op.name);
+  if (!activated) activate(stream, op);
 }
 
 void multiply_groups(Stream& stream, const GroupedMatmul& op, bool wgmma) {

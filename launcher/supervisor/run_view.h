@@ -18,7 +18,8 @@ struct RankView {
   std::string host, gpu;
   int64_t pid = 0;
   RankState state = RankState::absent;
-  Activity::Now activity;            // of its latest heartbeat
+  Activity::Now activity;            // of its latest heartbeat; its `group` is always ""
+  std::string group;                 // of the latest collective
   double heard = 0, progressed = 0;  // when: the latest heartbeat; the latest that showed progress
   int64_t resident_bytes = 0, gpu_bytes = 0;
   int64_t step = -1;                                                // latest that ended
@@ -58,6 +59,7 @@ struct RunView {
   double save_seconds = 0;  // of the latest save
   std::vector<RankView> of_ranks;
   std::vector<std::string> hosts_left_out;
+  int64_t refused_connections = 0;  // to the control server: wrong secret, job, rank or words
   ExpertView experts;
   std::deque<EventView> events;  // the newest 200; all of them are in <run>/events.jsonl
   std::string hang_report;       // of the latest hang or loss; empty: none

@@ -35,8 +35,7 @@ void merge(const char* text, Message* message) {
   check(google::protobuf::TextFormat::MergeFromString(text, message), "not settings: ", text);
 }
 
-StatePiece whole_piece(const Manifest::Tensor& tensor, StateKind kind,
-                       std::vector<float>& values) {
+StatePiece whole_piece(const Manifest::Tensor& tensor, StateKind kind, std::vector<float>& values) {
   StatePiece piece{.tensor = tensor.name(), .shape = tensor.shape(), .kind = kind};
   piece.end = piece.shape.elements();
   values.resize(size_t(piece.end));
@@ -76,6 +75,7 @@ TrainRequest request_of(const SmallRun& run) {
   request.train.set_lr(1e-2f);
   request.train.set_seed(run.seed);
   request.train.set_progress(TrainConfig::OFF);
+  merge(run.train, &request.train);
   request.checkpoint.set_asynchronous(run.asynchronous);
   request.checkpoint.set_keep_last(run.keep_last);
   request.checkpoint.set_hash_interval(1);
@@ -83,6 +83,7 @@ TrainRequest request_of(const SmallRun& run) {
   merge(run.data, &request.data);
   if (request.data.train_size() == 0)
     request.data.add_train(run.tokens > 0 ? short_tokens(run.tokens) : synthetic_tokens(61));
+  request.on_event = run.on_event;
   request.resolved_text = "a small run\n";
   request.build = "a test\n";
   return request;
@@ -98,8 +99,13 @@ TrainResult launch(const SmallRun& run) {
     own.stop_wanted = [&run, rank = groups.rank, step = int64_t{0}]() mutable {
       if (run.before_step) run.before_step(rank, step);
       check(step != run.crash_at || rank != run.ranks - 1, "crashed, as the test wants");
-      return ++step == run.launch_steps && rank == run.stop_rank;
+      const bool stops = ++step == run.launch_steps || (run.stop_when && run.stop_when());
+      return stops && rank == run.stop_rank;
     };
+    if (run.spoil)
+      own.spoil = [&run, rank = groups.rank](int64_t step) { return run.spoil(rank, step); };
+    if (run.change) run.change(groups.rank, own);
+    if (run.wire) run.wire(groups);
     WrappedFiles files;
     results[size_t(groups.rank)] = run_training(run.files ? *run.files : files, groups, own);
   });

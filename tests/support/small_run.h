@@ -24,10 +24,16 @@ struct SmallRun {
   // This launch ends, as asked by rank `stop_rank`, after so many steps of its own; 0: at its end.
   int64_t launch_steps = 0;
   int stop_rank = 0;
+  std::function<bool()> stop_when;  // or when this says so on that rank, asked before each step
   // This launch fails before its step number `crash_at` (counted from 0), on its last rank.
   int64_t crash_at = -1;
   std::function<void(int rank, int64_t step)> before_step;  // steps of this launch
   FileSystem* files = nullptr;                              // null: real ones that sync nothing
+  const char* train = "";  // further fields of TrainConfig, as text; they win
+  std::function<bool(int rank, int64_t step)> spoil;  // TrainerOptions::spoil of each rank
+  std::function<void(const RunEvent&)> on_event;
+  std::function<void(int rank, TrainRequest&)> change;  // on each rank, at last
+  std::function<void(ProcessGroups&)> wire;  // on each rank, before its run
 };
 // One launch. Throws what it throws.
 TrainResult launch(const SmallRun& run);

@@ -10,13 +10,13 @@
 
 namespace moemamba {
 
-// An empty folder of one test, gone when it ends.
+// An empty folder of one test, gone when it ends. A test that has several gives them suffixes.
 class TemporaryFolder {
  public:
-  TemporaryFolder() {
+  explicit TemporaryFolder(const std::string& suffix = "") {
     const auto* test = testing::UnitTest::GetInstance()->current_test_info();
     const std::string name = std::string("moemamba-") + test->test_suite_name() + "-" +
-                             test->name() + "-" + std::to_string(getpid());
+                             test->name() + "-" + std::to_string(getpid()) + suffix;
     path_ = std::filesystem::temp_directory_path() / name;
     std::filesystem::remove_all(path_);
     std::filesystem::create_directories(path_);

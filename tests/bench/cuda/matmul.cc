@@ -13,7 +13,7 @@
 #include "core/arena.h"
 #include "core/gpu.h"
 #include "core/random.h"
-#include "kernels/cross_entropy.h"
+#include "kernels/cuda/cross_entropy.h"
 #include "kernels/cuda/products.h"
 #include "kernels/matmul.h"
 
@@ -70,8 +70,34 @@ class Bench {
     time_work((what + ", mma.sync").c_str(), flops, [&] { multiply_by_mma(stream_, op); }, "");
   }
 
+  // As it is run beside chunks of f32 logits; how far apart losses and gradients are.
+  void time_head(const std::string& what, double flops, const HeadCrossEntropy& op) {
+    HeadCrossEntropy other = op;
+    other.loss = take(op.loss.shape, DType::f32);
+    if (op.dx) other.dx = take(op.dx.shape), other.dweight = take(op.dweight.shape, DType::f32);
+    run(stream_, op);
+    run_head_by_blas(stream_, other);
+    std::string note = concat("  loss ", difference(op.loss, other.loss));
+    if (op.dx)
+      note += concat(", dx ", difference(op.dx, other.dx), ", dW ",
+                     difference(op.dweight, other.dweight));
+    time_work((what + ", as run").c_str(), flops, [&] { run(stream_, op); }, note.c_str());
+    time_work((what + ", f32 logits").c_str(), flops, [&] { run_head_by_blas(stream_, other); },
+              "");
+  }
+
  private:
-  // ||run() - mma.sync|| / ||mma.sync||, from zeros; infinite where one is not finite.
+  // ||found - expected|| / ||expected||; infinite where one is not finite.
+  double difference(const Tensor& a, const Tensor& b) {
+    const std::vector<float> found = numbers(a), expected = numbers(b);
+    double apart = 0, whole = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      apart += double(found[i] - expected[i]) * double(found[i] - expected[i]);
+      whole += double(expected[i]) * double(expected[i]);
+    }
+    return std::isfinite(apart) && whole > 0 ? std::sqrt(apart / whole) : INFINITY;
+  }
+  // run() beside mma.sync, from zeros.
   template <class Op>
   double difference(const Op& op) {
     Op other = op;
@@ -79,13 +105,7 @@ class Bench {
     for (const Tensor& out : {op.out, other.out}) fill_zero(stream_, out);
     run(stream_, op);
     multiply_by_mma(stream_, other);
-    const std::vector<float> found = numbers(op.out), expected = numbers(other.out);
-    double apart = 0, whole = 0;
-    for (size_t i = 0; i < found.size(); ++i) {
-      apart += double(found[i] - expected[i]) * double(found[i] - expected[i]);
-      whole += double(expected[i]) * double(expected[i]);
-    }
-    return std::isfinite(apart) && whole > 0 ? std::sqrt(apart / whole) : INFINITY;
+    return difference(op.out, other.out);
   }
   std::vector<float> numbers(const Tensor& tensor) {
     std::vector<float> list(size_t(tensor.elements()));
@@ -181,10 +201,10 @@ void time_head(Bench& bench) {
                       .loss = bench.take({T}, DType::f32),
                       .scale = 1.f / T};
   const double flops = 2.0 * T * V * D;
-  bench.time("head and loss, 65536 x 50304 x 512, forward", flops, op);
+  bench.time_head("head and loss, 65536 x 50304 x 512", flops, op);
   op.dx = bench.take({T, D});
   op.dweight = bench.take({V, D}, DType::f32);
-  bench.time("head and loss, with gradients", 3 * flops, op);
+  bench.time_head("head and loss, with gradients", 3 * flops, op);
   bench.forget();
 }
 

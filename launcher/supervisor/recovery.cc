@@ -1,0 +1,159 @@
+#include "launcher/supervisor/recovery.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "launcher/launch.h"
+#include "runtime/json_reader.h"
+#include "runtime/json_text.h"
+
+namespace moemamba {
+
+namespace {
+
+constexpr double kLongestPause = 60;
+constexpr int kExitFailed = 1;
+constexpr int64_t kBeforeSteps = -1;  // the "step" of attempts whose ranks never came
+
+bool contains(const std::vector<std::string>& list, const std::string& name) {
+  return std::find(list.begin(), list.end(), name) != list.end();
+}
+
+}  // namespace
+
+Recovery::Recovery(Options options, RecoveryMemory memory)
+    : options_(std::move(options)), memory_(std::move(memory)) {
+  layout_ = layout_without(memory_.left_out);
+  check(layout_.ranks > 0, "no machine is left to start ranks on");
+}
+
+std::vector<HostSlots> Recovery::hosts() const {
+  std::vector<HostSlots> hosts;
+  for (const HostSlots& host : options_.hosts)
+    if (!contains(memory_.left_out, host.name)) hosts.push_back(host);
+  return hosts;
+}
+
+Recovery::Layout Recovery::layout_without(const std::vector<std::string>& left_out) const {
+  if (left_out.empty()) return {options_.ranks, options_.expert};
+  int slots = 0;
+  for (const HostSlots& host : options_.hosts)
+    if (!contains(left_out, host.name)) slots += host.slots;
+  const int most = std::min(slots, options_.ranks);
+  if (most < 1) return {};
+  int expert = options_.expert;
+  while (expert > most || options_.expert % expert != 0) --expert;
+  return {most / expert * expert, expert};
+}
+
+// False: the run cannot go on without it.
+bool Recovery::leave_out(const std::string& host, Verdict& verdict) {
+  if (contains(memory_.left_out, host)) return true;
+  std::vector<std::string> without = memory_.left_out;
+  without.push_back(host);
+  const Layout layout = layout_without(without);
+  const int least = options_.limits.min_ranks() > 0 ? options_.limits.min_ranks() : options_.ranks;
+  if (layout.ranks < std::max(1, least)) return false;
+  memory_.left_out = std::move(without);
+  layout_ = layout;
+  verdict.left_out_now.push_back(host);
+  return true;
+}
+
+Verdict Recovery::give_up(const std::string& text) const {
+  return {.restarts = false, .exit_code = kExitFailed, .text = text};
+}
+
+Verdict Recovery::after(const AttemptEnd& end) {
+  using Kind = AttemptEnd::Kind;
+  switch (end.kind) {
+    case Kind::done:
+      return {.restarts = false, .exit_code = 0, .text = "the run is done"};
+    case Kind::stopped:
+      return {.restarts = false, .exit_code = kExitRestart, .text = end.text};
+    case Kind::settings:
+      return {.restarts = false, .exit_code = kExitSettings, .text = end.text};
+    case Kind::failed:
+    case Kind::lost:
+    case Kind::not_begun:
+      break;
+  }
+  if (end.saved_step > memory_.best_saved) {
+    memory_.best_saved = end.saved_step;
+    memory_.without_progress = 0;
+    memory_.crashes.clear();
+  }
+  return restart(end);
+}
+
+Verdict Recovery::restart(const AttemptEnd& end) {
+  const bool begun = end.kind != AttemptEnd::Kind::not_begun;
+  const int64_t crashes = ++memory_.crashes[begun ? end.step : kBeforeSteps];
+  if (crashes >= options_.limits.crash_loop()) {
+    Verdict verdict = give_up(concat(
+        "a crash loop: ", crashes,
+        begun ? concat(" failures at step ", end.step + 1, " without a checkpoint between them")
+              : std::string(" attempts ended before their ranks had come"),
+        "; the latest: ", end.text,
+        ". Starting again would repeat it: mend that first (launch.crash_loop)"));
+    verdict.crash_loop = true;
+    return verdict;
+  }
+  if (memory_.without_progress >= options_.limits.max_restarts())
+    return give_up(concat(memory_.without_progress,
+                          " restarts without a new checkpoint; the latest: ", end.text,
+                          " (launch.max_restarts)"));
+  Verdict verdict{.restarts = true, .text = end.text};
+  for (const std::string& host : end.hosts) ++memory_.failures[host];
+  for (const std::string& host : end.unreachable) leave_out(host, verdict);
+  for (const std::string& host : end.hosts)
+    if (memory_.failures[host] >= options_.limits.host_failures()) leave_out(host, verdict);
+  if (memory_.without_progress > 0)
+    verdict.pause = std::min(kLongestPause, options_.limits.backoff_seconds() *
+                                                std::pow(2, double(memory_.without_progress - 1)));
+  ++memory_.restarts;
+  ++memory_.without_progress;
+  return verdict;
+}
+
+std::string memory_json(const RecoveryMemory& memory) {
+  std::string crashes, failures, left_out;
+  for (const auto& [step, count] : memory.crashes)
+    crashes += concat(crashes.empty() ? "" : ",", "[", step + 1, ",", count, "]");
+  for (const auto& [host, count] : memory.failures)
+    failures += concat(failures.empty() ? "" : ",", json_text(host), ":", count);
+  for (const std::string& host : memory.left_out)
+    left_out += concat(left_out.empty() ? "" : ",", json_text(host));
+  return concat("{\"restarts\":", memory.restarts,
+                ",\"without_progress\":", memory.without_progress,
+                ",\"checkpoints\":", memory.best_saved + 1, ",\"crashes\":[", crashes,
+                "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
+}
+
+void read_memory(JsonReader& json, RecoveryMemory& memory) {
+  json.object([&](std::string_view key) {
+    if (key == "restarts") {
+      memory.restarts = json.integer();
+    } else if (key == "without_progress") {
+      memory.without_progress = json.integer();
+    } else if (key == "checkpoints") {
+      memory.best_saved = json.integer() - 1;
+    } else if (key == "crashes") {
+      json.list([&] {
+        std::vector<int64_t> pair;
+        json.list([&] { pair.push_back(json.integer()); });
+        if (pair.size() == 2) memory.crashes[pair[0] - 1] = pair[1];
+      });
+    } else if (key == "failures") {
+      json.object(
+          [&](std::string_view host) { memory.failures[unescaped(host)] = json.integer(); });
+    } else if (key == "left_out") {
+      json.list([&] { memory.left_out.push_back(unescaped(json.string())); });
+    } else {
+      json.skip();
+    }
+  });
+}
+
+}  // namespace moemamba

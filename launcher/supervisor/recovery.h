@@ -1,0 +1,91 @@
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "launcher/launch_config.pb.h"
+
+namespace moemamba {
+
+// What becomes of a run when its ranks have ended. Pure: it starts nothing and reads no clock.
+
+struct HostSlots {
+  std::string name;
+  int slots = 1;  // ranks that it takes
+};
+
+// How one attempt to run ended.
+struct AttemptEnd {
+  enum class Kind {
+    done,       // after the last step
+    stopped,    // as asked
+    settings,   // wrong ones: nothing was begun
+    failed,     // an error that a rank has named
+    lost,       // ranks died, hang or fell silent
+    not_begun,  // ended before all ranks had come
+  };
+  Kind kind = Kind::lost;
+  int64_t step = 0;                      // at hand then
+  int64_t saved_step = -1;               // the newest checkpoint that is there now; -1: none
+  std::vector<std::string> hosts;        // of lost ranks, one entry for each
+  std::vector<std::string> unreachable;  // hosts that do not answer now
+  std::string text;                      // why, one sentence
+};
+
+// What outlives a supervisor that dies (state.json).
+struct RecoveryMemory {
+  int64_t restarts = 0;
+  int64_t without_progress = 0;             // of these, since the newest checkpoint
+  int64_t best_saved = -1;                  // the newest checkpoint there ever was
+  std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand, or -1
+  std::map<std::string, int64_t> failures;  // of ranks, by host
+  std::vector<std::string> left_out;        // hosts
+};
+
+struct Verdict {
+  bool restarts = false;
+  int exit_code = 0;                      // where it does not
+  double pause = 0;                       // seconds before the restart
+  std::vector<std::string> left_out_now;  // hosts, for good
+  bool crash_loop = false;
+  std::string text;  // why; one sentence
+};
+
+class Recovery {
+ public:
+  struct Options {
+    LaunchConfig limits;
+    int ranks = 1, expert = 1;     // as asked for
+    std::vector<HostSlots> hosts;  // empty: this machine alone
+  };
+  Recovery(Options options, RecoveryMemory memory);
+
+  Verdict after(const AttemptEnd& end);
+
+  // Of the next attempt. With fewer hosts there are as many ranks as fit, in whole groups of
+  // `expert`; where not one fits, expert falls to its largest divisor that does.
+  int ranks() const { return layout_.ranks; }
+  int expert() const { return layout_.expert; }
+  std::vector<HostSlots> hosts() const;  // without those left out
+  const RecoveryMemory& memory() const { return memory_; }
+
+ private:
+  struct Layout {
+    int ranks = 0, expert = 1;
+  };
+  Layout layout_without(const std::vector<std::string>& left_out) const;
+  bool leave_out(const std::string& host, Verdict& verdict);
+  Verdict restart(const AttemptEnd& end);
+  Verdict give_up(const std::string& text) const;
+
+  Options options_;
+  RecoveryMemory memory_;
+  Layout layout_;
+};
+
+// As JSON and back; an Error where it is none.
+std::string memory_json(const RecoveryMemory& memory);
+class JsonReader;
+void read_memory(JsonReader& json, RecoveryMemory& memory);  // the object that comes next
+
+}  // namespace moemamba

@@ -1,0 +1,286 @@
+// The end of an attempt: who is at fault, nothing is left of it, what comes next.
+#include <signal.h>
+
+#include <algorithm>
+#include <set>
+
+#include "core/error.h"
+#include "launcher/launch.h"
+#include "launcher/process_sweep.h"
+#include "launcher/supervisor/hosts.h"
+#include "launcher/supervisor/stack_text.h"
+#include "launcher/supervisor/supervisor.h"
+#include "runtime/process_facts.h"
+
+namespace moemamba {
+
+namespace {
+
+constexpr double kLastWords = 0.05;  // of ranks, after mpirun's end
+constexpr double kStackWait = 2;
+constexpr double kSymbols = 3;  // for their names, while the processes end
+constexpr double kKillRound = 0.02;
+constexpr auto kSweep = std::chrono::milliseconds(30);
+constexpr double kStuck = 10;  // after which a process that does not die is named
+constexpr double kFenceMargin = 1;
+constexpr int kNoProgram = 126;  // and 127: mpirun cannot be started at all
+
+// The rank that said so first; -1: none.
+template <class Links>
+int rank_with(const Links& links, Goodbye::Reason reason) {
+  for (size_t rank = 0; rank < links.size(); ++rank)
+    if (links[rank].goodbye && links[rank].goodbye->reason() == reason) return int(rank);
+  return -1;
+}
+
+}  // namespace
+
+// What the ranks have sent before may be read only now.
+void Supervisor::job_ended() {
+  if (doing_ == Doing::running) act_.set(kLastWords, [this] { judge(); });
+}
+
+// From the ranks' last words and mpirun's exit code: how the attempt ended.
+void Supervisor::judge() {
+  if (doing_ != Doing::running) return;
+  using Kind = AttemptEnd::Kind;
+  const auto said = [&](Goodbye::Reason reason) { return rank_with(links_, reason); };
+  const auto text_of = [&](int rank) {
+    return concat(name_of(view_.of_ranks[size_t(rank)]), ": ",
+                  links_[size_t(rank)].goodbye->text());
+  };
+  const int code = job_.runs() ? -1 : job_.code().value_or(-1);
+  const bool all_said = std::all_of(links_.begin(), links_.end(),
+                                    [](const RankLink& link) { return link.goodbye.has_value(); });
+  const bool any_came =
+      std::any_of(view_.of_ranks.begin(), view_.of_ranks.end(),
+                  [](const RankView& rank) { return rank.state != RankState::absent; });
+  if (const int rank = said(Goodbye::SETTINGS); rank >= 0 || code == kExitSettings)
+    return end_attempt({.kind = Kind::settings,
+                        .rank = rank,
+                        .event = "failed",
+                        .text = rank >= 0 ? text_of(rank) : "wrong settings; which, see above"});
+  if (const int rank = said(Goodbye::FAILED); rank >= 0)
+    return end_attempt(
+        {.kind = Kind::failed, .rank = rank, .event = "failed", .text = text_of(rank)});
+  if (code == 0 || (all_said && said(Goodbye::LOST) < 0 && said(Goodbye::FENCED) < 0)) {
+    const bool stopped = said(Goodbye::STOPPED) >= 0;
+    return end_attempt({.kind = stopped ? Kind::stopped : Kind::done,
+                        .event = stopped ? "stopped" : "done",
+                        .text = stopped ? "stopped as asked, with a checkpoint" : "done"});
+  }
+  for (const Goodbye::Reason reason : {Goodbye::LOST, Goodbye::FENCED})
+    if (const int rank = said(reason); rank >= 0)
+      return end_attempt({.kind = Kind::lost, .text = text_of(rank)});
+  if (code == kNoProgram || code == kNoProgram + 1)
+    return end_attempt({.kind = Kind::settings,
+                        .event = "failed",
+                        .text = "what starts the ranks cannot be run; why, see above"});
+  const std::string how = code > 128  ? concat("was ended by signal ", code - 128)
+                          : code >= 0 ? concat("ended with exit code ", code)
+                                      : std::string("is gone");
+  const bool failed = code == 1 && any_came;
+  end_attempt({.kind = failed                 ? Kind::failed
+                       : any_came || adopted_ ? Kind::lost
+                                              : Kind::not_begun,
+               .event = failed ? "failed" : "lost",
+               .text = concat(request_.srun_mpi.empty() ? "mpirun " : "srun ", how,
+                              any_came   ? ""
+                              : adopted_ ? " before its ranks had come back"
+                                         : " before any rank came; why, see above")});
+}
+
+// What the kernel says of a process that does not answer.
+std::string Supervisor::process_text(int rank) const {
+  if (rank < 0 || !links_[size_t(rank)].local || links_[size_t(rank)].process_ended) return "";
+  switch (process_state(view_.of_ranks[size_t(rank)].pid)) {
+    case 'T':
+      return "; its process is stopped (SIGSTOP)";
+    case 't':
+      return "; its process is held by a debugger";
+    case 'D':
+      return "; its process waits for a disk or a device";
+    case 0:
+    case 'Z':
+    case 'X':
+      return "; its process is dead";
+    default:
+      return "";
+  }
+}
+
+// Only once for an attempt.
+void Supervisor::end_attempt(Fault fault) {
+  if (doing_ != Doing::running) return;
+  doing_ = Doing::ending;
+  act_.cancel();
+  stop_.cancel();
+  ended_at_ = now();
+  fault_ = std::move(fault);
+  if (fault_.kind == AttemptEnd::Kind::lost) fault_.text += process_text(fault_.rank);
+  stack_.clear();
+  using Kind = AttemptEnd::Kind;
+  const bool well = fault_.kind == Kind::done || fault_.kind == Kind::stopped;
+  if (!well && view_.state != RunState::stopping) view_.state = RunState::recovering;
+  if (fault_.kind == Kind::lost)
+    view_.hang_report = report_of(view_, fault_.text, fault_.rank, now());
+  if (fault_.asks_stack && fault_.rank >= 0 && server_->connected(fault_.rank)) {
+    ControlWord word;
+    word.mutable_order()->set_what(Order::SEND_STACK);
+    server_->send(fault_.rank, word);
+    act_.set(kStackWait, [this] { kill_all([this] { conclude(); }); });
+    return;
+  }
+  kill_all([this] { conclude(); });
+}
+
+void Supervisor::got_stack(const std::vector<std::string>& frames) {
+  if (doing_ != Doing::ending || !fault_.asks_stack || !stack_.empty()) return;
+  for (const std::string& frame : frames) stack_ += frame + "\n";
+  kill_all([this] { conclude(); });
+}
+
+void Supervisor::kill_all(std::function<void()> gone) {
+  if (replaced()) return;
+  doing_ = Doing::ending;
+  act_.cancel();
+  gone_ = std::move(gone);
+  ending_since_ = now();
+  stuck_said_ = false;
+  unreachable_.clear();
+  ControlWord word;
+  word.mutable_order()->set_what(Order::END);
+  word.mutable_order()->set_text(fault_.text);
+  server_->send_all(word);
+  kill_round();
+}
+
+// Again and again until nothing is there.
+void Supervisor::kill_round() {
+  const Swept swept =
+      sweep_processes({.has = {concat(kRunKeyVariable, "=", run_key_)}, .lacks = {}}, kSweep);
+  if (swept.left.empty() && !job_.runs() && others_gone()) return std::exchange(gone_, nullptr)();
+  if (!stuck_said_ && !swept.left.empty() && now() - ending_since_ > kStuck) {
+    stuck_said_ = true;
+    events_.say({.kind = "stuck",
+                 .text = concat("these do not die, even of SIGKILL (a disk or a GPU that does not "
+                                "answer?): ",
+                                describe(swept.left), "; waiting for them")});
+  }
+  act_.set(kKillRound, [this] { kill_round(); });
+}
+
+// Ranks of other machines: their connections are closed, or they have had no word from here for so
+// long that they have ended themselves.
+bool Supervisor::others_gone() {
+  if (now() < fenced_at_) return false;
+  std::set<std::string> unreachable;
+  for (size_t rank = 0; rank < links_.size(); ++rank) {
+    const RankView& view = view_.of_ranks[rank];
+    if (links_[rank].local || !server_->connected(int(rank))) continue;
+    if (now() < view.heard + launch_.fence_seconds() + kFenceMargin) return false;
+    unreachable.insert(listed_host(int(rank)));
+  }
+  unreachable_.assign(unreachable.begin(), unreachable.end());
+  return true;
+}
+
+// The name under which the machine of a rank was given; a list may have addresses, or "localhost".
+std::string Supervisor::listed_host(int rank) const {
+  const RankView& view = view_.of_ranks[size_t(rank)];
+  const RankLink& link = links_[size_t(rank)];
+  for (const HostSlots& host : request_.hosts)
+    if (same_host(host.name, view.host) || host.name == link.address ||
+        (link.local && is_this_host(host.name)))
+      return host.name;
+  return view.host;
+}
+
+int64_t Supervisor::step_at_hand() const {
+  int64_t step = std::max<int64_t>(0, view_.saved_step);
+  for (const RankView& rank : view_.of_ranks) step = std::max(step, rank.activity.step);
+  return step;
+}
+
+// Nothing is left of the attempt.
+void Supervisor::conclude() {
+  log_.follow(outlet_);
+  leftovers_.remove();
+  using Kind = AttemptEnd::Kind;
+  look_at_checkpoints();
+  if (fault_.kind != Kind::done && fault_.kind != Kind::stopped && is_finished())
+    fault_ = {.kind = Kind::done, .event = "done", .text = "done"};
+  if (!view_.hang_report.empty() && fault_.kind == Kind::lost) {
+    if (!stack_.empty()) {
+      std::vector<std::string> frames;
+      for (size_t at = 0, end; (end = stack_.find('\n', at)) != std::string::npos; at = end + 1)
+        frames.push_back(stack_.substr(at, end - at));
+      view_.hang_report += "  its stack:\n" + stack_text(frames, kSymbols);
+    }
+    outlet_.say(view_.hang_report);
+  }
+  AttemptEnd end{.kind = fault_.kind,
+                 .step = step_at_hand(),
+                 .saved_step = view_.saved_step,
+                 .hosts = {},
+                 .unreachable = unreachable_,
+                 .text = fault_.text};
+  for (const RankView& rank : view_.of_ranks)
+    if (fault_.kind == Kind::lost && (rank.rank == fault_.rank || rank.state == RankState::silent))
+      end.hosts.push_back(listed_host(rank.rank));
+  if (fault_.kind != Kind::done && fault_.kind != Kind::stopped)
+    events_.say({.kind = fault_.event, .step = end.step, .text = fault_.text});
+  if (signals_got_ > 0 && fault_.kind != Kind::done)
+    return finish(early_exit_code(), "stopped", early_text());
+  const Verdict verdict = recovery_->after(end);
+  if (verdict.restarts) return restart(verdict);
+  finish(verdict.exit_code,
+         verdict.crash_loop          ? "crash_loop"
+         : verdict.exit_code == 0    ? "done"
+         : end.kind == Kind::stopped ? "stopped"
+                                     : "failed",
+         verdict.text);
+}
+
+int Supervisor::early_exit_code() const {
+  return last_signal_ == SIGINT ? 128 + SIGINT : kExitRestart;
+}
+
+std::string Supervisor::early_text() const {
+  return concat("ended early, as ", signals_got_ > 1 ? "signals" : "a signal",
+                " asked; the same command goes on from ", place_to_go_on());
+}
+
+std::string Supervisor::place_to_go_on() const {
+  return view_.saved_step < 0 ? "the start" : concat("the checkpoint of step ", view_.saved_step);
+}
+
+void Supervisor::restart(const Verdict& verdict) {
+  view_.restarts = int(recovery_->memory().restarts);
+  for (const std::string& host : verdict.left_out_now)
+    events_.say(
+        {.kind = "host_left_out",
+         .text = concat(host, " is left out from now on; ", recovery_->ranks(), " ranks go on")});
+  view_.state_text =
+      concat("restart ", view_.restarts, ": ", recovery_->ranks(),
+             recovery_->ranks() == 1 ? " rank" : " ranks", " from ", place_to_go_on(),
+             verdict.pause > 0 ? concat(" in ", verdict.pause, " s") : "");
+  events_.say({.kind = "restarting", .step = view_.saved_step, .text = view_.state_text});
+  doing_ = Doing::pausing;
+  remember(true);
+  act_.set(verdict.pause, [this] { begin_attempt(); });
+}
+
+void Supervisor::finish(int exit_code, const std::string& kind, const std::string& text) {
+  doing_ = Doing::over;
+  exit_code_ = exit_code;
+  view_.state = exit_code == 0      ? RunState::done
+                : kind == "stopped" ? RunState::stopped
+                                    : RunState::failed;
+  view_.state_text = text;
+  events_.say({.kind = kind, .text = text});
+  remember(false);
+  context_.stop();
+}
+
+}  // namespace moemamba

@@ -1,0 +1,201 @@
+// What a supervisor does after each end of its ranks.
+#include "launcher/supervisor/recovery.h"
+
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+#include "runtime/json_reader.h"
+
+namespace moemamba {
+namespace {
+
+using Kind = AttemptEnd::Kind;
+
+Recovery::Options options_of(int ranks, int expert = 1, std::vector<HostSlots> hosts = {}) {
+  Recovery::Options options{.ranks = ranks, .expert = expert, .hosts = std::move(hosts)};
+  return options;
+}
+
+AttemptEnd lost_at(int64_t step, int64_t saved, std::vector<std::string> hosts = {}) {
+  return {.kind = Kind::lost,
+          .step = step,
+          .saved_step = saved,
+          .hosts = std::move(hosts),
+          .text = "rank 1 has died"};
+}
+
+TEST(Recovery, EndsWithTheExitCodeOfEachEnd) {
+  const std::pair<Kind, int> cases[] = {{Kind::done, 0}, {Kind::stopped, 75}, {Kind::settings, 2}};
+  for (const auto& [kind, code] : cases) {
+    Recovery recovery(options_of(2), {});
+    const Verdict verdict = recovery.after({.kind = kind});
+    EXPECT_FALSE(verdict.restarts);
+    EXPECT_EQ(verdict.exit_code, code);
+    EXPECT_EQ(recovery.memory().restarts, 0);
+  }
+}
+
+TEST(Recovery, RestartsAtOnceAndThenPausesLongerAndLonger) {
+  Recovery::Options options = options_of(2);
+  options.limits.set_max_restarts(100);
+  Recovery recovery(options, {});
+  std::vector<double> pauses;
+  for (int64_t i = 0; i < 9; ++i) {
+    const Verdict verdict = recovery.after(lost_at(100 + i, -1));
+    ASSERT_TRUE(verdict.restarts) << verdict.text;
+    pauses.push_back(verdict.pause);
+  }
+  EXPECT_EQ(pauses, (std::vector<double>{0, 1, 2, 4, 8, 16, 32, 60, 60}));
+  EXPECT_EQ(recovery.memory().restarts, 9);
+}
+
+TEST(Recovery, ANewCheckpointIsProgress) {
+  Recovery recovery(options_of(2), {});
+  for (int64_t i = 0; i < 50; ++i) {
+    const Verdict verdict = recovery.after(lost_at(10 * i + 5, 10 * i));
+    ASSERT_TRUE(verdict.restarts) << i << ": " << verdict.text;
+    EXPECT_EQ(verdict.pause, 0) << i;
+  }
+  EXPECT_EQ(recovery.memory().restarts, 50);
+  // The same one, and one that is older, are none.
+  EXPECT_EQ(recovery.after(lost_at(496, 490)).pause, 1);
+  EXPECT_EQ(recovery.after(lost_at(497, 480)).pause, 2);
+}
+
+TEST(Recovery, GivesUpAfterSoManyRestartsWithoutACheckpoint) {
+  for (int64_t most : {0, 1, 5}) {
+    Recovery::Options options = options_of(2);
+    options.limits.set_max_restarts(most);
+    Recovery recovery(options, {});
+    for (int64_t i = 0; i < most; ++i) EXPECT_TRUE(recovery.after(lost_at(100 + i, 40)).restarts);
+    const Verdict verdict = recovery.after(lost_at(200, 40));
+    EXPECT_FALSE(verdict.restarts);
+    EXPECT_EQ(verdict.exit_code, 1);
+    EXPECT_FALSE(verdict.crash_loop);
+    EXPECT_NE(verdict.text.find("rank 1 has died"), std::string::npos) << verdict.text;
+    EXPECT_NE(verdict.text.find("launch.max_restarts"), std::string::npos) << verdict.text;
+  }
+}
+
+TEST(Recovery, RecognisesACrashLoopAtOneStep) {
+  Recovery recovery(options_of(2), {});
+  AttemptEnd failed = lost_at(57, 50);
+  failed.kind = Kind::failed;
+  EXPECT_TRUE(recovery.after(failed).restarts);
+  EXPECT_TRUE(recovery.after(lost_at(53, 50)).restarts);  // another one in between
+  EXPECT_TRUE(recovery.after(failed).restarts);
+  const Verdict verdict = recovery.after(failed);
+  EXPECT_FALSE(verdict.restarts);
+  EXPECT_TRUE(verdict.crash_loop);
+  EXPECT_EQ(verdict.exit_code, 1);
+  EXPECT_NE(verdict.text.find("3 failures at step 58"), std::string::npos) << verdict.text;
+}
+
+TEST(Recovery, AStepThatWasPassedIsNoCrashLoop) {
+  Recovery recovery(options_of(2), {});
+  EXPECT_TRUE(recovery.after(lost_at(57, 50)).restarts);
+  EXPECT_TRUE(recovery.after(lost_at(57, 50)).restarts);
+  EXPECT_TRUE(recovery.after(lost_at(61, 60)).restarts);
+  EXPECT_TRUE(recovery.after(lost_at(57, 50)).restarts);  // the newer checkpoint did not hold
+  EXPECT_TRUE(recovery.memory().crashes.at(57) == 1);
+}
+
+TEST(Recovery, AttemptsThatNeverBeginAreACrashLoopToo) {
+  Recovery recovery(options_of(2), {});
+  const AttemptEnd end{.kind = Kind::not_begun, .step = 0, .text = "mpirun ended"};
+  EXPECT_TRUE(recovery.after(end).restarts);
+  EXPECT_TRUE(recovery.after(end).restarts);
+  EXPECT_TRUE(recovery.after(end).crash_loop);
+}
+
+TEST(Recovery, LeavesOutAHostThatFailedTwice) {
+  Recovery::Options options = options_of(4, 2, {{"a", 2}, {"b", 2}});
+  options.limits.set_min_ranks(2);
+  Recovery recovery(options, {});
+  EXPECT_TRUE(recovery.after(lost_at(5, 0, {"b"})).left_out_now.empty());
+  EXPECT_EQ(recovery.ranks(), 4);
+  const Verdict verdict = recovery.after(lost_at(9, 0, {"b"}));
+  EXPECT_TRUE(verdict.restarts);
+  EXPECT_EQ(verdict.left_out_now, std::vector<std::string>{"b"});
+  EXPECT_EQ(recovery.ranks(), 2);
+  EXPECT_EQ(recovery.expert(), 2);
+  ASSERT_EQ(recovery.hosts().size(), 1u);
+  EXPECT_EQ(recovery.hosts()[0].name, "a");
+  // The last one is never left out.
+  EXPECT_TRUE(recovery.after(lost_at(10, 8, {"a"})).restarts);
+  EXPECT_TRUE(recovery.after(lost_at(11, 8, {"a"})).left_out_now.empty());
+  EXPECT_EQ(recovery.ranks(), 2);
+}
+
+TEST(Recovery, LeavesOutAHostThatDoesNotAnswerAtOnce) {
+  Recovery::Options options = options_of(3, 1, {{"a", 2}, {"b", 1}});
+  options.limits.set_min_ranks(1);
+  Recovery recovery(options, {});
+  AttemptEnd end = lost_at(5, 0, {"b"});
+  end.unreachable = {"b"};
+  EXPECT_EQ(recovery.after(end).left_out_now, std::vector<std::string>{"b"});
+  EXPECT_EQ(recovery.ranks(), 2);
+}
+
+TEST(Recovery, KeepsAHostWithoutWhichThereWouldBeTooFewRanks) {
+  for (int least : {0, 3, 4}) {
+    Recovery::Options options = options_of(4, 1, {{"a", 2}, {"b", 2}});
+    options.limits.set_min_ranks(least);
+    options.limits.set_host_failures(1);
+    Recovery recovery(options, {});
+    const Verdict verdict = recovery.after(lost_at(5, 0, {"b", "b"}));
+    EXPECT_TRUE(verdict.restarts);
+    EXPECT_TRUE(verdict.left_out_now.empty()) << least;
+    EXPECT_EQ(recovery.ranks(), 4);
+  }
+}
+
+TEST(Recovery, SpareSlotsTakeTheRanksOfAHostThatIsLeftOut) {
+  Recovery::Options options = options_of(4, 2, {{"a", 2}, {"b", 2}, {"spare", 2}});
+  options.limits.set_host_failures(1);
+  Recovery recovery(options, {});
+  EXPECT_EQ(recovery.after(lost_at(5, 0, {"a"})).left_out_now, std::vector<std::string>{"a"});
+  EXPECT_EQ(recovery.ranks(), 4);
+}
+
+TEST(Recovery, FewerRanksAreWholeGroupsOfExperts) {
+  struct Case {
+    int ranks, expert, slots_left, ranks_then, expert_then;
+  };
+  // The last: not one group fits any more, so the groups become smaller.
+  for (const Case& c :
+       {Case{8, 4, 7, 4, 4}, {8, 2, 7, 6, 2}, {8, 1, 7, 7, 1}, {12, 6, 5, 3, 3}, {4, 4, 1, 1, 1}}) {
+    Recovery::Options options =
+        options_of(c.ranks, c.expert, {{"a", c.slots_left}, {"b", c.ranks - c.slots_left}});
+    options.limits.set_min_ranks(1);
+    options.limits.set_host_failures(1);
+    Recovery recovery(options, {});
+    recovery.after(lost_at(1, 0, {"b"}));
+    EXPECT_EQ(recovery.ranks(), c.ranks_then) << c.slots_left << " slots";
+    EXPECT_EQ(recovery.expert(), c.expert_then) << c.slots_left << " slots";
+  }
+}
+
+TEST(Recovery, AnotherSupervisorRemembersAll) {
+  Recovery::Options options = options_of(4, 1, {{"a", 2}, {"b\"\n", 2}});
+  options.limits.set_min_ranks(1);
+  options.limits.set_host_failures(1);
+  Recovery first(options, {});
+  first.after(lost_at(57, -1, {"b\"\n"}));
+  first.after(lost_at(57, 50, {"a"}));
+  first.after(lost_at(57, 50, {"a"}));
+  RecoveryMemory memory;
+  const std::string text = memory_json(first.memory());
+  JsonReader json(text, "memory");
+  read_memory(json, memory);
+  json.end();
+  EXPECT_EQ(memory_json(memory), text);
+  EXPECT_EQ(memory.left_out, std::vector<std::string>{"b\"\n"});
+  EXPECT_EQ(memory.best_saved, 50);
+  Recovery second(options, memory);
+  EXPECT_EQ(second.ranks(), 2);
+  EXPECT_TRUE(second.after(lost_at(57, 50)).crash_loop);
+}
+
+}  // namespace
+}  // namespace moemamba
