@@ -339,6 +339,19 @@ void Sha256::add(const void* data, size_t bytes) {
   check(SHA256_Update(&state_->context, data, bytes) == 1, "SHA-256 failed; is OpenSSL complete?");
 }
 
+uint32_t* Sha256::words() {
+  static_assert(std::is_same_v<decltype(state_->context.h[0]), uint32_t&>);
+  return state_->context.h;
+}
+
+void Sha256::count_blocks(size_t blocks) {
+  SHA256_CTX& context = state_->context;
+  check(context.num == 0, "SHA-256: expected whole blocks, found ", context.num, " bytes more");
+  const uint64_t bits = (uint64_t(context.Nh) << 32 | context.Nl) + uint64_t(blocks) * 512;
+  context.Nl = uint32_t(bits);
+  context.Nh = uint32_t(bits >> 32);
+}
+
 void Sha256::hex(char* text) {
   unsigned char digest[SHA256_DIGEST_LENGTH];
   check(SHA256_Final(digest, &state_->context) == 1, "SHA-256 failed; is OpenSSL complete?");

@@ -138,6 +138,10 @@ class Sha256 {
   void add(std::string_view text) { add(text.data(), text.size()); }
   std::string hex();     // 64 digits; starts anew
   void hex(char* text);  // the same into 64 characters and a zero, without allocating
+  // For who takes blocks of 64 bytes in himself (kernels/sha256.h): the eight words that those
+  // change, and that there were so many. REQUIRES: what was added before is such blocks, too.
+  uint32_t* words();
+  void count_blocks(size_t blocks);
 
  private:
   struct State;

@@ -7,6 +7,8 @@
 #include <future>
 
 #include "core/error.h"
+#include "kernels/sha256.h"
+#include "runtime/checkpoint_digests.h"
 #include "runtime/checkpoint_parts.h"
 #include "runtime/state_hash.h"
 
@@ -85,17 +87,15 @@ class Block {
   char *mapped_ = nullptr, *data_ = nullptr;
 };
 
-// A shard's bytes from its first to its last: the header, then the pieces' memory.
+// The bytes of a file, from its first to its last.
 class ByteStream {
  public:
-  void add(const void* data, size_t bytes) {
-    if (bytes > 0) runs_.push_back({static_cast<const char*>(data), bytes});
-  }
+  explicit ByteStream(std::vector<MemoryRun> runs) : runs_(std::move(runs)) {}
   // The next bytes, at most `most`; how many there were.
   size_t take(char* to, size_t most) {
     size_t taken = 0;
     while (taken < most && next_ < runs_.size()) {
-      Run& run = runs_[next_];
+      MemoryRun& run = runs_[next_];
       const size_t part = std::min(run.bytes, most - taken);
       std::memcpy(to + taken, run.data, part);
       run.data += part, run.bytes -= part, taken += part;
@@ -105,11 +105,7 @@ class ByteStream {
   }
 
  private:
-  struct Run {
-    const char* data;
-    size_t bytes;
-  };
-  std::vector<Run> runs_;
+  std::vector<MemoryRun> runs_;
   size_t next_ = 0;
 };
 
@@ -147,12 +143,6 @@ size_t bytes_of(const StatePiece& piece) {
   return size_t(piece.end - piece.begin) * sizeof(float);
 }
 
-struct Digests {
-  std::string sha256;  // of the file
-  uint64_t state = 0;  // the pieces' share of the state's hash
-};
-constexpr int64_t kDigestedElements = 1 << 15;
-
 // A shard's bytes: its header, then its pieces. The shard must outlive it.
 class ShardBytes {
  public:
@@ -164,26 +154,12 @@ class ShardBytes {
   int64_t bytes() const {
     return int64_t(header_.size()) + (tensors_.empty() ? 0 : tensors_.back().end);
   }
-  // Both in one pass, part by part: what one has read is near when the other wants it.
-  Digests digests() const {
-    Digests digests;
-    Sha256 sha256;
-    sha256.add(header_.data(), header_.size());
+  std::vector<MemoryRun> runs() const {
+    std::vector<MemoryRun> runs = {{header_.data(), header_.size()}};
     for (const StatePiece& piece : shard_.pieces)
-      for (StatePiece part = piece; part.begin < piece.end; part.begin = part.end) {
-        part.end = std::min(piece.end, part.begin + kDigestedElements);
-        part.data = piece.data + (part.begin - piece.begin);
-        sha256.add(part.data, bytes_of(part));
-        digests.state += state_hash_of({part});
-      }
-    digests.sha256 = sha256.hex();
-    return digests;
-  }
-  ByteStream stream() const {
-    ByteStream stream;
-    stream.add(header_.data(), header_.size());
-    for (const StatePiece& piece : shard_.pieces) stream.add(piece.data, bytes_of(piece));
-    return stream;
+      if (const size_t bytes = bytes_of(piece); bytes > 0)
+        runs.push_back({reinterpret_cast<const char*>(piece.data), bytes});
+    return runs;
   }
   // REQUIRES: the file is the next that `report` gets.
   void report_pieces(ShardReport& report) const {
@@ -223,25 +199,36 @@ std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, in
 }
 
 void write_shards(FileSystem& files, const std::string& folder, const std::vector<Shard>& shards,
-                  size_t block_bytes, ShardReport& report) {
+                  const ShardWriting& how, ShardReport& report) {
   std::vector<ShardBytes> contents;
   for (const Shard& shard : shards) contents.emplace_back(shard, folder);
-  std::vector<std::future<Digests>> digests;
-  for (const ShardBytes& content : contents)
-    digests.push_back(std::async(std::launch::async, [&] { return content.digests(); }));
-  Block blocks[2] = {Block(block_bytes), Block(block_bytes)};
+  // Shard i is hashed by thread i % threads.
+  const size_t threads =
+      can_chain_sha256() ? size_t(std::max(1, how.digest_threads)) : shards.size();
+  std::vector<std::future<std::vector<std::string>>> digests;
+  for (size_t thread = 0; thread < threads; ++thread)
+    digests.push_back(std::async(std::launch::async, [&, thread] {
+      std::vector<std::vector<MemoryRun>> own;
+      for (size_t i = thread; i < shards.size(); i += threads) own.push_back(contents[i].runs());
+      return sha256_of_runs(own);
+    }));
+  std::future<uint64_t> state = std::async(std::launch::async, [&] {
+    uint64_t sum = 0;
+    for (const Shard& shard : shards) sum += state_hash_of(shard.pieces);
+    return sum;
+  });
+  Block blocks[2] = {Block(how.block_bytes), Block(how.block_bytes)};
   for (size_t i = 0; i < shards.size(); ++i) {
-    ByteStream bytes = contents[i].stream();
+    ByteStream bytes(contents[i].runs());
     write_blocks(files, join_path(folder, shards[i].name), bytes, blocks);
   }
-  uint64_t state = 0;
+  std::vector<std::vector<std::string>> taken;
+  for (auto& digest : digests) taken.push_back(digest.get());
   for (size_t i = 0; i < shards.size(); ++i) {
-    const Digests taken = digests[i].get();
     contents[i].report_pieces(report);
-    report_file(shards[i].name, contents[i].bytes(), taken.sha256, report);
-    state += taken.state;
+    report_file(shards[i].name, contents[i].bytes(), taken[i % threads][i / threads], report);
   }
-  report.set_state_hash(state);
+  report.set_state_hash(state.get());
 }
 
 void write_shard(FileSystem& files, const std::string& folder, const Shard& shard,

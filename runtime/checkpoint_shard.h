@@ -21,14 +21,17 @@ struct Shard {
 std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, int ranks,
                              const SafetensorsMetadata& metadata);
 
+struct ShardWriting {
+  // Memory that a file is written from, of which there are two, and more there is not. Multiples of
+  // kDirectBlock go past the page cache.
+  size_t block_bytes = 4 << 20;
+  int digest_threads = 1;  // among which files are shared out, each several at once
+};
 // Writes shards from the memory of their pieces, which nobody changes meanwhile: one file after the
-// other, from this thread, in blocks of `block_bytes` of which there are two (all the memory that
-// it takes; multiples of kDirectBlock go past the page cache). For each file another thread takes
-// its digest and its share of the state's hash meanwhile. Files are new, and synced. Adds them,
+// other, from this thread; others hash that memory meanwhile. Files are new, and synced. Adds them,
 // where their pieces lie and the hash of the state to `report`.
-constexpr size_t kShardBlock = 4 << 20;
 void write_shards(FileSystem& files, const std::string& folder, const std::vector<Shard>& shards,
-                  size_t block_bytes, ShardReport& report);
+                  const ShardWriting& how, ShardReport& report);
 
 // The same file where the elements are not in memory: `read` fills `data` of a part of a piece, at
 // most kPartElements of them, one behind the other.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "core/error.h"
 #include "parallel/gather_blobs.h"
@@ -15,6 +16,12 @@ namespace {
 // Within an attempt: what becomes the checkpoint where it is published by links. No file of a
 // manifest begins with a dot.
 constexpr const char* kHalfName = ".half";
+
+// Where each rank has cores to spare, files are hashed side by side: sooner done. Else several on
+// one core: less work. A core of each rank's is for the disk and the state's hash.
+int digest_threads(int ranks) {
+  return std::clamp(int(std::thread::hardware_concurrency()) / (2 * ranks), 1, 3);
+}
 
 }  // namespace
 
@@ -91,7 +98,9 @@ ShardReport CheckpointWriter::write_state(const CheckpointFacts& facts,
     write_shards(files_, attempt,
                  shards_of(staged_.empty() ? sources_ : staged_, rank, groups_.layout.ranks(),
                            facts.metadata),
-                 options_.block_bytes, report);
+                 {.block_bytes = options_.block_bytes,
+                  .digest_threads = digest_threads(groups_.layout.ranks())},
+                 report);
   } catch (const std::exception& error) {
     report.set_problem(concat("rank ", rank, ": ", error.what()));
   }

@@ -30,9 +30,9 @@ class CheckpointWriter {
  public:
   struct Options {
     std::string run;
-    int64_t generation = 0;            // of the lease
-    std::function<bool()> may_write;   // rank 0: the lease is still ours; empty: always
-    size_t block_bytes = kShardBlock;  // memory from which files are written
+    int64_t generation = 0;           // of the lease
+    std::function<bool()> may_write;  // rank 0: the lease is still ours; empty: always
+    size_t block_bytes = ShardWriting().block_bytes;  // memory from which files are written
   };
   CheckpointWriter(FileSystem& files, ProcessGroups& groups, const ParameterStore& store,
                    Options options);

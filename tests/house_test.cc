@@ -41,6 +41,7 @@ const ThirdParty kThirdParties[] = {
     {"OpenSSL", "openssl/.*", "core/.*"},
     {"OpenBLAS", "cblas\\.h|openblas.*", "kernels/cpu/[^/]*"},
     {"SIMD intrinsics", "immintrin\\.h", "kernels/cpu/simd/.*"},
+    {"the compiler's cpuid", "cpuid\\.h", "kernels/cpu/[^/]*"},
     {"CUDA", "cuda.*|cublas.*|cooperative_groups.*|cub/.*",
      "core/device_cuda\\.cc|kernels/cuda/.*|parallel/cuda/.*|parallel/communicator_nccl\\.cc"},
     {"NCCL", "nccl\\.h", "parallel/(cuda/.*|communicator_nccl\\.cc)"},

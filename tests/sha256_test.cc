@@ -1,0 +1,82 @@
+#include "kernels/sha256.h"
+
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+#include "core/file.h"
+#include "core/random.h"
+#include "runtime/checkpoint_digests.h"
+
+namespace moemamba {
+namespace {
+
+std::string random_bytes(const Random& random, size_t bytes, uint64_t& draw) {
+  std::string text(bytes, '\0');
+  for (char& c : text) c = char(random.integer(draw++, 256));
+  return text;
+}
+
+// Files cut into runs anywhere: within blocks, on their borders, with runs of nothing.
+TEST(Sha256, OfFilesAtOnceIsThatOfEachAlone) {
+  const Random random(1, "sha256");
+  uint64_t draw = 0;
+  for (int round = 0; round < 300; ++round) {
+    std::vector<std::string> texts(random.integer(draw++, 6));
+    std::vector<std::vector<MemoryRun>> files;
+    for (std::string& text : texts) {
+      const uint64_t sizes[] = {0, 1, 63, 64, 65, 128, 1000, 64 * 40};
+      text = random_bytes(random, sizes[random.integer(draw++, 8)], draw);
+      std::vector<MemoryRun>& runs = files.emplace_back();
+      for (size_t at = 0; at < text.size();) {
+        const size_t step = random.integer(draw++, 2) ? 64 * random.integer(draw++, 9)
+                                                      : random.integer(draw++, 200);
+        const size_t bytes = std::min(step, text.size() - at);
+        runs.push_back({text.data() + at, bytes});
+        at += bytes;
+      }
+    }
+    const std::vector<std::string> digests = sha256_of_runs(files);
+    ASSERT_EQ(digests.size(), texts.size());
+    for (size_t i = 0; i < texts.size(); ++i)
+      ASSERT_EQ(digests[i], sha256(texts[i])) << texts[i].size() << " bytes, file " << i;
+  }
+}
+
+TEST(Sha256, OfManyBlocksInTwoAndThreeChains) {
+  if (!can_chain_sha256()) GTEST_SKIP() << "this processor has no SHA-256 instructions";
+  const Random random(2, "sha256");
+  uint64_t draw = 0;
+  for (int chains : {2, 3}) {
+    constexpr size_t kBlocks = 1001;
+    std::vector<std::string> texts;
+    std::vector<Sha256> digests(3);
+    uint32_t* words[3];
+    const uint8_t* data[3];
+    for (int c = 0; c < chains; ++c) {
+      texts.push_back(random_bytes(random, 64 * kBlocks, draw));
+      digests[size_t(c)].add("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef");
+      words[c] = digests[size_t(c)].words();
+    }
+    for (int c = 0; c < chains; ++c)
+      data[c] = reinterpret_cast<const uint8_t*>(texts[size_t(c)].data());
+    sha256_blocks(chains, words, data, kBlocks);
+    for (int c = 0; c < chains; ++c) {
+      Sha256& digest = digests[size_t(c)];
+      digest.count_blocks(kBlocks);
+      digest.add("end");
+      EXPECT_EQ(digest.hex(),
+                sha256("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef" +
+                       texts[size_t(c)] + "end"));
+    }
+  }
+  EXPECT_THROW(sha256_blocks(4, nullptr, nullptr, 1), Error);
+}
+
+TEST(Sha256, CountsBlocksOnly) {
+  Sha256 digest;
+  digest.add("abc");
+  EXPECT_THROW(digest.count_blocks(1), Error);
+}
+
+}  // namespace
+}  // namespace moemamba
