@@ -80,7 +80,7 @@ END
       ;;
     perf)  # proofs of the kernels that a step spends its time in, their times, and a step; the head's
       # products in the table, and the step with them
-      for name in cross_entropy_test scan_test conv_test matmul_test; do
+      for name in cross_entropy_test matmul_test cuda_training_test expert_exchange_test; do
         lines=2 try "$name" build/cuda-release/"$name" --require-cuda
       done
       for name in matmul scan; do
