@@ -50,13 +50,15 @@ Activity::Now Activity::now() const {
   const auto open = std::ranges::find_if(
       groups_, [](const Group& g) { return g.open.load(std::memory_order_acquire) > 0; });
   const bool in_collective = open != groups_.end();
-  const Group& group =
-      in_collective ? *open : groups_[size_t(latest_.load(std::memory_order_acquire))];
+  const int latest = latest_.load(std::memory_order_acquire);
+  const char* group = in_collective ? open->name.data()
+                      : latest < 0  ? ""
+                                    : groups_[size_t(latest)].name.data();
   return {.phase = read(phase_),
           .step = read(step_),
           .layer = read(layer_),
           .collective = read(collective_),
-          .group = group.name.data(),
+          .group = group,
           .in_collective = in_collective,
           .rows_expected = read(rows_expected_),
           .rows_received = read(rows_received_),

@@ -76,7 +76,7 @@ class Activity {
     std::atomic<int> open{0};  // calls that have begun and not ended
   };
   std::array<Group, 8> groups_{};
-  std::atomic<int> latest_{0};
+  std::atomic<int> latest_{-1};  // names are read once they are of a call
   std::atomic<uint64_t> progress_{0};
   std::atomic<int64_t> waited_{0};
 };

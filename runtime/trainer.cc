@@ -280,6 +280,7 @@ void Trainer::wait_reduction(StepSeconds& seconds) {
 
 StepRecord Trainer::take_step(int64_t k) {
   if (session_.groups.activity) session_.groups.activity->begin_step(k);
+  enter(Phase::data);
   if (options_.before_step) options_.before_step(k);
   const auto start = Clock::now();
   const double waited_before = waited();

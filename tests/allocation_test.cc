@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "launcher/agent_outbox.h"
 #include "runtime/commands.h"
 #include "runtime/plan.h"
 #include "tests/support/in_world.h"
@@ -148,32 +149,45 @@ TEST(Allocation, EndsWithStepOne) {
 }
 
 // The loop around the steps: metrics, progress, and the question whether to stop, which is asked
-// before each step and so can begin and end the count.
-TEST(Allocation, EndsWithStepOneInTheRunsLoopToo) {
-  for (int ranks : {1, 2}) {
-    TemporaryFolder folder;
-    PosixFileSystem files;
-    TrainRequest request{.run = folder / "run"};
-    request.model.set_width(16);
-    request.model.set_blocks(1);
-    request.model.set_experts(2);
-    request.train.set_steps(9);
-    request.train.set_log_interval(1);
-    request.train.set_sequence_length(16);
-    request.train.set_global_batch_size(4);
-    request.data.add_train(synthetic_tokens(61));
-    in_world(RankLayout(ranks, ranks, 2), [&](ProcessGroups& groups) {
-      TrainRequest own = request;
-      own.stop_wanted = [step = 0, rank = groups.rank]() mutable {
-        if (rank == 0 && step == 2) counter.calls = counter.bytes = 0, counter.on = true;
-        if (rank == 0 && step == 7) counter.on = false;  // the last step writes weights
-        ++step;
-        return false;
+// before each step and so can begin and end the count. watched: each rank has what an agent reads.
+void expect_nothing_in_the_loop(int ranks, bool watched) {
+  TemporaryFolder folder;
+  std::vector<Activity> activities(static_cast<size_t>(ranks));
+  PosixFileSystem files;
+  TrainRequest request{.run = folder / "run"};
+  request.model.set_width(16);
+  request.model.set_blocks(1);
+  request.model.set_experts(2);
+  request.train.set_steps(9);
+  request.train.set_log_interval(1);
+  request.train.set_sequence_length(16);
+  request.train.set_global_batch_size(4);
+  request.data.add_train(synthetic_tokens(61));
+  in_world(RankLayout(ranks, ranks, 2), [&](ProcessGroups& groups) {
+    TrainRequest own = request;
+    own.stop_wanted = [step = 0, rank = groups.rank]() mutable {
+      if (rank == 0 && step == 2) counter.calls = counter.bytes = 0, counter.on = true;
+      if (rank == 0 && step == 7) counter.on = false;  // the last step writes weights
+      ++step;
+      return false;
+    };
+    AgentOutbox outbox(groups.rank == 0);
+    if (watched) {
+      groups.tell(&activities[size_t(groups.rank)]);
+      own.on_step = [&](const StepRecord& record, const std::vector<double>& choices) {
+        outbox.add(Agent::Step{.step = record.step, .seconds = record.seconds.all});
+        outbox.add_choices(record.step, 2, choices, record.dropped_rows);
       };
-      run_training(files, groups, own);
-    });
-    EXPECT_EQ(counter.calls, 0) << counter.bytes << " bytes; " << ranks << " ranks";
-  }
+    }
+    run_training(files, groups, own);
+    EXPECT_EQ(outbox.empty(), !watched);
+  });
+  EXPECT_EQ(counter.calls, 0) << counter.bytes << " bytes; " << ranks << " ranks";
+}
+
+TEST(Allocation, EndsWithStepOneInTheRunsLoopToo) {
+  for (int ranks : {1, 2})
+    for (bool watched : {false, true}) expect_nothing_in_the_loop(ranks, watched);
 }
 
 }  // namespace

@@ -104,6 +104,7 @@ TrainResult launch(const SmallRun& run) {
     };
     if (run.spoil)
       own.spoil = [&run, rank = groups.rank](int64_t step) { return run.spoil(rank, step); };
+    if (run.change) run.change(groups.rank, own);
     if (run.wire) run.wire(groups);
     WrappedFiles files;
     results[size_t(groups.rank)] = run_training(run.files ? *run.files : files, groups, own);

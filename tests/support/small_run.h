@@ -32,6 +32,7 @@ struct SmallRun {
   const char* train = "";  // further fields of TrainConfig, as text; they win
   std::function<bool(int rank, int64_t step)> spoil;  // TrainerOptions::spoil of each rank
   std::function<void(const RunEvent&)> on_event;
+  std::function<void(int rank, TrainRequest&)> change;  // on each rank, at last
   std::function<void(ProcessGroups&)> wire;  // on each rank, before its run
 };
 // One launch. Throws what it throws.
