@@ -382,7 +382,7 @@ void Agent::Inner::obey(const Order& order) {
       if (options_.stop) options_.stop();
       return;
     case Order::END:
-      return end("ended by its supervisor: " + order.text());
+      return end("ended by its supervisor");  // which says why
     case Order::SEND_STACK:
       stack_asked_ = boot_seconds();
       stack_.ask();

@@ -378,7 +378,10 @@ TEST(Agent, SendsTheStackOfTheThreadThatTrains) {
       const auto word = peer.hear(ControlWord::kStack, 7);
       ASSERT_TRUE(word);
       const std::string text = text_of(word->stack());
-      EXPECT_NE(word->stack().frames(0).find("pause"), std::string::npos)
+      // Before it may stand the return from a signal's handler, which has no name everywhere.
+      const size_t at = text.find("pause");
+      ASSERT_NE(at, std::string::npos) << text;
+      EXPECT_LE(std::count(text.begin(), text.begin() + int64_t(at), '\n'), 1)
           << "innermost first: " << text;
       EXPECT_NE(text.find("agent_test+0x"), std::string::npos) << text;
     }

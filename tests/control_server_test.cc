@@ -229,13 +229,15 @@ TEST_F(Control, ARankThatComesAgainTakesItsOwnPlaceAndNobodyElses) {
 
 TEST_F(Control, TheNextAttemptCutsOffTheOneBefore) {
   const std::string next_job(32, '2');
+  std::optional<Peer> next;  // there until the server is gone
   with_server([&] {
     Peer old(server_->address());
     ASSERT_TRUE(old.greet(0));
     asio::post(context_, [&] { server_->expect(next_job, 1, 6); });
     EXPECT_FALSE(old.next());
     EXPECT_FALSE(Peer(server_->address()).greet(0));
-    const auto welcome = Peer(server_->address()).greet(0, kSecret, next_job, 1);
+    next.emplace(server_->address());
+    const auto welcome = next->greet(0, kSecret, next_job, 1);
     ASSERT_TRUE(welcome);
     EXPECT_EQ(welcome->generation(), 6);
   });

@@ -11,7 +11,7 @@
 namespace moemamba {
 namespace {
 
-constexpr int64_t kSteps = 1500;
+constexpr int64_t kSteps = 700;
 constexpr double kBusy = 10;  // seconds beyond a limit, on a busy machine
 
 class FaultHang : public FaultTest {
@@ -103,7 +103,7 @@ TEST_F(FaultHang, InItsOwnCodeIsFoundAndNamedWithItsStack) {
   do {
     const bool defaults = table.cases() == 0;
     const double limit = defaults ? 10 : 3;
-    const auto step = int64_t(30 + random.uniform(draw++) * 500);
+    const auto step = int64_t(30 + random.uniform(draw++) * 400);
     const int rank = random.uniform(draw++) < 0.5 ? 0 : 1;
     Launched launched(*this / "", run(),
                       words(kSteps) + (defaults ? "" : kQuickLimits) +

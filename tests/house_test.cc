@@ -56,8 +56,8 @@ const ThirdParty kThirdParties[] = {
     {"Google Benchmark", "benchmark/.*", "tests/.*"},
     {"the operating system",
      "sys/.*|linux/.*|net.*/.*|arpa/.*|"
-     "(cxxabi|dirent|dlfcn|errno|execinfo|fcntl|ifaddrs|poll|pthread|pwd|sched|signal|spawn|termios|"
-     "time|unistd)\\.h",
+     "(cxxabi|dirent|dlfcn|errno|execinfo|fcntl|ifaddrs|poll|pthread|pwd|sched|signal|spawn|"
+     "termios|time|unistd)\\.h",
      "(core|parallel|runtime|launcher)/.*"},
 };
 

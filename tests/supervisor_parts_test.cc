@@ -1,4 +1,5 @@
 // The parts of the supervisor that meet files, processes and machines.
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -209,11 +210,9 @@ extern "C" __attribute__((noinline, visibility("default"))) int a_function_to_be
 }
 
 TEST(StackText, NamesFunctionsWhereItCan) {
-  // Where this program lies in memory: the first of its mappings.
-  std::ifstream maps("/proc/self/maps");
-  std::string first;
-  std::getline(maps, first);
-  const uint64_t base = std::stoull(first, nullptr, 16);
+  Dl_info facts{};  // where this program lies in memory
+  ASSERT_NE(dladdr(reinterpret_cast<void*>(&a_function_to_be_named), &facts), 0);
+  const auto base = reinterpret_cast<uint64_t>(facts.dli_fbase);
   char frame[600];
   std::snprintf(
       frame, sizeof frame, "%s+0x%llx", std::filesystem::read_symlink("/proc/self/exe").c_str(),
