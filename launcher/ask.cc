@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdlib>
+#include <filesystem>
 #include <sstream>
 #include <string_view>
 #include <thread>
@@ -179,6 +180,19 @@ Answer ask(const std::vector<std::string>& words, double seconds,
   else
     end_group(child);
   return answer;
+}
+
+SessionFolder::SessionFolder() {
+  const char* set = std::getenv("TMPDIR");
+  path_ = set && *set ? set : "/tmp";
+  std::string own = path_ + "/moemamba-mpi-XXXXXX";
+  own_ = mkdtemp(own.data()) != nullptr;
+  if (own_) path_ = own;
+}
+
+SessionFolder::~SessionFolder() {
+  std::error_code ignored;
+  if (own_) std::filesystem::remove_all(path_, ignored);
 }
 
 std::string find_program(const std::string& name) {

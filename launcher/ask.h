@@ -26,6 +26,22 @@ struct Answer {
 Answer ask(const std::vector<std::string>& words, double seconds,
            const std::vector<std::pair<std::string, std::string>>& environment = {});
 
+// A folder for the sessions of one mpirun, gone with this. Those that begin and end beside each
+// other in one folder remove it from under each other (Open MPI 4.1).
+class SessionFolder {
+ public:
+  SessionFolder();
+  SessionFolder(const SessionFolder&) = delete;
+  SessionFolder& operator=(const SessionFolder&) = delete;
+  ~SessionFolder();
+  // The folder; where none can be made, the one that all share.
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  bool own_ = false;
+};
+
 // Where the program is that PATH has under this name; "": nowhere.
 std::string find_program(const std::string& name);
 

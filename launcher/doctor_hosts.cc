@@ -33,13 +33,20 @@ std::vector<std::string> mpirun_words(std::initializer_list<std::string> more) {
   return words;
 }
 
+// Of mpirun itself, several of which run beside each other here: daemons on other hosts have their
+// own there, and ranks that start MPI must not look for theirs in it.
+std::vector<std::pair<std::string, std::string>> local_sessions(const SessionFolder& folder) {
+  return {{"OMPI_MCA_orte_local_tmpdir_base", folder.path()}};
+}
+
 HostReport ask_host(const DoctorOptions& options, const HostSlots& host) {
   std::vector<std::string> words = mpirun_words({"--host", host.name + ":1", "-n", "1"});
   words.insert(words.end(), {own_program(), "doctor", "--json"});
   if (!options.run.empty()) words.insert(words.end(), {"--run", options.run});
   if (!options.mark.empty()) words.insert(words.end(), {"--mark", options.mark});
   words.insert(words.end(), {"--ranks", concat(options.ranks > 0 ? options.ranks : host.slots)});
-  const Answer answer = ask(words, kHostSeconds);
+  const SessionFolder folder;
+  const Answer answer = ask(words, kHostSeconds, local_sessions(folder));
   HostReport report;
   try {
     report = read_report(answer.out);

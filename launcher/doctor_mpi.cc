@@ -24,12 +24,13 @@ constexpr const char* kInPath =
     "apt-get install openmpi-bin, or export PATH=/FOLDER/OF/OPENMPI/bin:$PATH";
 constexpr const char* kInstall = "apt-get install --reinstall openmpi-bin libopenmpi3";
 
-// What moemamba's own mpirun gives to its ranks.
-std::vector<std::pair<std::string, std::string>> rank_environment() {
+// What moemamba's own mpirun gives to its ranks, and a folder for its sessions.
+std::vector<std::pair<std::string, std::string>> rank_environment(const SessionFolder& folder) {
   return {{"OMPI_MCA_btl_vader_single_copy_mechanism", "none"},
           {"OMPI_ALLOW_RUN_AS_ROOT", "1"},
           {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
-          {"OPENBLAS_NUM_THREADS", "1"}};
+          {"OPENBLAS_NUM_THREADS", "1"},
+          {"TMPDIR", folder.path()}};
 }
 
 std::string first_line(const std::string& text) {
@@ -53,7 +54,8 @@ Check check_compiler() {
 }
 
 Check check_threads() {
-  const Answer answer = ask(probe_words("threads"), kPatience, rank_environment());
+  const SessionFolder folder;
+  const Answer answer = ask(probe_words("threads"), kPatience, rank_environment(folder));
   const std::string said = first_line(answer.out);
   if (answer.ok()) return {"MPI threads", Health::ok, said, ""};
   if (answer.code == 3)
@@ -83,7 +85,8 @@ Check check_ranks() {
   std::vector<std::string> words = {"mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2"};
   const std::vector<std::string> probe = probe_words("ranks");
   words.insert(words.end(), probe.begin(), probe.end());
-  const Answer answer = ask(words, kPatience, rank_environment());
+  const SessionFolder folder;
+  const Answer answer = ask(words, kPatience, rank_environment(folder));
   if (answer.ok() && answer.out.starts_with("2 "))
     return {"ranks", Health::ok, first_line(answer.out), ""};
   return {"ranks", Health::fail,

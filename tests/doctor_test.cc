@@ -177,6 +177,8 @@ TEST_F(Doctor, LooksAtEveryHostAndBetweenThem) {
   EXPECT_GT(json.at("hosts")[1].at("checks").size(), 20u);
   std::map<std::string, nlohmann::json> between;
   for (const auto& check : json.at("between")) between[check.at("name")] = check;
+  for (const char* name : {"messages", "clocks", "alike"})
+    ASSERT_TRUE(between.contains(name)) << name << " in " << result.out;
   EXPECT_EQ(between.at("messages").at("verdict"), "ok") << result.out;
   EXPECT_EQ(between.at("clocks").at("verdict"), "ok") << result.out;
   EXPECT_NE(between.at("alike").at("found").get<std::string>().find("moemamba, MPI"),
