@@ -225,16 +225,14 @@ TEST_F(Launch, ASignalEndsARunThatOthersStartedToo) {
   }
 }
 
-// A step of minutes must not make an impatient user reach for SIGKILL.
-constexpr const char* kLongSteps =
-    "--train.sequence_length=1000 --train.global_batch_size=16 --model.width=192 --model.blocks=4 "
-    "--train.progress=off ";
+// A step of minutes must not make an impatient user reach for SIGKILL: here one that never ends.
+constexpr const char* kLongStep = "--train.progress=off --drill 'hang rank=0 step=1' ";
 
 TEST_F(Launch, TheSecondSignalEndsTheRunAtOnce) {
   for (const auto& [second, name, code] :
        {std::tuple(SIGINT, "SIGINT", 130), {SIGTERM, "SIGTERM", 143}}) {
     const Result result =
-        while_training(kLongSteps, [&, second = second](const Processes& processes) {
+        while_training(kLongStep, [&, second = second](const Processes& processes) {
           kill(processes.launchers[0], SIGTERM);
           // Two of a kind are one where the first has not been taken yet.
           for (int i = 0; i < 600 && !asked(); ++i)
@@ -252,7 +250,7 @@ TEST_F(Launch, TheSecondSignalEndsTheRunAtOnce) {
 // The same of a process alone, which nobody stands before. One that comes at once (Slurm sends two
 // of a kind to some ranks) is the same word again.
 TEST_F(Launch, TheSecondSIGTERMEndsAProcessAtOnce) {
-  const Result result = shell("$moemamba train" + small_training(1'000'000'000) + kLongSteps +
+  const Result result = shell("$moemamba train" + small_training(1'000'000'000) + kLongStep +
                               "& id=$!; until [ -s run/metrics.jsonl ]; do sleep 0.1; done; "
                               "kill -TERM $id; until grep -q 'ending after' shell.err; do "
                               "sleep 0.1; done; kill -TERM $id; sleep 3; kill -TERM $id || exit 1; "
