@@ -69,7 +69,7 @@ TEST_F(FaultLink, CutForAMomentIsSurvivedOrStartsAgain) {
     Launched launched(*this / "", run(), command(hosts, kQuickLimits), &hosts);
     launched.start();
     ASSERT_TRUE(wait_until([&] { return launched.is_saved(); }, kPatience)) << launched.said();
-    expect_listens_on(launched.supervisor(), {"127.0.0.1", hosts.address(0)}, &hosts);
+    expect_listens_on(launched.supervisor(), {"127.0.0.1", hosts.address(0)}, 2, &hosts);
     while (!HasFailure() && launched.steps() < kSteps * 3 / 4) {
       pause_for(random.uniform(draw++) * 0.3);
       const int host = random.uniform(draw++) < 0.5 ? 0 : 1;

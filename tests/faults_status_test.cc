@@ -202,8 +202,8 @@ TEST_F(FaultStatus, NoPortOfSupervisorOrRanksIsOpenToOtherMachines) {
   Launched launched(*this / "", run(), words(kEndless));
   launched.start();
   ASSERT_TRUE(launched.wait_for_steps(1, kPatience)) << launched.said();
-  expect_listens_on(launched.supervisor(), {"127.0.0.1"});
-  for (pid_t rank : launched.processes().ranks) expect_listens_on(rank, {"127.0.0.1"});
+  expect_listens_on(launched.supervisor(), {"127.0.0.1"}, 2);
+  for (pid_t rank : launched.processes().ranks) expect_listens_on(rank, {"127.0.0.1"}, 0);
   kill(launched.supervisor(), SIGTERM);
   EXPECT_EQ(launched.end(30), 75) << launched.said();
 }

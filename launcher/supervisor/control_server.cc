@@ -156,23 +156,37 @@ class ControlServer::Connection : public std::enable_shared_from_this<Connection
   int64_t pid_ = 0;
 };
 
+namespace {
+
+tcp::acceptor bound(asio::io_context& context, const std::string& on) {
+  error_code error;
+  const asio::ip::address address = asio::ip::make_address(on, error);
+  if (error || address.is_unspecified())
+    throw BadSettings(concat("launch.control_address=", on,
+                             ": expected an address of this machine, such as 127.0.0.1"));
+  const tcp::endpoint endpoint(address, 0);
+  tcp::acceptor acceptor(context);
+  acceptor.open(endpoint.protocol());
+  acceptor.bind(endpoint, error);
+  if (error)
+    throw BadSettings(concat("cannot listen on ", on, ": ", error.message(),
+                             "; set launch.control_address to an address of this machine"));
+  return acceptor;
+}
+
+}  // namespace
+
+void check_control_address(const std::string& address) {
+  asio::io_context context;
+  bound(context, address);
+}
+
 ControlServer::ControlServer(asio::io_context& context, Options options, Events events)
     : context_(context),
       options_(std::move(options)),
       events_(std::move(events)),
-      acceptor_(context),
+      acceptor_(bound(context, options_.address)),
       pause_(context) {
-  error_code error;
-  const asio::ip::address address = asio::ip::make_address(options_.address, error);
-  if (error || address.is_unspecified())
-    throw BadSettings(concat("launch.control_address=", options_.address,
-                             ": expected an address of this machine, such as 127.0.0.1"));
-  const tcp::endpoint endpoint(address, 0);
-  acceptor_.open(endpoint.protocol());
-  acceptor_.bind(endpoint, error);
-  if (error)
-    throw BadSettings(concat("cannot listen on ", options_.address, ": ", error.message(),
-                             "; set launch.control_address to an address of this machine"));
   acceptor_.listen();
   accept();
 }

@@ -12,6 +12,9 @@
 
 namespace moemamba {
 
+// Throws BadSettings where nothing can listen on the address, or it is all of them.
+void check_control_address(const std::string& address);
+
 // Where the ranks of the present attempt connect to (docs/control_protocol.md). A connection that
 // has not proven within five seconds that it is one of them is closed, as one that sends anything
 // else than words.

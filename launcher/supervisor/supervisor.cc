@@ -94,6 +94,8 @@ int Supervisor::run() {
 void Supervisor::open() {
   holds_run(run_);  // an Error where the folder holds other things
   if (!launch_.status_address().empty()) status_options(launch_, run_);  // or where they are wrong
+  const std::string address = control_address(launch_.control_address(), request_.hosts);
+  check_control_address(address);
   // Whoever is silent for so long has lost its ranks too: they have ended themselves.
   const double lifetime =
       std::max(request_.config.checkpoint().lease_seconds(), launch_.fence_seconds() + 1);
@@ -104,7 +106,7 @@ void Supervisor::open() {
   run_key_ = sha256("run key\n" + secret).substr(0, 32);
   server_ = std::make_unique<ControlServer>(
       context_,
-      ControlServer::Options{.address = control_address(launch_.control_address(), request_.hosts),
+      ControlServer::Options{.address = address,
                              .secret = secret,
                              .fence_seconds = launch_.fence_seconds(),
                              .heartbeat_seconds = launch_.heartbeat_seconds()},

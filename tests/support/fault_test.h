@@ -28,9 +28,9 @@ class FaultTest : public ProgramTest {
   // The same of a run that went on from step `from` on with other ranks: equal up to there, then
   // its losses agree for a while.
   void expect_agrees(const Launched& launched, const Whole& whole, int64_t from) const;
-  // Fails where a process listens on another address than these ("127.0.0.1", "10.77.0.1"). hosts:
-  // it is on host 0 of these.
-  void expect_listens_on(pid_t process, const std::vector<std::string>& addresses,
+  // Fails where a process listens on another address than these ("127.0.0.1", "10.77.0.1"), or
+  // on fewer ports than at_least. hosts: it is on host 0 of these.
+  void expect_listens_on(pid_t process, const std::vector<std::string>& addresses, int at_least,
                          const Hosts* hosts = nullptr) const;
   // Of one that took long: prints what was logged since, so that a soak can be understood.
   static void explain(const Launched& launched, const Launched::Before& before,
