@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs with apt-get what the build needs and this Debian 12 machine does not have yet.
-# usage: sh scripts/install.sh [tests|campaign]        (as root, or as a user who may use sudo)
-# With "tests" also what only tests need, with "campaign" what those with Slurm and a browser need.
+# usage: sh scripts/install.sh [tests]        (as root, or as a user who may use sudo)
+# With "tests" also what only tests need.
 # MOEMAMBA_MORE_PACKAGES names further ones (scripts/fuzz.sh: clang). A tool that is in PATH counts as installed, wherever it came from.
 # Where nothing is missing it changes nothing, asks for no privilege and takes milliseconds.
 set -eu
@@ -11,9 +11,9 @@ protobuf-compiler libopenblas-dev libssl-dev zlib1g-dev libcli11-dev nlohmann-js
 libsentencepiece-dev libhwloc-dev libboost-dev libgtest-dev libbenchmark-dev procps xz-utils bzip2
 ca-certificates ${MOEMAMBA_MORE_PACKAGES:-}"
 more=${1:-}
-case $more in tests | campaign) packages="$packages iproute2 strace e2fsprogs mount" ;; esac
-# Slurm (3 MB to fetch, 13 MB installed, seconds): tests/slurm runs one of its own.
-[ "$more" != campaign ] || packages="$packages slurmctld slurmd slurm-client munge chromium"
+# Slurm (3 MB to fetch) and a browser: tests run one of their own.
+[ "$more" != tests ] || packages="$packages iproute2 strace e2fsprogs mount slurmctld slurmd
+slurm-client munge chromium"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   echo "install: this is not a Debian system; install by hand what provides:" $packages >&2

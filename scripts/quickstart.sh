@@ -1,11 +1,11 @@
 #!/bin/sh
 # From nothing to a trained mixture of experts on a Debian 12 machine: installs what is missing,
-# builds, fetches Jane Austen's six novels, trains on five of them across two MPI ranks, kills one of
-# them amid the run with SIGKILL, goes on from the newest checkpoint on another layout (the experts
-# are spread over both ranks now), and compares the result on the sixth with compressors.
+# builds, fetches Jane Austen's six novels, trains on five of them across two MPI ranks under a
+# supervisor, kills one of the ranks amid the run with SIGKILL (the supervisor goes on from the newest
+# checkpoint by itself), ends the run early and goes on with it on another layout (the experts are
+# spread over both ranks now), and compares the result on the sixth with compressors.
 # usage: sh scripts/quickstart.sh
-# Where there are GPUs and nvcc it trains on these, one rank a GPU, at most two; with a single one
-# that rank is killed, and goes on where it was.
+# Where there are GPUs and nvcc it trains on these, one rank a GPU, at most two.
 # Started again, it installs and builds nothing that is there, and trains anew in runs/quickstart.
 # Its last line is for programs; `seconds` are those of training. Exit code 0 only if the held-out
 # bits per byte are at most 1.90.
@@ -17,7 +17,8 @@ ranks=2
 tokens=data/austen/tokens
 run=runs/quickstart
 save_interval=110  # steps
-kill_step=340      # of 660
+kill_step=300      # of 660
+stop_step=400
 preset=cpu-release
 gpus=0
 if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
@@ -39,7 +40,7 @@ sh scripts/build.sh "$preset" moemamba
 say "corpus: Debian's r-cran-janeaustenr, unpacked, not installed; Persuasion is held out"
 sh scripts/fetch_austen.sh "$moemamba"
 
-set -- train --ranks "$ranks" --config configs/quickstart.textproto --run="$run" \
+set -- --run="$run" --config configs/quickstart.textproto \
   --data.train="$tokens/train" --data.validation="$tokens/validation" \
   --data.tokenizer="$tokens/tokenizer.model" --train.save_interval="$save_interval"
 # Descendants of a process, itself not among them.
@@ -49,32 +50,48 @@ descendants() {
     descendants "$child"
   done
 }
+# The process of the last rank.
+last_rank() {
+  for process in $(descendants "$supervisor"); do
+    rank=$(tr '\0' '\n' 2>/dev/null <"/proc/$process/environ" |
+      sed -n 's/^OMPI_COMM_WORLD_RANK=//p')
+    [ -z "$rank" ] || echo "$rank $process"
+  done | sort -n | tail -n 1 | cut -d ' ' -f 2
+}
+steps_done() { wc -l 2>/dev/null <"$run/metrics.jsonl" || echo 0; }
+# Waits until the run has done so many steps; fails where its supervisor ends before.
+wait_for_step() {
+  until [ "$(steps_done)" -ge "$1" ]; do
+    kill -0 "$supervisor" 2>/dev/null || { wait "$supervisor"; exit 1; }
+    sleep 0.2
+  done
+}
 
-say "train on $ranks ranks, each with all experts; after step $kill_step one of them is killed"
+say "train under a supervisor, on $ranks ranks with all experts each; after step $kill_step a rank is killed"
 train_started=$(date +%s)
-rm -f "$run/metrics.jsonl"  # of the run before: its lines are counted below
-"$moemamba" "$@" --overwrite=true --parallel.expert=1 &
-launcher=$!
-trap 'kill "$launcher" 2>/dev/null; exit 1' INT TERM
-until [ "$(wc -l 2>/dev/null <"$run/metrics.jsonl" || echo 0)" -ge "$kill_step" ] &&
-  [ -n "$(ls -d "$run"/checkpoints/step-0*[0-9] 2>/dev/null)" ]; do
-  kill -0 "$launcher" 2>/dev/null || { wait "$launcher"; exit 1; }
+rm -f "$run/metrics.jsonl" "$run/events.jsonl" "$run/supervisor/status_url"  # of the run before
+"$moemamba" launch --ranks "$ranks" "$@" --overwrite=true --parallel.expert=1 &
+supervisor=$!
+trap 'kill "$supervisor" 2>/dev/null; exit 1' INT TERM
+wait_for_step 1
+echo "quickstart: the run can be watched at $(cat "$run/supervisor/status_url")"
+wait_for_step "$kill_step"
+victim=$(last_rank)
+kill -KILL "$victim"
+echo "quickstart: rank process $victim was killed with SIGKILL after $(steps_done) steps"
+until grep -q '"kind":"resumed"' "$run/events.jsonl"; do
+  kill -0 "$supervisor" 2>/dev/null || { wait "$supervisor"; exit 1; }
   sleep 0.2
 done
-victim=$(for process in $(descendants "$launcher"); do
-  if grep -qz '^OMPI_COMM_WORLD_RANK=' "/proc/$process/environ" 2>/dev/null; then
-    echo "$process"
-  fi
-done | sort -n | tail -n 1)
-[ "$ranks" -gt 1 ] || victim=$launcher  # nobody has started it
-kill -KILL "$victim"
+[ "$(last_rank)" != "$victim" ]
+wait_for_step "$stop_step"
+say "the supervisor is asked to end, as a scheduler does it (SIGTERM)"
+kill -TERM "$supervisor"
 code=0
-wait "$launcher" || code=$?
+wait "$supervisor" || code=$?
 trap - INT TERM
-echo "quickstart: rank process $victim was killed with SIGKILL after" \
-  "$(wc -l <"$run/metrics.jsonl") steps; the run ended with code $code"
-if [ "$code" -eq 0 ]; then
-  echo "quickstart: FAILED: a run with a dead rank said that all is well"
+if [ "$code" -ne 75 ]; then
+  echo "quickstart: FAILED: a run that was asked to end early ended with $code, expected 75"
   exit 1
 fi
 
@@ -84,7 +101,7 @@ else
   say "go on from the newest checkpoint"
 fi
 "$moemamba" inspect list "$run"
-"$moemamba" "$@" --overwrite=false --parallel.expert="$ranks"
+"$moemamba" launch --ranks "$ranks" "$@" --overwrite=false --parallel.expert="$ranks"
 seconds=$(($(date +%s) - train_started))
 
 say "Persuasion, which the model has not seen"

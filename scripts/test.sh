@@ -31,7 +31,7 @@ run_tests() {  # preset, further options of ctest
   GTEST_OUTPUT="xml:$results/$preset/" ctest --test-dir "build/$preset" --output-on-failure \
     --parallel "$(nproc)" --no-tests=error "$@" || failed="$failed $preset"
 }
-run_tests cpu-release -LE campaign
+run_tests cpu-release
 run_tests cpu-asan -L unit
 if [ -d build/cuda-release ]; then
   # What nvcc made of the kernels can be read without a GPU.

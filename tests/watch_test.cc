@@ -140,6 +140,17 @@ TEST(Watch, SlowStepsMayTakeFiveTimesTheSlowestOfTheLatestHundred) {
   EXPECT_DOUBLE_EQ(scene.watch.limit_of(scene.rank(0)), 10);
 }
 
+// Reports of steps come between heartbeats, which alone know of phases.
+TEST(Watch, ARankThatHasEndedAStepIsBeforeTheNextUntilItsHeartbeatSaysMore) {
+  RankView rank{.activity = {.phase = Phase::backward, .step = 7, .layer = 2, .rows_expected = 9},
+                .step = 7};
+  EXPECT_EQ(activity_text(rank), "step 7, backward, layer 2, 0 of 9 rows");  // or after it: saving
+  rank.reported = true;
+  EXPECT_EQ(activity_text(rank), "step 8, data");
+  rank.step = 6;  // the heartbeat knew of the next one already
+  EXPECT_EQ(activity_text(rank), "step 7, backward, layer 2, 0 of 9 rows");
+}
+
 TEST(Watch, EveryPhaseHasItsLimit) {
   const std::pair<Phase, double> cases[] = {
       {Phase::starting, 300}, {Phase::loading, 300}, {Phase::data, 10},

@@ -25,7 +25,11 @@ struct RankView {
   int64_t step = -1;                                                // latest that ended
   double step_seconds = 0, busy_seconds = 0, exchange_seconds = 0;  // of that step
   bool straggler = false;
+  bool reported = false;  // the end of a step, after the latest heartbeat
 };
+// Where a rank was when it was last heard of: at its latest heartbeat, or, where a step has
+// ended after that, before the next one.
+Activity::Now latest_of(const RankView& rank);
 
 struct ExpertView {
   int64_t step = -1, dropped_rows = 0;

@@ -200,7 +200,7 @@ std::string Supervisor::listed_host(int rank) const {
 
 int64_t Supervisor::step_at_hand() const {
   int64_t step = std::max<int64_t>(0, view_.saved_step);
-  for (const RankView& rank : view_.of_ranks) step = std::max(step, rank.activity.step);
+  for (const RankView& rank : view_.of_ranks) step = std::max(step, latest_of(rank).step);
   return step;
 }
 

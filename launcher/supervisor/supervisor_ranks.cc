@@ -87,6 +87,7 @@ void Supervisor::heard(int rank, const Heartbeat& beat) {
                    .rows_received = beat.rows_received(),
                    .progress = beat.progress()};
   view.group = beat.group();
+  view.reported = false;
   view.resident_bytes = beat.resident_bytes();
   view.gpu_bytes = beat.gpu_bytes();
   if (view.state == RankState::silent) view.state = RankState::alive;
@@ -95,10 +96,7 @@ void Supervisor::heard(int rank, const Heartbeat& beat) {
 void Supervisor::stepped(int rank, const StepReport& report) {
   RankView& view = view_.of_ranks[size_t(rank)];
   view.step = report.step();
-  if (view.activity.step <= report.step()) {  // the next heartbeat knows more
-    view.activity.step = report.step() + 1;
-    view.activity.phase = Phase::data;
-  }
+  view.reported = true;
   view.progressed = now();
   view.step_seconds = report.seconds();
   view.busy_seconds = report.busy_seconds();

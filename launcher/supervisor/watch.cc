@@ -67,7 +67,7 @@ Watch::Watch(const WatchLimits& limits, int ranks)
     : limits_(limits), slow_steps_(size_t(ranks), 0) {}
 
 double Watch::limit_of(const RankView& rank) const {
-  switch (rank.activity.phase) {
+  switch (latest_of(rank).phase) {
     case Phase::starting:
     case Phase::loading:
       return limits_.start;
@@ -187,8 +187,18 @@ std::string name_of(const RankView& rank) {
   return concat("rank ", rank.rank, rank.host.empty() ? "" : " on " + rank.host, more);
 }
 
+Activity::Now latest_of(const RankView& rank) {
+  Activity::Now at = rank.activity;
+  if (!rank.reported || at.step > rank.step) return at;
+  at.step = rank.step + 1;
+  at.phase = Phase::data;
+  at.layer = at.rows_expected = at.rows_received = -1;
+  at.in_collective = false;
+  return at;
+}
+
 std::string activity_text(const RankView& rank) {
-  const Activity::Now& at = rank.activity;
+  const Activity::Now at = latest_of(rank);
   std::string text = concat("step ", at.step, ", ", phase_name(at.phase));
   if (at.layer >= 0) text += concat(", layer ", at.layer);
   if (at.collective > 0)
@@ -205,7 +215,7 @@ std::string table_of(const RunView& view, int culprit, double now) {
       "layer", "collective", "group", "rows", "silent for", "no progress for"};
   std::vector<std::vector<std::string>> lines{heads};
   for (const RankView& rank : view.of_ranks) {
-    const Activity::Now& at = rank.activity;
+    const Activity::Now at = latest_of(rank);
     const bool known = rank.state != RankState::absent;
     const auto if_known = [&](const std::string& text) { return known ? text : "-"; };
     lines.push_back({concat(rank.rank == culprit ? ">" : "", rank.rank), if_known(rank.host),
