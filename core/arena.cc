@@ -1,5 +1,7 @@
 #include "core/arena.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -12,8 +14,21 @@ namespace moemamba {
 namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kRowAlignment = 16;
+constexpr int64_t kHugePage = int64_t{2} << 20;
 int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
+}
+// Zeroed. huge: of huge pages where the system has such; a disk that takes it itself looks up each
+// page of every write.
+std::byte* host_memory(int64_t bytes, bool huge) {
+  const int64_t alignment = huge && bytes >= kHugePage ? kHugePage : kAlignment;
+  const int64_t whole = round_up(bytes, alignment);
+  void* memory = std::aligned_alloc(size_t(alignment), size_t(whole));
+  check(memory != nullptr, "out of memory: could not allocate ", bytes,
+        " bytes; use fewer sequences per micro-batch or more ranks");
+  if (alignment == kHugePage) ::madvise(memory, size_t(whole), MADV_HUGEPAGE);
+  std::memset(memory, 0, size_t(bytes));
+  return static_cast<std::byte*>(memory);
 }
 }  // namespace
 
@@ -25,15 +40,17 @@ Buffer::Buffer(DeviceKind device, int64_t bytes) : bytes_(bytes) {
     gpu::zero_now(data_, bytes);
     return;
   }
-  data_ = static_cast<std::byte*>(std::aligned_alloc(kAlignment, round_up(bytes, kAlignment)));
-  check(data_ != nullptr, "out of memory: could not allocate ", bytes,
-        " bytes; use fewer sequences per micro-batch or more ranks");
-  std::memset(data_, 0, size_t(bytes));
+  data_ = host_memory(bytes, /*huge=*/false);
 }
 
 Buffer Buffer::staging(DeviceKind device, int64_t bytes) {
-  if (device == DeviceKind::cpu || bytes == 0) return Buffer(DeviceKind::cpu, bytes);
   Buffer buffer;
+  if (bytes == 0) return buffer;
+  if (device == DeviceKind::cpu) {
+    buffer.data_ = host_memory(bytes, /*huge=*/true);
+    buffer.bytes_ = bytes;
+    return buffer;
+  }
   buffer.kind_ = Kind::pinned;
   buffer.data_ = static_cast<std::byte*>(gpu::allocate_pinned(bytes));
   buffer.bytes_ = bytes;

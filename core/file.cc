@@ -57,7 +57,8 @@ class PosixFile : public OutputFile {
       const size_t part = direct_ ? bytes - bytes % kDirectBlock : bytes;
       const ssize_t done = ::write(fd_.get(), from, part);
       if (done < 0 && errno == EINTR) continue;
-      if (done < 0 && errno == EINVAL && direct_) {  // larger blocks, or it only looked possible
+      // Larger blocks, or it only looked possible, or memory of a driver.
+      if (done < 0 && (errno == EINVAL || errno == EFAULT) && direct_) {
         end_direct();
         continue;
       }

@@ -168,12 +168,11 @@ void CheckpointCase::ceilings(Round& round) {
   round.read = read_seconds(plain);
 }
 
-// On a GPU a synchronous save copies the state first, as training does it.
 void CheckpointCase::round(Round& round) {
   ++facts_.step;
   const double before = processor_seconds();
   round.save = together([&] {
-    if (groups_.device == DeviceKind::cuda) writer_->stage(&compute_);
+    writer_->stage(&compute_);
     const std::string problem = writer_->write(facts_);
     check(problem.empty(), problem);
   });

@@ -1,7 +1,11 @@
 #include "runtime/checkpoint_digests.h"
 
 #include <algorithm>
+#include <future>
 #include <memory>
+#include <numeric>
+#include <span>
+#include <thread>
 
 #include "core/file.h"
 #include "kernels/sha256.h"
@@ -10,7 +14,9 @@ namespace moemamba {
 
 namespace {
 
-constexpr size_t kBlock = 64;  // bytes
+constexpr size_t kBlock = 64;               // bytes
+constexpr int64_t kChunk = 1 << 19;         // bytes of a file that are read, then hashed
+constexpr int64_t kWorthAThread = 8 << 20;  // bytes of files
 
 // One file on its way into its digest. Runs begin on no border of its blocks: what lies between
 // whole blocks goes in byte by byte, the rest block by block from where it lies.
@@ -75,11 +81,102 @@ void go_on(const std::vector<std::unique_ptr<Chain>>& chains) {
   for (const auto& chain : chains) chain->took(blocks);
 }
 
+size_t most_at_once() {
+  return can_chain_sha256() ? kSha256Chains : 1;
+}
+
+// A file of a disk on its way into its digest, in two chunks: one is read, the other hashed.
+class FileChain {
+ public:
+  explicit FileChain(const std::string& path) : file_(path) {
+    for (std::string& chunk : chunks_) chunk.resize(size_t(std::min(kChunk, file_.bytes())));
+  }
+  int64_t size() const { return file_.bytes(); }
+  // The next bytes; how many there were.
+  size_t read(int chunk) {
+    bytes_[chunk] = size_t(std::min(kChunk, file_.bytes() - at_));
+    if (bytes_[chunk] > 0) file_.read_at(at_, chunks_[chunk].data(), bytes_[chunk]);
+    at_ += int64_t(bytes_[chunk]);
+    return bytes_[chunk];
+  }
+  size_t blocks(int chunk) const { return bytes_[chunk] / kBlock; }
+  uint32_t* words() { return digest_.words(); }
+  const uint8_t* data(int chunk) const {
+    return reinterpret_cast<const uint8_t*>(chunks_[chunk].data());
+  }
+  // The rest of a chunk, of which so many blocks have gone into words().
+  void finish(int chunk, size_t blocks) {
+    if (blocks > 0) digest_.count_blocks(blocks);
+    digest_.add(chunks_[chunk].data() + blocks * kBlock, bytes_[chunk] - blocks * kBlock);
+  }
+  std::string hex() { return digest_.hex(); }
+
+ private:
+  InputFile file_;
+  int64_t at_ = 0;
+  std::string chunks_[2];
+  size_t bytes_[2] = {};
+  Sha256 digest_;
+};
+
+// Chunks are whole blocks but for the last one of a file, behind which nothing more comes.
+void hash(const std::vector<std::unique_ptr<FileChain>>& files, int chunk) {
+  std::vector<FileChain*> going;
+  size_t blocks = SIZE_MAX;
+  for (const auto& file : files) {
+    if (file->blocks(chunk) == 0) {
+      file->finish(chunk, 0);
+      continue;
+    }
+    going.push_back(file.get());
+    blocks = std::min(blocks, file->blocks(chunk));
+  }
+  if (going.size() < 2) blocks = 0;  // OpenSSL's is as good
+  uint32_t* words[kSha256Chains];
+  const uint8_t* data[kSha256Chains];
+  for (size_t i = 0; i < going.size(); ++i) {
+    words[i] = going[i]->words();
+    data[i] = going[i]->data(chunk);
+  }
+  if (blocks > 0) sha256_blocks(int(going.size()), words, data, blocks);
+  for (FileChain* file : going) file->finish(chunk, blocks);
+}
+
+struct Wanted {
+  const StoredFile* file;
+  std::string* digest;
+};
+
+// At most so many files as chains.
+void digest_together(std::span<const Wanted> wanted, bool beside) {
+  std::vector<std::unique_ptr<FileChain>> files;
+  std::vector<std::string*> digests;
+  for (const Wanted& one : wanted) {
+    files.push_back(std::make_unique<FileChain>(one.file->path));
+    digests.push_back(one.digest);
+    if (files.back()->size() == one.file->bytes) continue;
+    files.pop_back(), digests.pop_back();
+  }
+  const auto read = [&](int chunk) {
+    size_t most = 0;
+    for (const auto& file : files) most = std::max(most, file->read(chunk));
+    return most;
+  };
+  size_t bytes = read(0);
+  for (int chunk = 0; bytes > 0; chunk = 1 - chunk) {
+    std::future<size_t> next = std::async(beside ? std::launch::async : std::launch::deferred,
+                                          [&, chunk] { return read(1 - chunk); });
+    hash(files, chunk);
+    bytes = next.get();
+  }
+  for (size_t i = 0; i < files.size(); ++i) *digests[i] = files[i]->hex();
+}
+
 }  // namespace
 
 std::vector<std::string> sha256_of_runs(const std::vector<std::vector<MemoryRun>>& files) {
   std::vector<std::string> results(files.size());
-  const size_t most = can_chain_sha256() ? kSha256Chains : 1;
+  const size_t most = most_at_once();
   std::vector<std::unique_ptr<Chain>> chains;
   for (size_t next = 0; next < files.size() || !chains.empty();) {
     for (; next < files.size() && chains.size() < most; ++next)
@@ -88,6 +185,37 @@ std::vector<std::string> sha256_of_runs(const std::vector<std::vector<MemoryRun>
     if (!chains.empty()) go_on(chains);
   }
   return results;
+}
+
+std::vector<std::string> sha256_of_files(const std::vector<StoredFile>& files, int threads) {
+  std::vector<std::string> digests(files.size());
+  std::vector<Wanted> wanted;
+  int64_t bytes = 0;
+  for (size_t i = 0; i < files.size(); ++i) {
+    wanted.push_back({&files[i], &digests[i]});
+    bytes += files[i].bytes;
+  }
+  // Those that are taken at once should end together.
+  std::ranges::stable_sort(wanted, std::greater(), [](const Wanted& w) { return w.file->bytes; });
+  const bool beside = bytes >= kWorthAThread;
+  const size_t shares = beside ? size_t(std::max(1, threads)) : 1;
+  std::vector<std::future<void>> work;
+  for (size_t share = 0; share < shares; ++share)
+    work.push_back(
+        std::async(beside ? std::launch::async : std::launch::deferred, [&, share] {
+          std::vector<Wanted> own;
+          for (size_t i = share; i < wanted.size(); i += shares) own.push_back(wanted[i]);
+          for (size_t i = 0; i < own.size(); i += most_at_once())
+            digest_together(std::span(own).subspan(i, std::min(most_at_once(), own.size() - i)),
+                            beside);
+        }));
+  for (auto& share : work) share.get();
+  return digests;
+}
+
+int digest_threads(int ranks) {
+  const int cores = int(std::thread::hardware_concurrency()) / ranks;
+  return std::clamp(can_chain_sha256() ? cores / 2 : cores, 1, 3);
 }
 
 }  // namespace moemamba

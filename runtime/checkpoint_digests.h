@@ -1,5 +1,6 @@
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -14,5 +15,19 @@ struct MemoryRun {
 // SHA-256, as 64 hex digits, of files that are written from memory. Several at once on this one
 // thread where the processor can do that (kernels/sha256.h).
 std::vector<std::string> sha256_of_runs(const std::vector<std::vector<MemoryRun>>& files);
+
+struct StoredFile {
+  std::string path;
+  int64_t bytes;
+};
+// Of files on a disk; "" for one of another size. `threads` threads share them out, each reads
+// while it hashes, and takes several at once as above: it opens no more than those. An Error where
+// one cannot be opened or read.
+std::vector<std::string> sha256_of_files(const std::vector<StoredFile>& files, int threads);
+
+// How many threads for the files of one of so many ranks on a machine. Where each has cores to
+// spare, files are hashed side by side: sooner done. Else several on one core: less work. A core of
+// each rank's is for the disk and the state's hash.
+int digest_threads(int ranks);
 
 }  // namespace moemamba

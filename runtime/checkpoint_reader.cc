@@ -1,33 +1,17 @@
 #include "runtime/checkpoint_reader.h"
 
 #include <algorithm>
-#include <atomic>
-#include <future>
 #include <map>
 #include <memory>
 
 #include "core/error.h"
 #include "core/host_mirror.h"
 #include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_digests.h"
 
 namespace moemamba {
 
 namespace {
-
-constexpr size_t kChunk = 1 << 20;          // bytes that are read and hashed at once
-constexpr int64_t kWorthAThread = 8 << 20;  // bytes of files, two of which are read at once then
-
-std::string digest_of(const InputFile& file) {
-  Sha256 digest;
-  std::vector<char> chunk(std::min<size_t>(kChunk, size_t(file.bytes())));
-  for (int64_t at = 0; at < file.bytes();) {
-    const size_t bytes = std::min<size_t>(kChunk, size_t(file.bytes() - at));
-    file.read_at(at, chunk.data(), bytes);
-    digest.add(chunk.data(), bytes);
-    at += int64_t(bytes);
-  }
-  return digest.hex();
-}
 
 // The manifest's bytes, but not those of a file that is no manifest at all.
 std::string manifest_bytes(const std::string& path) {
@@ -116,24 +100,21 @@ std::optional<Manifest::Tensor> Checkpoint::find(const std::string& tensor) cons
 }
 
 void Checkpoint::verify_files(int first, int stride) const {
-  std::atomic<int> next = first;
-  const auto verify = [&] {
-    for (int i = next.fetch_add(stride); i < manifest_.files_size(); i = next.fetch_add(stride))
-      verify_file(i);
-  };
-  int64_t bytes = 0;
-  for (int i = first; i < manifest_.files_size(); i += stride) bytes += manifest_.files(i).bytes();
-  std::future<void> beside;
-  if (bytes >= kWorthAThread) beside = std::async(std::launch::async, verify);
-  verify();
-  if (beside.valid()) beside.get();
+  std::vector<int> files;
+  for (int i = first; i < manifest_.files_size(); i += stride) files.push_back(i);
+  verify_files(files, digest_threads(stride));
 }
 
-void Checkpoint::verify_file(int index) const {
-  const Manifest::File file = manifest_.files(index);
-  const InputFile there(join_path(path_, file.name()));
-  check(there.bytes() == file.bytes() && digest_of(there) == hex_of_bytes(file.sha256()),
-        there.path(), ": damaged: its bytes do not have the digest in the manifest");
+void Checkpoint::verify_files(const std::vector<int>& indices, int threads) const {
+  std::vector<StoredFile> files;
+  for (int i : indices) {
+    const Manifest::File file = manifest_.files(i);
+    files.push_back({join_path(path_, std::string(file.name())), file.bytes()});
+  }
+  const std::vector<std::string> digests = sha256_of_files(files, threads);
+  for (size_t i = 0; i < files.size(); ++i)
+    check(digests[i] == hex_of_bytes(manifest_.files(indices[i]).sha256()), files[i].path,
+          ": damaged: its bytes do not have the digest in the manifest");
 }
 
 std::string Checkpoint::differences(const ParameterStore& store) const {

@@ -16,10 +16,10 @@ class Checkpoint {
   const Manifest& manifest() const { return manifest_; }
   std::optional<Manifest::Tensor> find(const std::string& tensor) const;
 
-  // Re-reads files first, first + stride, ..: sizes and digests; large ones two at a time. An Error
-  // names the file, or one of them.
+  // Re-reads files first, first + stride, .. of the manifest's list, or those: sizes and digests.
+  // An Error names the file, or one of them.
   void verify_files(int first = 0, int stride = 1) const;
-  void verify_file(int index) const;  // in the manifest's list
+  void verify_files(const std::vector<int>& indices, int threads) const;
   // Every difference between its tensors and what the model of `store` has; "" where there is none.
   std::string differences(const ParameterStore& store) const;
   // Reads elements [begin, end) of one tensor's values or moments.

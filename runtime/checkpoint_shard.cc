@@ -1,13 +1,11 @@
 #include "runtime/checkpoint_shard.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <future>
 
 #include "core/error.h"
-#include "kernels/sha256.h"
 #include "runtime/checkpoint_digests.h"
 #include "runtime/checkpoint_parts.h"
 #include "runtime/state_hash.h"
@@ -17,7 +15,6 @@ namespace moemamba {
 namespace {
 
 constexpr size_t kChunk = 1 << 20;  // bytes that are hashed, then written
-constexpr size_t kHugePage = 2 << 20;
 
 std::string bytes_of_hex(const std::string& hex) {
   std::string bytes;
@@ -48,10 +45,10 @@ class DigestedFile {
       file_->write(from, std::min(bytes, kChunk));
     }
   }
-  void finish(ShardReport& report) {
-    file_->sync();
-    file_->close();
+  // The file, which is not synced yet.
+  std::unique_ptr<OutputFile> finish(ShardReport& report) {
     report_file(name_, bytes_, digest_.hex(), report);
+    return std::move(file_);
   }
 
  private:
@@ -61,70 +58,23 @@ class DigestedFile {
   int64_t bytes_ = 0;
 };
 
-// Memory from which a disk may take whole blocks itself. Large ones are of huge pages where the
-// system has such: it looks up every page of every write, and the disk gets fewer and longer
-// requests.
+// A few bytes where a disk may take them itself.
 class Block {
  public:
-  explicit Block(size_t bytes)
-      : bytes_(bytes), whole_(bytes + (bytes < kHugePage ? 0 : kHugePage)) {
-    void* mapped =
-        ::mmap(nullptr, whole_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    check(mapped != MAP_FAILED, "out of memory: could not allocate ", whole_, " bytes");
-    mapped_ = data_ = static_cast<char*>(mapped);
-    if (bytes < kHugePage) return;
-    data_ += (kHugePage - reinterpret_cast<uintptr_t>(mapped) % kHugePage) % kHugePage;
-    ::madvise(data_, bytes_, MADV_HUGEPAGE);
+  explicit Block(std::string_view bytes)
+      : data_(static_cast<char*>(std::aligned_alloc(
+            kDirectBlock, (bytes.size() + kDirectBlock - 1) / kDirectBlock * kDirectBlock))) {
+    check(data_ != nullptr, "out of memory: could not allocate ", bytes.size(), " bytes");
+    std::memcpy(data_.get(), bytes.data(), bytes.size());
   }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  ~Block() { ::munmap(mapped_, whole_); }
-  size_t bytes() const { return bytes_; }
-  char* data() const { return data_; }
+  const char* data() const { return data_.get(); }
 
  private:
-  size_t bytes_, whole_;
-  char *mapped_ = nullptr, *data_ = nullptr;
+  struct Free {
+    void operator()(char* data) const { std::free(data); }
+  };
+  std::unique_ptr<char, Free> data_;
 };
-
-// The bytes of a file, from its first to its last.
-class ByteStream {
- public:
-  explicit ByteStream(std::vector<MemoryRun> runs) : runs_(std::move(runs)) {}
-  // The next bytes, at most `most`; how many there were.
-  size_t take(char* to, size_t most) {
-    size_t taken = 0;
-    while (taken < most && next_ < runs_.size()) {
-      MemoryRun& run = runs_[next_];
-      const size_t part = std::min(run.bytes, most - taken);
-      std::memcpy(to + taken, run.data, part);
-      run.data += part, run.bytes -= part, taken += part;
-      if (run.bytes == 0) ++next_;
-    }
-    return taken;
-  }
-
- private:
-  std::vector<MemoryRun> runs_;
-  size_t next_ = 0;
-};
-
-// Writes a new file in blocks, past the page cache where that can be. Pieces begin on no border of
-// the file's blocks, so that they are copied; one block is filled while the other is written.
-void write_blocks(FileSystem& files, const std::string& path, ByteStream& bytes,
-                  Block (&blocks)[2]) {
-  const auto file = files.open(path, OpenMode::create_direct);
-  size_t filled = bytes.take(blocks[0].data(), blocks[0].bytes());
-  for (int at = 0; filled > 0; at = 1 - at) {
-    Block& other = blocks[1 - at];
-    std::future<size_t> next =
-        std::async(std::launch::async, [&] { return bytes.take(other.data(), other.bytes()); });
-    file->write(blocks[at].data(), filled);
-    filled = next.get();
-  }
-  file->sync();
-  file->close();
-}
 
 void report_piece(const StatePiece& piece, int file, int64_t offset, ShardReport& report) {
   CheckpointManifest::Tensor* tensor = report.add_tensors();
@@ -143,23 +93,36 @@ size_t bytes_of(const StatePiece& piece) {
   return size_t(piece.end - piece.begin) * sizeof(float);
 }
 
-// A shard's bytes: its header, then its pieces. The shard must outlive it.
+int64_t up_to_border(int64_t bytes) {
+  constexpr auto kBorder = int64_t(kDirectBlock);
+  return (bytes + kBorder - 1) / kBorder * kBorder;
+}
+
+// A shard's bytes: its header, then its pieces. The shard must outlive it. Values of more than a
+// few pages begin on a border of the file's blocks.
 class ShardBytes {
  public:
   ShardBytes(const Shard& shard, const std::string& folder) : shard_(shard) {
-    for (const StatePiece& piece : shard.pieces) tensors_.push_back(stored_tensor(piece));
-    header_ = safetensors_header(tensors_, shard.metadata, join_path(folder, shard.name));
+    for (const StatePiece& piece : shard.pieces) {
+      tensors_.push_back(stored_tensor(piece));
+      values_ += bytes_of(piece);
+    }
+    header_ = safetensors_header(tensors_, shard.metadata, join_path(folder, shard.name),
+                                 values_ >= kWorthBlocks ? kDirectBlock : 64);
   }
   const std::string& header() const { return header_; }
-  int64_t bytes() const {
-    return int64_t(header_.size()) + (tensors_.empty() ? 0 : tensors_.back().end);
-  }
-  std::vector<MemoryRun> runs() const {
-    std::vector<MemoryRun> runs = {{header_.data(), header_.size()}};
-    for (const StatePiece& piece : shard_.pieces)
-      if (const size_t bytes = bytes_of(piece); bytes > 0)
-        runs.push_back({reinterpret_cast<const char*>(piece.data), bytes});
-    return runs;
+  int64_t bytes() const { return int64_t(header_.size() + values_); }
+  // REQUIRES: the pieces lie one behind the other in memory.
+  MemoryRun values() const {
+    const char* begin = nullptr;
+    size_t bytes = 0;
+    for (const StatePiece& piece : shard_.pieces) {
+      const auto* data = reinterpret_cast<const char*>(piece.data);
+      if (!begin) begin = data;
+      check(data == begin + bytes, shard_.name, ": ", piece.tensor, " does not follow in memory");
+      bytes += bytes_of(piece);
+    }
+    return {begin, bytes};
   }
   // REQUIRES: the file is the next that `report` gets.
   void report_pieces(ShardReport& report) const {
@@ -169,10 +132,24 @@ class ShardBytes {
   }
 
  private:
+  static constexpr size_t kWorthBlocks = 1 << 16;  // bytes
   const Shard& shard_;
+  size_t values_ = 0;
   std::vector<StoredTensor> tensors_;
   std::string header_;
 };
+
+// A new file, not synced, past the page cache where that can be: a disk is given many blocks at
+// once and reads them from where they lie.
+std::unique_ptr<OutputFile> write_file_of(FileSystem& files, const std::string& path,
+                                          const ShardBytes& content, size_t most) {
+  auto file = files.open(path, OpenMode::create_direct);
+  file->write(Block(content.header()).data(), content.header().size());
+  const MemoryRun values = content.values();
+  for (size_t at = 0; at < values.bytes; at += most)
+    file->write(values.data + at, std::min(most, values.bytes - at));
+  return file;
+}
 
 }  // namespace
 
@@ -198,18 +175,43 @@ std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, in
   return shards;
 }
 
+// Kind by kind, and within one in order, as shards_of() does.
+int64_t staging_bytes(const std::vector<StatePiece>& pieces) {
+  int64_t of_kind[3] = {};
+  for (const StatePiece& piece : pieces) of_kind[int(piece.kind)] += int64_t(bytes_of(piece));
+  int64_t sum = 0;
+  for (int64_t bytes : of_kind) sum += up_to_border(bytes);
+  return sum == 0 ? 0 : sum + int64_t(kDirectBlock);  // to begin on a border itself
+}
+
+std::vector<StatePiece> staged_in(std::byte* memory, std::vector<StatePiece> pieces) {
+  int64_t of_kind[3] = {};
+  for (const StatePiece& piece : pieces) of_kind[int(piece.kind)] += int64_t(bytes_of(piece));
+  std::byte* at[3];
+  at[0] = memory + up_to_border(int64_t(uintptr_t(memory))) - int64_t(uintptr_t(memory));
+  for (int kind = 1; kind < 3; ++kind) at[kind] = at[kind - 1] + up_to_border(of_kind[kind - 1]);
+  for (StatePiece& piece : pieces) {
+    std::byte*& next = at[int(piece.kind)];
+    piece.data = reinterpret_cast<float*>(next);
+    next += bytes_of(piece);
+  }
+  return pieces;
+}
+
 void write_shards(FileSystem& files, const std::string& folder, const std::vector<Shard>& shards,
                   const ShardWriting& how, ShardReport& report) {
   std::vector<ShardBytes> contents;
   for (const Shard& shard : shards) contents.emplace_back(shard, folder);
   // Shard i is hashed by thread i % threads.
-  const size_t threads =
-      can_chain_sha256() ? size_t(std::max(1, how.digest_threads)) : shards.size();
+  const auto threads = size_t(std::max(1, how.digest_threads));
   std::vector<std::future<std::vector<std::string>>> digests;
   for (size_t thread = 0; thread < threads; ++thread)
     digests.push_back(std::async(std::launch::async, [&, thread] {
       std::vector<std::vector<MemoryRun>> own;
-      for (size_t i = thread; i < shards.size(); i += threads) own.push_back(contents[i].runs());
+      for (size_t i = thread; i < shards.size(); i += threads) {
+        const std::string& header = contents[i].header();
+        own.push_back({{header.data(), header.size()}, contents[i].values()});
+      }
       return sha256_of_runs(own);
     }));
   std::future<uint64_t> state = std::async(std::launch::async, [&] {
@@ -217,11 +219,11 @@ void write_shards(FileSystem& files, const std::string& folder, const std::vecto
     for (const Shard& shard : shards) sum += state_hash_of(shard.pieces);
     return sum;
   });
-  Block blocks[2] = {Block(how.block_bytes), Block(how.block_bytes)};
-  for (size_t i = 0; i < shards.size(); ++i) {
-    ByteStream bytes(contents[i].runs());
-    write_blocks(files, join_path(folder, shards[i].name), bytes, blocks);
-  }
+  std::vector<std::unique_ptr<OutputFile>> written;
+  for (size_t i = 0; i < shards.size(); ++i)
+    written.push_back(write_file_of(files, join_path(folder, shards[i].name), contents[i],
+                                    how.block_bytes));
+  sync_and_close(std::move(written));
   std::vector<std::vector<std::string>> taken;
   for (auto& digest : digests) taken.push_back(digest.get());
   for (size_t i = 0; i < shards.size(); ++i) {
@@ -243,14 +245,22 @@ void write_shard(FileSystem& files, const std::string& folder, const Shard& shar
       file.write(part.data, bytes_of(part));
     });
   content.report_pieces(report);
-  file.finish(report);
+  std::vector<std::unique_ptr<OutputFile>> written;
+  written.push_back(file.finish(report));
+  sync_and_close(std::move(written));
 }
 
-void write_small_file(FileSystem& files, const std::string& folder, const std::string& name,
-                      std::string_view content, ShardReport& report) {
+std::unique_ptr<OutputFile> write_small_file(FileSystem& files, const std::string& folder,
+                                             const std::string& name, std::string_view content,
+                                             ShardReport& report) {
   DigestedFile file(files, folder, name);
   file.write(content.data(), content.size());
-  file.finish(report);
+  return file.finish(report);
+}
+
+void sync_and_close(std::vector<std::unique_ptr<OutputFile>> files) {
+  for (const auto& file : files) file->sync();
+  for (const auto& file : files) file->close();
 }
 
 }  // namespace moemamba

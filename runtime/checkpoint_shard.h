@@ -21,15 +21,18 @@ struct Shard {
 std::vector<Shard> shards_of(const std::vector<StatePiece>& pieces, int rank, int ranks,
                              const SafetensorsMetadata& metadata);
 
+// Memory from which a rank's pieces can be written: those of a file one behind the other, where a
+// disk may take them itself. The pieces as they lie in it; how much there must be.
+int64_t staging_bytes(const std::vector<StatePiece>& pieces);
+std::vector<StatePiece> staged_in(std::byte* memory, std::vector<StatePiece> pieces);
+
 struct ShardWriting {
-  // Memory that a file is written from, of which there are two, and more there is not. Multiples of
-  // kDirectBlock go past the page cache.
-  size_t block_bytes = 4 << 20;
+  size_t block_bytes = 64 << 20;  // most of one write; multiples of kDirectBlock
   int digest_threads = 1;  // among which files are shared out, each several at once
 };
-// Writes shards from the memory of their pieces, which nobody changes meanwhile: one file after the
-// other, from this thread; others hash that memory meanwhile. Files are new, and synced. Adds them,
-// where their pieces lie and the hash of the state to `report`.
+// Writes shards from the memory of their pieces, as staged_in() has them, which nobody changes
+// meanwhile: one file after the other, from this thread; others hash that memory meanwhile. Files
+// are new, and synced. Adds them, where their pieces lie and the hash of the state to `report`.
 void write_shards(FileSystem& files, const std::string& folder, const std::vector<Shard>& shards,
                   const ShardWriting& how, ShardReport& report);
 
@@ -56,8 +59,11 @@ void for_parts(StatePiece piece, std::vector<float>& buffer, Act&& act) {
   }
 }
 
-// A small file of a checkpoint, the same way.
-void write_small_file(FileSystem& files, const std::string& folder, const std::string& name,
-                      std::string_view content, ShardReport& report);
+// A small file of a checkpoint, the same way, but not synced.
+std::unique_ptr<OutputFile> write_small_file(FileSystem& files, const std::string& folder,
+                                             const std::string& name, std::string_view content,
+                                             ShardReport& report);
+// Of several, behind the last write: a journal takes them in together, once.
+void sync_and_close(std::vector<std::unique_ptr<OutputFile>> files);
 
 }  // namespace moemamba

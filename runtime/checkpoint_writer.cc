@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_digests.h"
 #include "runtime/checkpoint_parts.h"
 #include "runtime/manifest.h"
 
@@ -17,12 +18,6 @@ namespace {
 // manifest begins with a dot.
 constexpr const char* kHalfName = ".half";
 
-// Where each rank has cores to spare, files are hashed side by side: sooner done. Else several on
-// one core: less work. A core of each rank's is for the disk and the state's hash.
-int digest_threads(int ranks) {
-  return std::clamp(int(std::thread::hardware_concurrency()) / (2 * ranks), 1, 3);
-}
-
 }  // namespace
 
 CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
@@ -32,23 +27,21 @@ CheckpointWriter::CheckpointWriter(FileSystem& files, ProcessGroups& groups,
       options_(std::move(options)),
       stream_(Stream::immediate()),
       sources_(written_pieces(store)) {
-  for (const StatePiece& piece : sources_) staged_bytes_ += (piece.end - piece.begin) * 4;
-  staging_ = Buffer::staging(groups.device, staged_bytes_);
+  for (const StatePiece& piece : sources_) state_bytes_ += (piece.end - piece.begin) * 4;
+  staging_ = Buffer::staging(groups.device, staging_bytes(sources_));
+  staged_ = staged_in(staging_.data(), sources_);
   if (groups.device == DeviceKind::cuda) copies_.emplace(Stream::cuda());
 }
 
 Event CheckpointWriter::stage(Stream* compute) {
-  staged_ = sources_;
   if (copies_) copies_->wait(compute->record());
-  auto* to = reinterpret_cast<float*>(staging_.data());
-  for (StatePiece& piece : staged_) {
-    const int64_t count = piece.end - piece.begin;
+  for (size_t i = 0; i < sources_.size(); ++i) {
+    const int64_t count = sources_[i].end - sources_[i].begin;
+    float *from = sources_[i].data, *to = staged_[i].data;
     if (copies_)
-      copy(*copies_, view(piece.data, {count}, DType::f32, groups_.device), view(to, {count}));
+      copy(*copies_, view(from, {count}, DType::f32, groups_.device), view(to, {count}));
     else
-      std::memcpy(to, piece.data, size_t(count) * sizeof(float));
-    piece.data = to;
-    to += count;
+      std::memcpy(to, from, size_t(count) * sizeof(float));
   }
   if (copies_) copied_ = copies_->record();
   return copied_;
@@ -57,7 +50,7 @@ Event CheckpointWriter::stage(Stream* compute) {
 // Rank 0 makes the attempt's folder; all ranks get its path, or why there is none.
 std::string CheckpointWriter::begin(const CheckpointFacts& facts, std::string& attempt) {
   // What all ranks will write; a twentieth and 64 KiB more for headers and what else a disk takes.
-  int64_t sum = staged_bytes_;
+  int64_t sum = state_bytes_;
   std::vector<int64_t> sizes(size_t(groups_.layout.ranks()));
   all_reduce_sum(*groups_.checkpoint, stream_, view(&sum, {1}),
                  view(sizes.data(), {groups_.layout.ranks(), 1}));
@@ -96,8 +89,7 @@ ShardReport CheckpointWriter::write_state(const CheckpointFacts& facts,
   const int rank = groups_.rank;
   try {
     write_shards(files_, attempt,
-                 shards_of(staged_.empty() ? sources_ : staged_, rank, groups_.layout.ranks(),
-                           facts.metadata),
+                 shards_of(staged_, rank, groups_.layout.ranks(), facts.metadata),
                  {.block_bytes = options_.block_bytes,
                   .digest_threads = digest_threads(groups_.layout.ranks())},
                  report);
@@ -130,14 +122,17 @@ CheckpointManifest CheckpointWriter::merge(const CheckpointFacts& facts,
 void CheckpointWriter::write_manifest(const CheckpointFacts& facts, const std::string& attempt,
                                       CheckpointManifest manifest) {
   ShardReport small;
-  write_small_file(files_, attempt, kIndexName, weights_index(manifest), small);
-  for (const auto& [name, content] : facts.extra_files)
-    write_small_file(files_, attempt, name, content, small);
+  std::vector<std::unique_ptr<OutputFile>> written;
+  const auto write = [&](const std::string& name, const std::string& content) {
+    written.push_back(write_small_file(files_, attempt, name, content, small));
+  };
+  write(kIndexName, weights_index(manifest));
+  for (const auto& [name, content] : facts.extra_files) write(name, content);
   for (const auto& file : small.files()) *manifest.add_files() = file;
   const std::string sealed = seal(manifest);
   unseal(sealed, join_path(attempt, kManifestName));  // what cannot be read must not be committed
-  ShardReport unused;
-  write_small_file(files_, attempt, kManifestName, sealed, unused);
+  write(kManifestName, sealed);
+  sync_and_close(std::move(written));
   files_.sync_folder(attempt);
 }
 
@@ -194,7 +189,6 @@ std::string CheckpointWriter::write(const CheckpointFacts& facts) {
   if (!problem.empty()) return problem;
   Stream::wait_on_host(copied_);
   const ShardReport report = write_state(facts, attempt);
-  staged_.clear();
   const std::vector<std::string> reports =
       gather_blobs(*groups_.checkpoint, stream_, report.SerializeAsString());
   if (groups_.rank == 0) problem = conclude(facts, attempt, reports);

@@ -22,24 +22,22 @@ struct CheckpointFacts {
 // Writes checkpoints (docs/checkpoint_format.md). Until commit the previous checkpoint is the
 // newest, afterwards this one; a crash at any instant leaves exactly one of the two. Every rank
 // calls the same methods; rank 0 makes folders, writes the manifest, commits.
-//   stage()  copies what this rank writes, so that training may go on; may be left out where it
-//            waits
-//   write()  from the copy, else from the state itself: shards, votes of all ranks, manifest, one
-//            rename
+//   stage()  copies what this rank writes, so that training may go on, and as files will have it
+//   write()  from the copy: shards, votes of all ranks, manifest, one rename
 class CheckpointWriter {
  public:
   struct Options {
     std::string run;
     int64_t generation = 0;           // of the lease
     std::function<bool()> may_write;  // rank 0: the lease is still ours; empty: always
-    size_t block_bytes = ShardWriting().block_bytes;  // memory from which files are written
+    size_t block_bytes = ShardWriting().block_bytes;  // most of one write
   };
   CheckpointWriter(FileSystem& files, ProcessGroups& groups, const ParameterStore& store,
                    Options options);
 
   // Memory of the copies. The constructor takes it, for the first save would hold up training with
   // that.
-  int64_t staged_bytes() const { return staged_bytes_; }
+  int64_t staged_bytes() const { return staging_.bytes(); }
   // Behind the work of `compute` so far; nothing may change the state before the event that is
   // returned is past. A GPU copies on a stream of its own; on the CPU (where `compute` may be left
   // out) it is past at once.
@@ -67,7 +65,7 @@ class CheckpointWriter {
   std::optional<Stream> copies_;  // of a GPU
   Event copied_;
   std::vector<StatePiece> sources_, staged_;
-  int64_t staged_bytes_ = 0;
+  int64_t state_bytes_ = 0;
   Buffer staging_;
 };
 

@@ -149,8 +149,7 @@ Event Checkpoints::save(CheckpointFacts facts, Stream* compute) {
   const auto start = Clock::now();
   conclude();
   facts_ = std::move(facts);
-  Event staged;  // a state in the host's memory that stands still needs no copy
-  if (options_.asynchronous || groups_.device == DeviceKind::cuda) staged = writer_.stage(compute);
+  const Event staged = writer_.stage(compute);
   running_ = true;
   told_ = ended_ = false;
   if (options_.asynchronous) {

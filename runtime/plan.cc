@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "core/schema.h"
-#include "runtime/checkpoint_pieces.h"
+#include "runtime/checkpoint_shard.h"
 #include "runtime/samples.h"
 
 namespace moemamba {
@@ -93,8 +93,7 @@ PlannedBytes PlannedRank::bytes() {
       same->bytes += taken.bytes;
   }
   std::ranges::stable_sort(largest, std::greater(), &Arena::Taken::bytes);
-  for (const StatePiece& piece : written_pieces(session_.store))
-    planned.staging += (piece.end - piece.begin) * int64_t(sizeof(float));
+  planned.staging = staging_bytes(written_pieces(session_.store));
   if (options_.sample_tokens > 0)
     planned.samples =
         Decoder::planned_bytes(session_, sample_room(options_.sample_tokens, session_.length));

@@ -101,8 +101,8 @@ std::string write_rank(FileSystem& files, const Checkpoint& from, const ReshardR
 }
 
 // Small files that go along with the shards: the tokenizer.
-void copy_others(FileSystem& files, const Checkpoint& from, const std::string& folder,
-                 ShardReport& report) {
+void copy_others(const Checkpoint& from,
+                 FunctionRef<void(const std::string& name, const std::string& content)> write) {
   std::vector<bool> holds_pieces(size_t(from.manifest().files_size()));
   for (const auto& tensor : from.manifest().tensors())
     for (const auto& pieces : {tensor.value(), tensor.exp_avg(), tensor.exp_avg_sq()})
@@ -110,7 +110,7 @@ void copy_others(FileSystem& files, const Checkpoint& from, const std::string& f
   for (size_t i = 0; i < holds_pieces.size(); ++i) {
     const std::string name = from.manifest().files(int(i)).name();
     if (!holds_pieces[i] && name != kIndexName)
-      write_small_file(files, folder, name, read_file(join_path(from.path(), name)), report);
+      write(name, read_file(join_path(from.path(), name)));
   }
 }
 
@@ -141,13 +141,18 @@ void reshard(FileSystem& files, const Checkpoint& from, const ReshardRequest& re
   check(manifest.state_hash() == from.manifest().facts().state_hash(), from.path(),
         ": what was read has the hash ", state_hash_text(manifest.state_hash()),
         ", what was saved ", state_hash_text(from.manifest().facts().state_hash()));
-  ShardReport small, unused;
-  write_small_file(files, folder.path(), kIndexName, weights_index(manifest), small);
-  copy_others(files, from, folder.path(), small);
+  ShardReport small;
+  std::vector<std::unique_ptr<OutputFile>> written;
+  const auto write = [&](const std::string& name, const std::string& content) {
+    written.push_back(write_small_file(files, folder.path(), name, content, small));
+  };
+  write(kIndexName, weights_index(manifest));
+  copy_others(from, write);
   for (const auto& file : small.files()) *manifest.add_files() = file;
   const std::string sealed = seal(manifest);
   unseal(sealed, join_path(folder.path(), kManifestName));
-  write_small_file(files, folder.path(), kManifestName, sealed, unused);
+  write(kManifestName, sealed);
+  sync_and_close(std::move(written));
   folder.commit();
 }
 

@@ -16,7 +16,6 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int64_t kLargestHeader = 100'000'000;  // as the reference implementation
-constexpr int64_t kAlignment = 64;
 constexpr size_t kLongestName = 1000;  // bytes, of a tensor or of a text of the metadata
 constexpr size_t kMostTexts = 100;     // of the metadata; a map's entry is larger than its text
 
@@ -144,7 +143,8 @@ void convert(const std::byte* from, const Tensor& to) {
 }  // namespace
 
 std::string safetensors_header(std::vector<StoredTensor>& tensors,
-                               const SafetensorsMetadata& metadata, const std::string& path) {
+                               const SafetensorsMetadata& metadata, const std::string& path,
+                               int64_t alignment) {
   Json header = Json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t end = 0;
@@ -160,7 +160,7 @@ std::string safetensors_header(std::vector<StoredTensor>& tensors,
     entry["data_offsets"] = {tensor.begin, tensor.end};
   }
   std::string text = header.dump();
-  text.append(size_t((kAlignment - (8 + int64_t(text.size())) % kAlignment) % kAlignment), ' ');
+  text.append(size_t((alignment - (8 + int64_t(text.size())) % alignment) % alignment), ' ');
   check(int64_t(text.size()) <= kLargestHeader, path, ": too many tensors for one file (header of ",
         text.size(), " bytes)");
   const uint64_t length = text.size();

@@ -19,10 +19,11 @@ struct StoredTensor {
 
 using SafetensorsMetadata = std::map<std::string, std::string>;
 
-// The bytes before the values: length and JSON, padded so that values start on a 64-byte border.
+// The bytes before the values: length and JSON, padded so that values start on such a border.
 // Fills begin and end of the tensors, in their order. path: for errors.
 std::string safetensors_header(std::vector<StoredTensor>& tensors,
-                               const SafetensorsMetadata& metadata, const std::string& path);
+                               const SafetensorsMetadata& metadata, const std::string& path,
+                               int64_t alignment = 64);
 
 // Writes a file tensor by tensor: all names first, then the values in that order. The file
 // appears with commit().

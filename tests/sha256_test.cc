@@ -6,6 +6,7 @@
 #include "core/file.h"
 #include "core/random.h"
 #include "runtime/checkpoint_digests.h"
+#include "tests/support/temporary_folder.h"
 
 namespace moemamba {
 namespace {
@@ -43,7 +44,10 @@ TEST(Sha256, OfFilesAtOnceIsThatOfEachAlone) {
 }
 
 TEST(Sha256, OfManyBlocksInTwoAndThreeChains) {
-  if (!can_chain_sha256()) GTEST_SKIP() << "this processor has no SHA-256 instructions";
+  if (!can_chain_sha256()) {
+    EXPECT_THROW(sha256_blocks(2, nullptr, nullptr, 1), Error);
+    return;
+  }
   const Random random(2, "sha256");
   uint64_t draw = 0;
   for (int chains : {2, 3}) {
@@ -70,6 +74,44 @@ TEST(Sha256, OfManyBlocksInTwoAndThreeChains) {
     }
   }
   EXPECT_THROW(sha256_blocks(4, nullptr, nullptr, 1), Error);
+}
+
+// Chunks of 512 KiB, up to three files at once, the larger ones first; threads from 8 MiB on.
+TEST(Sha256, OfStoredFilesIsThatOfTheirBytes) {
+  const TemporaryFolder folder;
+  PosixFileSystem disk;
+  const Random random(3, "sha256");
+  uint64_t draw = 0;
+  const std::string some = random_bytes(random, 1 << 20, draw);
+  constexpr int64_t kChunk = 1 << 19;
+  const std::vector<std::vector<int64_t>> cases = {
+      {},
+      {0},
+      {5, 0, 64, kChunk},
+      {kChunk + 1, kChunk - 1, 3 * kChunk, 2 * kChunk + 64, 7},
+      {6 * kChunk + 3, 6 * kChunk, 6 * kChunk - 64, 2 * kChunk, 1, 0, 9 * kChunk}};
+  for (const std::vector<int64_t>& sizes : cases) {
+    std::vector<StoredFile> files;
+    std::vector<std::string> texts;
+    for (const int64_t size : sizes) {
+      std::string& text = texts.emplace_back();
+      while (int64_t(text.size()) < size) text += some.substr(draw++ % 1000);
+      text.resize(size_t(size));
+      files.push_back({folder / concat("file-", files.size()), size});
+      write_file(disk, files.back().path, text);
+    }
+    for (int threads : {1, 2, 3}) {
+      const std::vector<std::string> digests = sha256_of_files(files, threads);
+      ASSERT_EQ(digests.size(), texts.size());
+      for (size_t i = 0; i < texts.size(); ++i)
+        ASSERT_EQ(digests[i], sha256(texts[i])) << texts[i].size() << " bytes, file " << i;
+    }
+    if (files.empty()) continue;
+    ++files.back().bytes;
+    EXPECT_EQ(sha256_of_files(files, 2).back(), "");
+    files.back().path += "-missing";
+    EXPECT_THROW(sha256_of_files(files, 2), Error);
+  }
 }
 
 TEST(Sha256, CountsBlocksOnly) {

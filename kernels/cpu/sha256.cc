@@ -21,6 +21,7 @@ const Sha256Kernels& sha256_kernels(SimdLevel level) {
 
 void sha256_blocks(int chains, uint32_t* const* states, const uint8_t* const* data, size_t blocks) {
   check(chains == 2 || chains == 3, "sha256_blocks: expected 2 or 3 chains, found ", chains);
+  check(can_chain_sha256(), "sha256_blocks: this processor has no SHA-256 instructions");
   const Sha256Kernels& kernels = sha256_kernels(simd_level());
   (chains == 2 ? kernels.two : kernels.three)(states, data, blocks);
 }
