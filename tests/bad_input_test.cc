@@ -218,8 +218,7 @@ TEST_F(BadInput, WeightsOfAnotherShape) {
 TEST_F(BadInput, AFullDiskCostsLinesOfMetricsOnly) {
   const Result result =
       shell("export PMIX_MCA_gds=hash; trap '' XFSZ; ulimit -f 100; $moemamba train" +
-            small_training(300) +
-            "--model.width=8 --data.validation=tokens/validation --train.tensorboard=false");
+            small_training(300) + "--model.width=8 --data.validation=tokens/validation");
   EXPECT_EQ(result.code, 0) << result.err;
   EXPECT_EQ(count(result.err, "training goes on without these lines"), 2)
       << result.err;  // once each
@@ -238,7 +237,7 @@ TEST_F(BadInput, AFullDiskCostsLinesOfMetricsOnly) {
 // The real thing, where this process may mount: full for a while, then somebody makes room.
 TEST_F(BadInput, MetricsGoOnWhenADiskHasRoomAgain) {
   constexpr int kRefused = 77;
-  const std::string words = small_training(1'000'000'000) + "--train.tensorboard=false ";
+  const std::string words = small_training(1'000'000'000);
   const Result result = shell(
       "mkdir run && mount -t tmpfs -o size=16m none run || exit 77; "
       "$moemamba train" +
