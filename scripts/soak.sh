@@ -86,7 +86,11 @@ costs=$results/costs  # "kill -9 of a rank: found 0.10 next 1.50 lost 12 seed 1"
 # What a test program says of its cases: "cases: PROPERTY: N, seed S" (tests/support/soak.h),
 # "P1, P18: N kills of a launch, ..." or "lengths tried: N ...".
 counts() {  # seed
-  sed -n 's/^cases: //
+  sed -n '/^cases: /{
+      s///
+      s/^\([^|]*\): \([0-9][0-9]*\), seed .*/\1|\2/p
+      d
+    }
     s/^\(P[0-9P, ]*\): \([0-9][0-9]*\) \([^(,0-9]*\).*/\1 \3|\2/p
     s/^\([A-Za-z][^:|]*\): \([0-9][0-9]*\)\([,; ].*\)\{0,1\}$/\1|\2/p' |
     sed "s/ *|/|/; s/\$/|0|$1/"
@@ -138,6 +142,32 @@ while [ "$(date +%s)" -lt "$end" ]; do
   gather
   seed=$((seed + jobs))
 done
+
+if [ -s "$costs" ]; then
+  echo
+  printf '%-34s %6s  %-23s  %-23s  %s\n' "" "" "   found after, s" "   next step after, s" \
+    "   steps lost"
+  printf '%-34s %6s  %7s %7s %7s  %7s %7s %7s  %7s %7s %7s\n' fault cases p50 p99 max p50 p99 max \
+    p50 p99 max
+  sed 's/: found .*//' "$costs" | sort | uniq -c | while read -r cases kind; do
+    printf '%-34s %6d' "$kind" "$cases"
+    for what in found next lost; do
+      # A negative number was not measured.
+      grep -F "$kind: found " "$costs" | sed "s/.* $what \([-0-9.]*\).*/\1/" | sort -n |
+        awk -v what=$what '
+          $1 >= 0 { v[++n] = $1 }
+          function at(share,  i) {
+            i = int(share * n); if (i < share * n) ++i
+            return sprintf(what == "lost" ? "%d" : "%.2f", v[i < 1 ? 1 : i])
+          }
+          END {
+            if (n == 0) printf "  %7s %7s %7s", "-", "-", "-"
+            else printf "  %7s %7s %7s", at(0.5), at(0.99), at(1)
+          }'
+    done
+    echo
+  done
+fi
 
 echo
 awk -F '|' '
