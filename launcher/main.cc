@@ -24,7 +24,7 @@ int report(const std::string& what, int exit_code, std::chrono::milliseconds pat
 }
 
 std::chrono::milliseconds patience_of_others() {
-  return std::chrono::milliseconds(started_rank() > 0 ? 1500 : 0);
+  return std::chrono::milliseconds(started_rank() > 0 ? 2500 : 0);
 }
 
 int run(int argc, char** argv) {

@@ -33,8 +33,9 @@ TEST_F(Launch, TrainsUnderMpirunAndHandsOnTheExitCode) {
   result = shell("$moemamba train --ranks 2" + words);  // the folder holds a run
   EXPECT_EQ(result.code, 1) << result.err;
   EXPECT_EQ(count(result.err,
-                  "already holds a run; choose another --run or set --overwrite=true to replace "
-                  "it; it is finished: step 2 of 2"),
+                  "moemamba: " + run() +
+                      " already holds a run; choose another --run or set --overwrite=true to "
+                      "replace it; it is finished: step 2 of 2"),
             1)
       << result.err;
   result = shell("$mpirun -n 2 $moemamba train --overwrite=true" + words);
