@@ -35,6 +35,19 @@ TEST(Recovery, EndsWithTheExitCodeOfEachEnd) {
   }
 }
 
+// A GPU that is gone makes settings wrong that were right for weeks.
+TEST(Recovery, SettingsThatHaveTrainedAreNotWrong) {
+  Recovery recovery(options_of(2), {});
+  AttemptEnd first = lost_at(100, 90);
+  first.trained = true;
+  ASSERT_TRUE(recovery.after(first).restarts);
+  for (int i = 0; i < 2; ++i)
+    EXPECT_TRUE(recovery.after({.kind = Kind::settings, .step = 90, .saved_step = 90}).restarts);
+  const Verdict verdict = recovery.after({.kind = Kind::settings, .step = 90, .saved_step = 90});
+  EXPECT_TRUE(verdict.crash_loop);
+  EXPECT_EQ(verdict.exit_code, 1);
+}
+
 TEST(Recovery, RestartsAtOnceAndThenPausesLongerAndLonger) {
   Recovery::Options options = options_of(2);
   options.limits.set_max_restarts(100);
@@ -195,7 +208,9 @@ TEST(Recovery, AnotherSupervisorRemembersAll) {
   options.limits.set_min_ranks(1);
   options.limits.set_host_failures(1);
   Recovery first(options, {});
-  first.after(lost_at(57, -1, {"b\"\n"}));
+  AttemptEnd trained = lost_at(57, -1, {"b\"\n"});
+  trained.trained = true;
+  first.after(trained);
   first.after(lost_at(57, 50, {"a"}));
   first.after(lost_at(57, 50, {"a"}));
   RecoveryMemory memory;
@@ -206,6 +221,7 @@ TEST(Recovery, AnotherSupervisorRemembersAll) {
   EXPECT_EQ(memory_json(memory), text);
   EXPECT_EQ(memory.left_out, std::vector<std::string>{"b\"\n"});
   EXPECT_EQ(memory.best_saved, 50);
+  EXPECT_TRUE(memory.trained);
   Recovery second(options, memory);
   EXPECT_EQ(second.ranks(), 2);
   EXPECT_TRUE(second.after(lost_at(57, 50)).crash_loop);

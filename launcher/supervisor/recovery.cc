@@ -67,12 +67,14 @@ Verdict Recovery::give_up(const std::string& text) const {
 
 Verdict Recovery::after(const AttemptEnd& end) {
   using Kind = AttemptEnd::Kind;
+  memory_.trained = memory_.trained || end.trained;
   switch (end.kind) {
     case Kind::done:
       return {.restarts = false, .exit_code = 0, .text = "the run is done"};
     case Kind::stopped:
       return {.restarts = false, .exit_code = kExitRestart, .text = end.text};
     case Kind::settings:
+      if (memory_.trained) break;  // they were right before: a GPU is gone, a file cannot be read
       return {.restarts = false, .exit_code = kExitSettings, .text = end.text};
     case Kind::failed:
     case Kind::lost:
@@ -132,7 +134,8 @@ std::string memory_json(const RecoveryMemory& memory) {
     left_out += concat(left_out.empty() ? "" : ",", json_text(host));
   return concat("{\"restarts\":", memory.restarts,
                 ",\"without_progress\":", memory.without_progress,
-                ",\"checkpoints\":", memory.best_saved + 1, ",\"crashes\":[", crashes,
+                ",\"checkpoints\":", memory.best_saved + 1,
+                ",\"trained\":", int(memory.trained), ",\"crashes\":[", crashes,
                 "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
 }
 
@@ -144,6 +147,8 @@ void read_memory(JsonReader& json, RecoveryMemory& memory) {
       memory.without_progress = json.integer();
     } else if (key == "checkpoints") {
       memory.best_saved = json.integer() - 1;
+    } else if (key == "trained") {
+      memory.trained = json.integer() != 0;
     } else if (key == "crashes") {
       json.list([&] {
         std::vector<int64_t> pair;

@@ -104,6 +104,7 @@ class Supervisor {
   void kill_round();
   bool others_gone();
   std::string listed_host(int rank) const;
+  std::vector<std::string> hosts_at_fault() const;
   void conclude();
   void say_report();
   void restart(const Verdict& verdict);

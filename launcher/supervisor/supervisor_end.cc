@@ -217,6 +217,21 @@ void Supervisor::say_report() {
   outlet_.say(view_.hang_report.substr(view_.hang_report.find('\n') + 1));
 }
 
+// Machines of ranks that died, fell silent or told an error. An error that ranks of several machines
+// tell is none of a machine.
+std::vector<std::string> Supervisor::hosts_at_fault() const {
+  std::set<std::string> hosts, failed;
+  for (const RankView& rank : view_.of_ranks) {
+    const auto& goodbye = links_[size_t(rank.rank)].goodbye;
+    if (goodbye && (goodbye->reason() == Goodbye::FAILED || goodbye->reason() == Goodbye::SETTINGS))
+      failed.insert(listed_host(rank.rank));
+    else if (rank.rank == fault_.rank || rank.state == RankState::silent)
+      hosts.insert(listed_host(rank.rank));
+  }
+  if (failed.size() == 1) hosts.merge(failed);
+  return {hosts.begin(), hosts.end()};
+}
+
 // Nothing is left of the attempt.
 void Supervisor::conclude() {
   log_.follow(outlet_);
@@ -229,12 +244,10 @@ void Supervisor::conclude() {
                  .step = step_at_hand(),
                  .steps_unheard = steps_unheard(),
                  .saved_step = view_.saved_step,
-                 .hosts = {},
+                 .trained = stepped_ || adopted_,
+                 .hosts = hosts_at_fault(),
                  .unreachable = unreachable_,
                  .text = fault_.text};
-  for (const RankView& rank : view_.of_ranks)
-    if (fault_.kind == Kind::lost && (rank.rank == fault_.rank || rank.state == RankState::silent))
-      end.hosts.push_back(listed_host(rank.rank));
   if (fault_.kind == Kind::lost) say_report();
   if (signals_got_ > 0 && fault_.kind != Kind::done)
     return finish(early_exit_code(), "stopped", early_text());
