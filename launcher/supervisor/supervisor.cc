@@ -267,6 +267,7 @@ std::vector<std::string> Supervisor::command_of_attempt() {
 }
 
 void Supervisor::begin_attempt() {
+  if (signals_got_ > 0) return finish(early_exit_code(), "stopped", early_text());
   try {
     start_ranks();
   } catch (const Error& error) {  // a full disk, no more processes: it may be better later
