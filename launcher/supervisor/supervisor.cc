@@ -134,7 +134,7 @@ void Supervisor::open() {
                                  before && before->running ? before->memory : RecoveryMemory{});
   if (before && before->running && go_on_with(*before)) return;
   check(!request_.fresh || !holds_run(run_), taken_text(run_, "--fresh wants an empty folder"));
-  if (config.overwrite() && holds_run(run_)) write_file(files_, overwriting_mark(run_), "");
+  mark_overwriting(before);
   if (is_finished()) {
     context_.post([this] {
       finish(0, "done",
@@ -160,14 +160,37 @@ void Supervisor::open_status() {
   outlet_.say("moemamba: the run can be watched at " + status_->url());
 }
 
+std::vector<std::string> Supervisor::command_words() const {
+  std::vector<std::string> words = request_.words;
+  words.push_back(concat(request_.ranks));
+  return words;
+}
+
+// The mark of a run that is to be overwritten. A command that has overwritten already, and is
+// started again because it was to go on, or its supervisor died, goes on.
+void Supervisor::mark_overwriting(const std::optional<JobState>& before) {
+  const std::string mark = overwriting_mark(run_);
+  const bool goes_on =
+      before && before->command == command_words() && (before->running || before->resumes);
+  if (!request_.config.overwrite()) {
+    files_.remove(mark);  // of a launch that never came to it
+  } else if (!holds_run(run_) || file_exists(mark)) {
+    return;
+  } else if (goes_on) {
+    outlet_.say(
+        concat("moemamba: ", run_,
+               ": this very command has begun the run; going on with it, not overwriting it again"));
+  } else {
+    write_file(files_, mark, "");
+  }
+}
+
 // The job of a supervisor that died. True: it lives, and is this one's from now on.
 bool Supervisor::go_on_with(const JobState& before) {
   state_.steps_lost = view_.steps_lost = before.steps_lost;
   view_.restarts = int(before.memory.restarts);
-  std::vector<std::string> command = request_.words;
-  command.push_back(concat(request_.ranks));
   const bool here = before.host == this_host() && before.boot_id == boot_id();
-  if (!here || before.command != command ||
+  if (!here || before.command != command_words() ||
       !job_.adopt(before.pid, before.started, [this] { job_ended(); }))
     return false;
   state_ = before;
@@ -296,6 +319,7 @@ void Supervisor::start_ranks() {
 
 void Supervisor::remember(bool running) {
   state_.running = running;
+  state_.resumes = doing_ == Doing::over && exit_code_ == kExitRestart;
   state_.host = this_host();
   state_.boot_id = boot_id();
   state_.pid = job_.pid();
@@ -304,8 +328,7 @@ void Supervisor::remember(bool running) {
   state_.expert = view_.expert_ranks;
   state_.steps_lost = view_.steps_lost;
   state_.memory = recovery_->memory();
-  state_.command = request_.words;
-  state_.command.push_back(concat(request_.ranks));
+  state_.command = command_words();
   try {
     write_job_state(files_, folder_, state_);
   } catch (const Error& error) {  // a full disk: a successor could not take over, that is all

@@ -60,6 +60,8 @@ class Supervisor {
   void open();
   void open_status();
   bool go_on_with(const JobState& before);
+  void mark_overwriting(const std::optional<JobState>& before);
+  std::vector<std::string> command_words() const;  // of the ranks, and how many are asked for
   void look_at_checkpoints();
   bool is_finished() const;
   void begin_attempt();
