@@ -267,6 +267,21 @@ TEST(Lease, GoesOnUnderTheNextGenerationWithoutLettingGo) {
   EXPECT_EQ(next.generation(), 6);
 }
 
+// A disk that does not answer for a moment is no successor.
+TEST(Lease, WhoseFolderCannotBeReadIsNotReplaced) {
+  TemporaryFolder folder;
+  PosixFileSystem files;
+  const Lease lease(files, folder / "run", {});
+  std::filesystem::rename(folder / "run/lease", folder / "run/away");
+  EXPECT_FALSE(lease.ours());
+  EXPECT_FALSE(lease.replaced());
+  std::filesystem::rename(folder / "run/away", folder / "run/lease");
+  EXPECT_TRUE(lease.ours());
+  folder.put("run/lease/99999999", "");
+  EXPECT_FALSE(lease.ours());
+  EXPECT_TRUE(lease.replaced());
+}
+
 TEST(Lease, NeedsNoClock) {
   // Times of files mean nothing, however they jump.
   MemoryFolder folder("lease");

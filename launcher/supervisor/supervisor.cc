@@ -222,12 +222,20 @@ void Supervisor::look_at_checkpoints() {
   if (checkpoints.empty() || !view_.run_id.empty()) return;
   try {
     view_.run_id = Checkpoint(checkpoints.front().path).manifest().facts().run_id();
-  } catch (const Error&) {  // the ranks will say what is wrong with it
+  } catch (const std::exception&) {  // the ranks will say what is wrong with it
   }
 }
 
-// As the ranks would find: they refuse to begin a run that is done.
+// As the ranks would find: they refuse to begin a run that is done. What cannot be read is none.
 bool Supervisor::is_finished() const {
+  try {
+    return says_finished();
+  } catch (const std::exception&) {
+    return false;  // the next attempt writes or names it
+  }
+}
+
+bool Supervisor::says_finished() const {
   const int64_t steps = request_.config.train().steps();
   const std::string weights = join_path(run_, "weights");
   if (file_exists(overwriting_mark(run_)) || !holds_run(run_) || !file_exists(weights))
@@ -235,13 +243,9 @@ bool Supervisor::is_finished() const {
   const auto checkpoints = list_checkpoints(run_);
   const int64_t newest = checkpoints.empty() ? 0 : checkpoints.front().step;
   if (newest < steps) return false;
-  try {
-    const WeightsMetadata metadata = read_weights_metadata(weights);
-    const auto step = metadata.find("step");
-    return step != metadata.end() && step->second == concat(newest);
-  } catch (const Error&) {
-    return false;  // the next attempt writes them again
-  }
+  const WeightsMetadata metadata = read_weights_metadata(weights);
+  const auto step = metadata.find("step");
+  return step != metadata.end() && step->second == concat(newest);
 }
 
 void Supervisor::reset_view(int ranks, int expert) {
@@ -293,7 +297,7 @@ void Supervisor::begin_attempt() {
   if (signals_got_ > 0) return finish(early_exit_code(), "stopped", early_text());
   try {
     start_ranks();
-  } catch (const Error& error) {  // a full disk, no more processes: it may be better later
+  } catch (const std::exception& error) {  // a full disk, no more processes: it may pass
     end_attempt({.kind = AttemptEnd::Kind::not_begun, .event = "failed", .text = error.what()});
   }
 }
@@ -338,7 +342,7 @@ void Supervisor::remember(bool running) {
 
 // Another supervisor holds the run, since this one was away for too long: what runs is that one's.
 bool Supervisor::replaced() {
-  if (doing_ == Doing::over || lease_->ours()) return doing_ == Doing::over;
+  if (doing_ == Doing::over || !lease_->replaced()) return doing_ == Doing::over;
   doing_ = Doing::over;
   outlet_.say(concat("moemamba: ", run_, ": another supervisor has taken over; this one ends"));
   context_.stop();

@@ -64,6 +64,7 @@ class Supervisor {
   std::vector<std::string> command_words() const;  // of the ranks, and how many are asked for
   void look_at_checkpoints();
   bool is_finished() const;
+  bool says_finished() const;
   void begin_attempt();
   void start_ranks();
   std::vector<std::string> command_of_attempt();
