@@ -164,6 +164,22 @@ TEST(Recovery, LeavesOutAHostThatDoesNotAnswerAtOnce) {
   EXPECT_EQ(recovery.ranks(), 2);
 }
 
+TEST(Recovery, GoesOnWithoutAHostWhoseProcessesDoNotDieOrLeavesTheRunToOthers) {
+  for (int least : {1, 0}) {
+    Recovery::Options options = options_of(3, 1, {{"a", 2}, {"b", 1}});
+    options.limits.set_min_ranks(least);
+    Recovery recovery(options, {});
+    AttemptEnd end = lost_at(5, 0);
+    end.stuck_host = "a";
+    end.stuck = "moemamba (pid 12)";
+    const Verdict verdict = recovery.after(end);
+    EXPECT_EQ(verdict.restarts, least == 1);
+    EXPECT_EQ(verdict.left_out_now, std::vector<std::string>(size_t(least), "a"));
+    EXPECT_EQ(verdict.exit_code, least == 1 ? 0 : 75);
+    EXPECT_EQ(verdict.text.find("moemamba (pid 12) on a") == std::string::npos, least == 1);
+  }
+}
+
 TEST(Recovery, KeepsAHostWithoutWhichThereWouldBeTooFewRanks) {
   for (int least : {0, 3, 4}) {
     Recovery::Options options = options_of(4, 1, {{"a", 2}, {"b", 2}});

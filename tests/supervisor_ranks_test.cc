@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "core/file.h"
+#include "launcher/supervisor/job_state.h"
 #include "tests/support/control_peer.h"
 #include "tests/support/program.h"
 
@@ -74,10 +75,35 @@ class SpokenFor : public ProgramTest {
     if (!ended) return -999;
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   }
+  // A rank of the attempt at hand, once that is `attempt`, of another machine.
+  ControlPeer join(int64_t attempt, int rank, const std::string& host) {
+    std::optional<JobState> state;
+    EXPECT_TRUE(wait_until([&] {
+      state = read_job_state(in_run("supervisor"));
+      return state && state->running && state->attempt == attempt;
+    })) << said();
+    job_ = state ? state->job : "";
+    return come(rank, host);
+  }
+  ControlPeer come(int rank, const std::string& host) {
+    const std::string address = read_file(in_run("supervisor/address"));
+    ControlPeer peer(address.substr(0, address.find('\n')));
+    Hello hello;
+    hello.set_job(job_);
+    hello.set_rank(rank);
+    hello.set_ranks(2);
+    hello.set_host(host);
+    hello.set_pid(100 + rank);
+    hello.set_pid_started(1);
+    hello.set_boot_id("another");
+    EXPECT_TRUE(peer.greet(hello, read_secret(in_run("supervisor")))) << said();
+    return peer;
+  }
   int starts() const { return count(content(*this / "starts"), "mpirun"); }
 
  private:
   std::vector<pid_t> started_;
+  std::string job_;
 };
 
 // Ranks of another machine may live up to their fence: until then nothing is started, and after a
@@ -94,6 +120,38 @@ TEST_F(SpokenFor, ASignalBeforeTheFirstAttemptEndsAll) {
   kill(launcher, SIGTERM);
   EXPECT_EQ(end_of(launcher), 75) << said();
   EXPECT_EQ(starts(), 0) << said();
+}
+
+// Those of others may be anywhere.
+TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
+  const pid_t launcher = start(words() + "--launch.fence_seconds=30");
+  {
+    ControlPeer one = join(1, 0, "node0"), other = join(1, 1, "node1");
+    ControlWord word;
+    word.mutable_goodbye()->set_reason(Goodbye::FAILED);
+    word.mutable_goodbye()->set_text("the GPU is gone");
+    other.send(word);
+    const auto end = one.next();
+    ASSERT_TRUE(end && end->has_order()) << said();
+    EXPECT_EQ(end->order().what(), Order::END);
+  }
+  join(2, 0, "node0");
+  const auto state = read_job_state(in_run("supervisor"));
+  ASSERT_TRUE(state);
+  EXPECT_EQ(state->memory.failures, (std::map<std::string, int64_t>{{"node1", 1}})) << said();
+  kill(launcher, SIGKILL);
+  end_of(launcher);
+}
+
+// What cannot be proven gone in time is left to its fence.
+TEST_F(SpokenFor, TheSecondSignalIsHeardWhileAnAttemptEnds) {
+  const pid_t launcher = start(words() + "--launch.fence_seconds=600");
+  ControlPeer one = join(1, 0, "node0"), other = join(1, 1, "node1");
+  kill(launcher, SIGTERM);
+  ASSERT_TRUE(wait_until([&] { return events_of("preempted") == 1; })) << said();
+  kill(launcher, SIGINT);
+  EXPECT_EQ(end_of(launcher, 20), 130) << said();
+  EXPECT_EQ(count(said(), "not proven gone: ranks elsewhere"), 1) << said();
 }
 
 }  // namespace

@@ -90,6 +90,12 @@ Verdict Recovery::after(const AttemptEnd& end) {
 }
 
 Verdict Recovery::restart(const AttemptEnd& end) {
+  if (Verdict without; !end.stuck.empty() && !leave_out(end.stuck_host, without))
+    return {.restarts = false,
+            .exit_code = kExitRestart,
+            .text = concat("these do not die, even of SIGKILL: ", end.stuck, " on ",
+                           end.stuck_host, ", without which too few ranks are left; the same ",
+                           "command goes on, on other machines or once they are gone")};
   const bool begun = end.kind != AttemptEnd::Kind::not_begun;
   const int64_t step = begun ? end.step : kBeforeSteps;
   ++memory_.crashes[step];
@@ -112,6 +118,7 @@ Verdict Recovery::restart(const AttemptEnd& end) {
                           " restarts without a new checkpoint; the latest: ", end.text,
                           " (launch.max_restarts)"));
   Verdict verdict{.restarts = true, .text = end.text};
+  if (!end.stuck.empty()) verdict.left_out_now.push_back(end.stuck_host);
   for (const std::string& host : end.hosts) ++memory_.failures[host];
   for (const std::string& host : end.unreachable) leave_out(host, verdict);
   for (const std::string& host : end.hosts)

@@ -31,6 +31,7 @@ struct AttemptEnd {
   bool trained = false;                  // a step of the attempt has ended
   std::vector<std::string> hosts;        // of ranks that are at fault
   std::vector<std::string> unreachable;  // hosts that do not answer now
+  std::string stuck_host, stuck;         // where processes do not die, and which; empty: all died
   std::string text;                      // why, one sentence
 };
 

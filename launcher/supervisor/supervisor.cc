@@ -27,6 +27,7 @@ namespace {
 
 constexpr double kTick = 0.1;
 constexpr double kBeforeTheEnd = 5;  // seconds of the grace that are left to others
+constexpr double kSecondSignal = 1;  // for what it kills to be gone
 constexpr double kStopFallback = 1;  // without any answer from a rank
 constexpr double kSaveMargin = 1.5;  // the last one writes the weights too
 constexpr int64_t kLogsKept = 10;    // of the latest attempts
@@ -295,6 +296,10 @@ std::vector<std::string> Supervisor::command_of_attempt() {
 
 void Supervisor::begin_attempt() {
   if (signals_got_ > 0) return finish(early_exit_code(), "stopped", early_text());
+  if (!stuck_.empty())  // and belongs to a supervisor before this one
+    return finish(kExitRestart, "failed",
+                  concat("these do not die, even of SIGKILL: ", std::exchange(stuck_, {}),
+                         "; the same command goes on once they are gone"));
   try {
     start_ranks();
   } catch (const std::exception& error) {  // a full disk, no more processes: it may pass
@@ -393,11 +398,13 @@ void Supervisor::stop_asked(int signal) {
   if (same_word) return;
   last_signal_ = signal;
   if (++signals_got_ > 1) {
+    give_up_at_ = std::min(give_up_at_, now() + kSecondSignal);
     if (doing_ == Doing::running) end_early(concat(signal_name(signal), ": ended at once"));
     return;
   }
   first_signal_ = signal;
   first_signal_at_ = now();
+  give_up_at_ = now() + std::max(kSecondSignal, launch_.grace_seconds() - kBeforeTheEnd / 2);
   const double left = std::max(0.0, launch_.grace_seconds() - kBeforeTheEnd);
   const double needed = seconds_to_save();
   const bool has_something = adopted_ || std::any_of(view_.of_ranks.begin(), view_.of_ranks.end(),

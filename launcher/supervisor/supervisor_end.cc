@@ -22,7 +22,8 @@ constexpr double kSymbols = 3;  // for their names, while the processes end
 constexpr double kKillRound = 0.02;
 constexpr double kReportDelay = 0.05;  // of a rank, after a step
 constexpr auto kSweep = std::chrono::milliseconds(30);
-constexpr double kStuck = 10;  // after which a process that does not die is named
+constexpr double kStuck = 10;    // after which a process that does not die is named
+constexpr double kGivenUp = 60;  // and after which it is no longer waited for
 constexpr double kFenceMargin = 1;
 constexpr int kNoProgram = 126;  // and 127: mpirun cannot be started at all
 
@@ -150,6 +151,7 @@ void Supervisor::kill_all(std::function<void()> gone) {
   ending_since_ = now();
   stuck_said_ = false;
   unreachable_.clear();
+  stuck_.clear();
   ControlWord word;
   word.mutable_order()->set_what(Order::END);
   word.mutable_order()->set_text(fault_.text);
@@ -157,17 +159,33 @@ void Supervisor::kill_all(std::function<void()> gone) {
   kill_round();
 }
 
-// Again and again until nothing is there.
+// Again and again until nothing is there. What has had SIGKILL and does not die waits for a device:
+// it never runs a line of its own again, so that others can go on beside it.
 void Supervisor::kill_round() {
   const Swept swept =
       sweep_processes({.has = {concat(kRunKeyVariable, "=", run_key_)}, .lacks = {}}, kSweep);
-  if (swept.left.empty() && !job_.runs() && others_gone()) return std::exchange(gone_, nullptr)();
-  if (!stuck_said_ && !swept.left.empty() && now() - ending_since_ > kStuck) {
+  std::vector<FoundProcess> left;
+  for (const FoundProcess& process : swept.left)
+    if (given_up_.count({process.pid, process.started}) == 0) left.push_back(process);
+  const bool job_runs = job_.runs() && given_up_.count({job_.pid(), job_.started()}) == 0;
+  if (left.empty() && !job_runs && others_gone()) return std::exchange(gone_, nullptr)();
+  const double waited = now() - ending_since_;
+  if (signals_got_ > 0 && now() > give_up_at_)
+    return finish(early_exit_code(), "stopped",
+                  concat(early_text(), "; not proven gone: ",
+                         left.empty() ? std::string("ranks elsewhere, which end themselves")
+                                      : describe(left)));
+  if (!left.empty() && waited > kGivenUp && others_gone()) {
+    for (const FoundProcess& process : left) given_up_.emplace(process.pid, process.started);
+    stuck_ = describe(left);
+    return std::exchange(gone_, nullptr)();
+  }
+  if (!stuck_said_ && !left.empty() && waited > kStuck) {
     stuck_said_ = true;
     events_.say({.kind = "stuck",
                  .text = concat("these do not die, even of SIGKILL (a disk or a GPU that does not "
                                 "answer?): ",
-                                describe(swept.left), "; waiting for them")});
+                                describe(left), "; waiting for them for ", kGivenUp, " s")});
   }
   act_.set(kKillRound, [this] { kill_round(); });
 }
@@ -196,6 +214,12 @@ std::string Supervisor::listed_host(int rank) const {
         (link.local && is_this_host(host.name)))
       return host.name;
   return view.host;
+}
+
+std::string Supervisor::listed_name_of_this_host() const {
+  for (const HostSlots& host : request_.hosts)
+    if (is_this_host(host.name)) return host.name;
+  return this_host();
 }
 
 int64_t Supervisor::step_at_hand() const {
@@ -247,6 +271,8 @@ void Supervisor::conclude() {
                  .trained = stepped_ || adopted_,
                  .hosts = hosts_at_fault(),
                  .unreachable = unreachable_,
+                 .stuck_host = listed_name_of_this_host(),
+                 .stuck = std::exchange(stuck_, {}),
                  .text = fault_.text};
   if (fault_.kind == Kind::lost) say_report();
   if (signals_got_ > 0 && fault_.kind != Kind::done)
