@@ -12,6 +12,7 @@
 #include "core/file.h"
 #include "launcher/supervisor/job_state.h"
 #include "tests/support/control_peer.h"
+#include "tests/support/http_client.h"
 #include "tests/support/program.h"
 
 namespace moemamba {
@@ -50,9 +51,9 @@ class SpokenFor : public ProgramTest {
   }
   std::string words() const { return "launch --ranks 2" + small_training(1000); }
 
-  pid_t start(const std::string& command_and_words) {
+  pid_t start(const std::string& command_and_words, const std::string& variables = "") {
     fs::create_directories(*this / "bin");
-    put("bin/mpirun", "#!/bin/sh\necho mpirun >>" + *this / "starts" + "\nexec sleep 600\n");
+    put("bin/mpirun", "#!/bin/sh\necho mpirun >>" + *this / "starts" + "\n[ -z \"$BREAK\" ] || exit 1\nexec sleep 600\n");
     fs::permissions(*this / "bin/mpirun", fs::perms::owner_all);
     const pid_t id = fork();
     if (id != 0) {
@@ -61,7 +62,7 @@ class SpokenFor : public ProgramTest {
     }
     setpgid(0, 0);
     if (chdir((*this / "").c_str()) != 0) _exit(99);
-    const std::string command = "PATH=" + *this / "bin" + ":$PATH exec " MOEMAMBA_BINARY_DIR
+    const std::string command = "PATH=" + *this / "bin" + ":$PATH " + variables + " exec " MOEMAMBA_BINARY_DIR
                                 "/moemamba " + command_and_words + " >>said 2>&1 </dev/null";
     execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
     _exit(99);
@@ -120,6 +121,22 @@ TEST_F(SpokenFor, ASignalBeforeTheFirstAttemptEndsAll) {
   kill(launcher, SIGTERM);
   EXPECT_EQ(end_of(launcher), 75) << said();
   EXPECT_EQ(starts(), 0) << said();
+}
+
+// Pages ask every two seconds, and learn why.
+TEST_F(SpokenFor, AProbeSeesThatTheRunRecoversInVainAndThatItHasFailed) {
+  const pid_t launcher = start(words() + "--launch.backoff_seconds=1", "BREAK=1");
+  std::string url;
+  ASSERT_TRUE(wait_until([&] { return !(url = content(in_run("supervisor/status_url"))).empty(); }))
+      << said();
+  const int port = std::stoi(url.substr(url.rfind(':') + 1));
+  std::string seen;
+  EXPECT_TRUE(wait_until([&] {
+    seen += http_body(http_get(port, "/healthz"));
+    return count(seen, "\nfailed: a crash loop") > 0;
+  })) << seen << said();
+  EXPECT_GT(count(seen, "recovering: 2 restarts without a new checkpoint"), 0) << seen;
+  EXPECT_EQ(end_of(launcher), 1) << said();
 }
 
 // Those of others may be anywhere.

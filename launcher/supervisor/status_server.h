@@ -34,6 +34,7 @@ class StatusServer {
   ~StatusServer();  // closes all connections
 
   int port() const;
+  bool asked_lately() const;  // within the latest ten seconds
   std::string url() const;  // "http://127.0.0.1:4711/"; without the token
 
  private:

@@ -392,7 +392,7 @@ void Supervisor::next_signal() {
 
 // The first signal asks for a save and an end within the grace; the next one ends all at once.
 void Supervisor::stop_asked(int signal) {
-  if (doing_ == Doing::over) return;
+  if (doing_ == Doing::over) return context_.stop();
   const bool same_word = signals_got_ > 0 && signal != SIGINT &&
                          now() < first_signal_at_ + double(kRepeatedSignals.count());
   if (same_word) return;

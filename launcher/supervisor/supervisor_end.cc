@@ -24,6 +24,8 @@ constexpr double kReportDelay = 0.05;  // of a rank, after a step
 constexpr auto kSweep = std::chrono::milliseconds(30);
 constexpr double kStuck = 10;    // after which a process that does not die is named
 constexpr double kGivenUp = 60;  // and after which it is no longer waited for
+constexpr int64_t kQuietRestarts = 1;  // without a new checkpoint: nobody needs to come
+constexpr double kLastLook = 3;        // of pages, which ask every two seconds
 constexpr double kFenceMargin = 1;
 constexpr int kNoProgram = 126;  // and 127: mpirun cannot be started at all
 
@@ -182,6 +184,7 @@ void Supervisor::kill_round() {
   }
   if (!stuck_said_ && !left.empty() && waited > kStuck) {
     stuck_said_ = true;
+    view_.trouble = "processes do not die: " + describe(left);
     events_.say({.kind = "stuck",
                  .text = concat("these do not die, even of SIGKILL (a disk or a GPU that does not "
                                 "answer?): ",
@@ -310,6 +313,11 @@ void Supervisor::restart(const Verdict& verdict) {
       concat("restart ", view_.restarts, ": ", recovery_->ranks(),
              recovery_->ranks() == 1 ? " rank" : " ranks", " from ", place_to_go_on(),
              verdict.pause > 0 ? concat(" in ", verdict.pause, " s") : "");
+  view_.trouble =
+      recovery_->memory().without_progress > kQuietRestarts
+          ? concat("recovering: ", recovery_->memory().without_progress,
+                   " restarts without a new checkpoint; the latest: ", verdict.text)
+          : "";
   events_.say({.kind = "restarting", .step = view_.saved_step, .text = view_.state_text});
   doing_ = Doing::pausing;
   remember(true);
@@ -326,7 +334,13 @@ void Supervisor::finish(int exit_code, const std::string& kind, const std::strin
   events_.say({.kind = kind, .text = text});
   remember(false);
   if (status_) files_.remove(join_path(folder_, "status_url"));
-  context_.stop();
+  // So that pages and probes learn of it.
+  const bool is_news = view_.state == RunState::failed || view_.state == RunState::done;
+  if (!status_ || !is_news || (view_.state == RunState::done && !status_->asked_lately()))
+    return context_.stop();
+  view_.trouble.clear();
+  outlet_.pump();
+  act_.set(kLastLook, [this] { context_.stop(); });
 }
 
 }  // namespace moemamba

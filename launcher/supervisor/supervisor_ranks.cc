@@ -129,6 +129,7 @@ void Supervisor::stepped(int rank, const StepReport& report) {
 void Supervisor::event(const RunEvent& event) {
   if (event.kind() == "saved") {
     view_.saved_step = event.step();
+    view_.trouble.clear();
     if (event.has_seconds()) view_.save_seconds = event.seconds();
     if (view_.run_id.empty()) look_at_checkpoints();
   }
