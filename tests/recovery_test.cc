@@ -135,6 +135,35 @@ TEST(Recovery, AttemptsThatNeverBeginAreACrashLoopToo) {
   EXPECT_TRUE(recovery.after(end).crash_loop);
 }
 
+// A machine that starts again, a switch, a full disk.
+TEST(Recovery, WaitsForMachinesOfARunThatHasTrained) {
+  Recovery::Options options = options_of(4, 1, {{"a", 2}, {"b", 2}});
+  options.limits.set_unreachable_seconds(300);
+  Recovery recovery(options, {});
+  AttemptEnd lost = lost_at(100, 90);
+  lost.trained = true;
+  const AttemptEnd end{.kind = Kind::not_begun, .saved_step = 90, .text = "mpirun ended"};
+  for (int round = 0; round < 3; ++round) {
+    lost.step = 100 + round;
+    ASSERT_TRUE(recovery.after(lost).restarts);
+    double pauses = 0;
+    Verdict verdict;
+    for (int i = 0; i < 8; ++i) {
+      verdict = recovery.after(end);
+      ASSERT_TRUE(verdict.restarts) << i << ": " << verdict.text;
+      EXPECT_GE(verdict.pause, 1);
+      pauses += verdict.pause;
+    }
+    EXPECT_EQ(pauses, 1 + 2 + 4 + 8 + 16 + 32 + 60 + 60);
+  }
+  Verdict verdict;
+  for (int i = 0; i < 20 && (i == 0 || verdict.restarts); ++i) verdict = recovery.after(end);
+  EXPECT_FALSE(verdict.restarts);
+  EXPECT_FALSE(verdict.crash_loop);
+  EXPECT_EQ(verdict.exit_code, 75);
+  EXPECT_NE(verdict.text.find("launch.min_ranks"), std::string::npos) << verdict.text;
+}
+
 TEST(Recovery, LeavesOutAHostThatFailedTwice) {
   Recovery::Options options = options_of(4, 2, {{"a", 2}, {"b", 2}});
   options.limits.set_min_ranks(2);

@@ -13,6 +13,7 @@ namespace moemamba {
 namespace {
 
 constexpr double kLongestPause = 60;
+constexpr double kShortestPause = 1;  // before an attempt that may end as the one before
 constexpr int kExitFailed = 1;
 constexpr int64_t kBeforeSteps = -1;  // the "step" of attempts whose ranks never came
 
@@ -97,6 +98,9 @@ Verdict Recovery::restart(const AttemptEnd& end) {
                            end.stuck_host, ", without which too few ranks are left; the same ",
                            "command goes on, on other machines or once they are gone")};
   const bool begun = end.kind != AttemptEnd::Kind::not_begun;
+  if (!begun && memory_.trained) return wait_for_machines(end);
+  memory_.in_vain = 0;
+  memory_.waited = 0;
   const int64_t step = begun ? end.step : kBeforeSteps;
   ++memory_.crashes[step];
   int64_t crashes = 0;  // at this step, or what may have been this step
@@ -131,6 +135,28 @@ Verdict Recovery::restart(const AttemptEnd& end) {
   return verdict;
 }
 
+// What has trained can train: a machine starts again, a switch, a disk is full. That is no crash loop
+// and takes its time.
+Verdict Recovery::wait_for_machines(const AttemptEnd& end) {
+  if (memory_.waited >= options_.limits.unreachable_seconds())
+    return {.restarts = false,
+            .exit_code = kExitRestart,
+            .text = concat(memory_.in_vain + 1, " attempts in a row ended before their ranks had ",
+                           "come (launch.unreachable_seconds); the latest: ", end.text,
+                           options_.hosts.size() > 1 && options_.limits.min_ranks() == 0
+                               ? "; launch.min_ranks lets a run go on without a machine"
+                               : "")};
+  Verdict verdict{.restarts = true, .text = end.text};
+  for (const std::string& host : end.unreachable) leave_out(host, verdict);
+  verdict.pause =
+      std::min(kLongestPause, std::max(kShortestPause, options_.limits.backoff_seconds()) *
+                                  std::pow(2, double(std::min<int64_t>(memory_.in_vain, 30))));
+  memory_.waited += verdict.pause;
+  ++memory_.in_vain;
+  ++memory_.restarts;
+  return verdict;
+}
+
 std::string memory_json(const RecoveryMemory& memory) {
   std::string crashes, failures, left_out;
   for (const auto& [step, count] : memory.crashes)
@@ -142,7 +168,8 @@ std::string memory_json(const RecoveryMemory& memory) {
   return concat("{\"restarts\":", memory.restarts,
                 ",\"without_progress\":", memory.without_progress,
                 ",\"checkpoints\":", memory.best_saved + 1,
-                ",\"trained\":", int(memory.trained), ",\"crashes\":[", crashes,
+                ",\"trained\":", int(memory.trained), ",\"in_vain\":", memory.in_vain,
+                ",\"waited\":", int64_t(memory.waited), ",\"crashes\":[", crashes,
                 "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
 }
 
@@ -156,6 +183,10 @@ void read_memory(JsonReader& json, RecoveryMemory& memory) {
       memory.best_saved = json.integer() - 1;
     } else if (key == "trained") {
       memory.trained = json.integer() != 0;
+    } else if (key == "in_vain") {
+      memory.in_vain = json.integer();
+    } else if (key == "waited") {
+      memory.waited = double(json.integer());
     } else if (key == "crashes") {
       json.list([&] {
         std::vector<int64_t> pair;

@@ -41,6 +41,8 @@ struct RecoveryMemory {
   int64_t without_progress = 0;             // of these, since the newest checkpoint
   int64_t best_saved = -1;                  // the newest checkpoint there ever was
   bool trained = false;                     // a step of any attempt has ended
+  int64_t in_vain = 0;                      // attempts, the latest, whose ranks never came
+  double waited = 0;                        // seconds of pauses before these
   std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand, or -1
   std::map<std::string, int64_t> failures;  // of ranks, by host
   std::vector<std::string> left_out;        // hosts
@@ -80,6 +82,7 @@ class Recovery {
   Layout layout_without(const std::vector<std::string>& left_out) const;
   bool leave_out(const std::string& host, Verdict& verdict);
   Verdict restart(const AttemptEnd& end);
+  Verdict wait_for_machines(const AttemptEnd& end);
   Verdict give_up(const std::string& text) const;
 
   Options options_;

@@ -313,11 +313,12 @@ void Supervisor::restart(const Verdict& verdict) {
       concat("restart ", view_.restarts, ": ", recovery_->ranks(),
              recovery_->ranks() == 1 ? " rank" : " ranks", " from ", place_to_go_on(),
              verdict.pause > 0 ? concat(" in ", verdict.pause, " s") : "");
-  view_.trouble =
-      recovery_->memory().without_progress > kQuietRestarts
-          ? concat("recovering: ", recovery_->memory().without_progress,
-                   " restarts without a new checkpoint; the latest: ", verdict.text)
-          : "";
+  const RecoveryMemory& memory = recovery_->memory();
+  const int64_t in_vain = memory.without_progress + memory.in_vain;
+  view_.trouble = in_vain > kQuietRestarts
+                      ? concat("recovering: ", in_vain,
+                               " restarts without a new checkpoint; the latest: ", verdict.text)
+                      : "";
   events_.say({.kind = "restarting", .step = view_.saved_step, .text = view_.state_text});
   doing_ = Doing::pausing;
   remember(true);
