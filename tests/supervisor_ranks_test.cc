@@ -160,6 +160,25 @@ TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
   end_of(launcher);
 }
 
+// A link that was out for a moment: the order to end went into a dead connection.
+TEST_F(SpokenFor, ARankThatComesBackWhileItsAttemptEndsIsToldToEnd) {
+  const pid_t launcher = start(words() + "--launch.fence_seconds=30");
+  std::optional<ControlPeer> one(join(1, 0, "node0")), other(join(1, 1, "node1"));
+  other.reset();
+  const auto end = one->next();
+  ASSERT_TRUE(end && end->has_order()) << said();
+  one.reset();  // deaf to it, as if it had never come
+  ControlPeer again = come(0, "node0");
+  ControlWord word;
+  word.mutable_heartbeat()->set_number(1);
+  again.send(word);
+  const auto first = again.next();
+  ASSERT_TRUE(first && first->has_order()) << said();
+  EXPECT_EQ(first->order().what(), Order::END);
+  kill(launcher, SIGKILL);
+  end_of(launcher);
+}
+
 // What cannot be proven gone in time is left to its fence.
 TEST_F(SpokenFor, TheSecondSignalIsHeardWhileAnAttemptEnds) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=600");

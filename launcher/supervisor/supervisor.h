@@ -106,6 +106,7 @@ class Supervisor {
   void got_stack(const std::vector<std::string>& frames);
   void kill_all(std::function<void()> gone);
   void kill_round();
+  ControlWord end_order() const;
   bool others_gone();
   std::string listed_host(int rank) const;
   std::string listed_name_of_this_host() const;

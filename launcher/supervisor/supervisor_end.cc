@@ -154,11 +154,15 @@ void Supervisor::kill_all(std::function<void()> gone) {
   stuck_said_ = false;
   unreachable_.clear();
   stuck_.clear();
+  server_->send_all(end_order());
+  kill_round();
+}
+
+ControlWord Supervisor::end_order() const {
   ControlWord word;
   word.mutable_order()->set_what(Order::END);
   word.mutable_order()->set_text(fault_.text);
-  server_->send_all(word);
-  kill_round();
+  return word;
 }
 
 // Again and again until nothing is there. What has had SIGKILL and does not die waits for a device:

@@ -40,6 +40,7 @@ void Supervisor::joined(const Hello& hello, const std::string& address) {
                                             [this, rank] { process_ended(rank); });
   }
   if (signals_got_ > 0 && doing_ == Doing::running) order_stop();
+  if (doing_ == Doing::ending && gone_) server_->send(rank, end_order());  // it was cut off before
   const bool all_here =
       std::none_of(view_.of_ranks.begin(), view_.of_ranks.end(),
                    [](const RankView& r) { return r.state == RankState::absent; });
