@@ -139,6 +139,21 @@ TEST_F(SpokenFor, AProbeSeesThatTheRunRecoversInVainAndThatItHasFailed) {
   EXPECT_EQ(end_of(launcher), 1) << said();
 }
 
+// The attempts end before any has replaced it.
+TEST_F(SpokenFor, WhatIsLeftOfARunThatIsOverwrittenCountsForNothing) {
+  ASSERT_EQ(shell("$moemamba train" + small_training(3)).code, 0);
+  EXPECT_EQ(end_of(start(words() + "--overwrite=true --launch.backoff_seconds=0", "BREAK=1")), 1);
+  const auto state = read_job_state(in_run("supervisor"));
+  ASSERT_TRUE(state);
+  EXPECT_EQ(state->memory.best_saved, -1);
+  EXPECT_EQ(count(said(), "the checkpoint of step 3"), 0) << said();
+  EXPECT_TRUE(file_exists(in_run("overwriting")));
+  // Who does not overwrite any more finds the run, and a record of events that is written.
+  const int before = events_of("done");
+  EXPECT_EQ(end_of(start("launch --ranks 1" + small_training(3))), 0) << said();
+  EXPECT_EQ(events_of("done"), before + 1) << said();
+}
+
 // Those of others may be anywhere.
 TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=30");

@@ -127,15 +127,17 @@ void Supervisor::open() {
   look_at_checkpoints();
   const std::optional<JobState> before = read_job_state(folder_);
   if (before) state_.attempt = before->attempt;
+  const bool same = before && before->running && before->command == command_words();
   recovery_ =
       std::make_unique<Recovery>(Recovery::Options{.limits = launch_,
                                                    .ranks = request_.ranks,
                                                    .expert = config.parallel().expert(),
                                                    .hosts = request_.hosts},
-                                 before && before->running ? before->memory : RecoveryMemory{});
+                                 same ? before->memory : RecoveryMemory{});
   if (before && before->running && go_on_with(*before)) return;
   check(!request_.fresh || !holds_run(run_), taken_text(run_, "--fresh wants an empty folder"));
   mark_overwriting(before);
+  look_at_checkpoints();
   if (is_finished()) {
     context_.post([this] {
       finish(0, "done",
@@ -217,10 +219,14 @@ bool Supervisor::go_on_with(const JobState& before) {
   return true;
 }
 
+// Those of a run that is to be overwritten say nothing of the one that takes its place.
 void Supervisor::look_at_checkpoints() {
+  view_.saved_step = -1;
+  if (file_exists(overwriting_mark(run_))) return view_.run_id.clear();
   const auto checkpoints = list_checkpoints(run_);
-  view_.saved_step = checkpoints.empty() ? -1 : checkpoints.front().step;
-  if (checkpoints.empty() || !view_.run_id.empty()) return;
+  if (checkpoints.empty()) return;
+  view_.saved_step = checkpoints.front().step;
+  if (!view_.run_id.empty()) return;
   try {
     view_.run_id = Checkpoint(checkpoints.front().path).manifest().facts().run_id();
   } catch (const std::exception&) {  // the ranks will say what is wrong with it
