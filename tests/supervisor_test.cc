@@ -346,6 +346,8 @@ TEST_F(Supervised, WrongSettingsEndItBeforeAnythingBegins) {
   EXPECT_EQ(end_of(start("launch --train.stepz=3" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.hostfile=missing" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.min_ranks=3" + words(10))), 2);
+  EXPECT_EQ(end_of(start("launch --launch.heartbeat_seconds=2" + words(10))), 2);
+  EXPECT_EQ(end_of(start("launch --launch.fence_seconds=5" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.status_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.control_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch" + words(10) + "--data.train=missing")), 1);
