@@ -194,6 +194,31 @@ TEST_F(SpokenFor, ARankThatComesBackWhileItsAttemptEndsIsToldToEnd) {
   end_of(launcher);
 }
 
+// After a cut of seconds the end of the old connection may come before the new one.
+TEST_F(SpokenFor, ABrokenConnectionOfARankThatWasSilentIsNotItsEnd) {
+  const pid_t launcher =
+      start(words() + "--launch.lost_seconds=4 --launch.fence_seconds=30 --launch.backoff_seconds=0");
+  {
+    ControlPeer one = join(1, 0, "node0");
+    std::optional<ControlPeer> other(join(1, 1, "node1"));
+    const auto begin = Clock::now();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+    other.reset();
+    EXPECT_FALSE(wait_until([&] { return events_of("lost") > 0; }, 1.5)) << said();
+    other.emplace(come(1, "node1"));
+    ASSERT_TRUE(wait_until([&] { return events_of("lost") > 0; })) << said();  // by silence
+    EXPECT_GT(since(begin), 3.5);
+  }
+  // One that was just heard of has died.
+  ControlPeer one = join(2, 0, "node0");
+  const auto begin = Clock::now();
+  join(2, 1, "node1");
+  ASSERT_TRUE(wait_until([&] { return events_of("lost") > 1; })) << said();
+  EXPECT_LT(since(begin), 3.5);
+  kill(launcher, SIGKILL);
+  end_of(launcher);
+}
+
 // What cannot be proven gone in time is left to its fence.
 TEST_F(SpokenFor, TheSecondSignalIsHeardWhileAnAttemptEnds) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=600");
