@@ -24,8 +24,8 @@ struct LaunchOptions {
   std::vector<std::string> drills;
 };
 
-// Else ranks would be lost, or end themselves, between two heartbeats; and a rank that is missed has
-// to end before the supervisor, which waits for that, can know of it.
+// Else ranks would be lost, or end themselves, between two heartbeats; and a rank that is missed
+// has to end before the supervisor, which waits for that, can know of it.
 void check_times(const LaunchConfig& launch) {
   const auto need = [](bool holds, const char* what, double wanted, const char* by, double found) {
     if (!holds) throw BadSettings(concat(what, ": must be ", by, " (", wanted, "), found ", found));

@@ -381,10 +381,9 @@ bool stopped_owner(int64_t at, bool renames_new, bool saves_first, int64_t& comm
   committed_late += found == 2;
   EXPECT_EQ(loaded_step(run), found + 1);
   for (const CheckpointPlace& place : list_checkpoints(run))
-    EXPECT_EQ(Checkpoint(place.path).manifest().facts().generation(),
-              place.step <= 1       ? 0
-              : place.step <= found ? 1
-                                    : 2)
+    EXPECT_EQ(Checkpoint(place.path).manifest().facts().generation(), place.step <= 1       ? 0
+                                                                      : place.step <= found ? 1
+                                                                                            : 2)
         << place.path;
   return true;
 }

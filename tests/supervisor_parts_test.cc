@@ -59,8 +59,7 @@ TEST(Hosts, AFileThatIsNoneIsRefusedWithItsLine) {
       read_hostfile(folder.put("hosts", text));
       ADD_FAILURE() << text;
     } catch (const BadSettings& error) {
-      EXPECT_NE(std::string(error.what()).find("hostfile "), std::string::npos)
-          << error.what();
+      EXPECT_NE(std::string(error.what()).find("hostfile "), std::string::npos) << error.what();
     }
   }
   EXPECT_THROW(read_hostfile(folder / "missing"), BadSettings);

@@ -1,11 +1,13 @@
 // `moemamba launch`, the real program, with an mpirun that starts nothing: the test speaks for the
-// ranks, which so can be elsewhere, cut off or told of things that no real rank meets on one machine.
+// ranks, which so can be elsewhere, cut off or told of things that no real rank meets on one
+// machine.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <filesystem>
+#include <memory>
 #include <thread>
 
 #include "core/error.h"
@@ -53,7 +55,8 @@ class SpokenFor : public ProgramTest {
 
   pid_t start(const std::string& command_and_words, const std::string& variables = "") {
     fs::create_directories(*this / "bin");
-    put("bin/mpirun", "#!/bin/sh\necho mpirun >>" + *this / "starts" + "\n[ -z \"$BREAK\" ] || exit 1\nexec sleep 600\n");
+    put("bin/mpirun", "#!/bin/sh\necho mpirun >>" + *this / "starts" +
+                          "\n[ -z \"$BREAK\" ] || exit 1\nexec sleep 600\n");
     fs::permissions(*this / "bin/mpirun", fs::perms::owner_all);
     const pid_t id = fork();
     if (id != 0) {
@@ -62,8 +65,9 @@ class SpokenFor : public ProgramTest {
     }
     setpgid(0, 0);
     if (chdir((*this / "").c_str()) != 0) _exit(99);
-    const std::string command = "PATH=" + *this / "bin" + ":$PATH " + variables + " exec " MOEMAMBA_BINARY_DIR
-                                "/moemamba " + command_and_words + " >>said 2>&1 </dev/null";
+    const std::string command = "PATH=" + *this / "bin" + ":$PATH " + variables +
+                                " exec " MOEMAMBA_BINARY_DIR "/moemamba " + command_and_words +
+                                " >>said 2>&1 </dev/null";
     execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
     _exit(99);
   }
@@ -77,7 +81,7 @@ class SpokenFor : public ProgramTest {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   }
   // A rank of the attempt at hand, once that is `attempt`, of another machine.
-  ControlPeer join(int64_t attempt, int rank, const std::string& host) {
+  std::unique_ptr<ControlPeer> join(int64_t attempt, int rank, const std::string& host) {
     std::optional<JobState> state;
     EXPECT_TRUE(wait_until([&] {
       state = read_job_state(in_run("supervisor"));
@@ -86,9 +90,9 @@ class SpokenFor : public ProgramTest {
     job_ = state ? state->job : "";
     return come(rank, host);
   }
-  ControlPeer come(int rank, const std::string& host) {
+  std::unique_ptr<ControlPeer> come(int rank, const std::string& host) {
     const std::string address = read_file(in_run("supervisor/address"));
-    ControlPeer peer(address.substr(0, address.find('\n')));
+    auto peer = std::make_unique<ControlPeer>(address.substr(0, address.find('\n')));
     Hello hello;
     hello.set_job(job_);
     hello.set_rank(rank);
@@ -97,7 +101,7 @@ class SpokenFor : public ProgramTest {
     hello.set_pid(100 + rank);
     hello.set_pid_started(1);
     hello.set_boot_id("another");
-    EXPECT_TRUE(peer.greet(hello, read_secret(in_run("supervisor")))) << said();
+    EXPECT_TRUE(peer->greet(hello, read_secret(in_run("supervisor")))) << said();
     return peer;
   }
   int starts() const { return count(content(*this / "starts"), "mpirun"); }
@@ -134,7 +138,8 @@ TEST_F(SpokenFor, AProbeSeesThatTheRunRecoversInVainAndThatItHasFailed) {
   EXPECT_TRUE(wait_until([&] {
     seen += http_body(http_get(port, "/healthz"));
     return count(seen, "\nfailed: a crash loop") > 0;
-  })) << seen << said();
+  })) << seen
+      << said();
   EXPECT_GT(count(seen, "recovering: 2 restarts without a new checkpoint"), 0) << seen;
   EXPECT_EQ(end_of(launcher), 1) << said();
 }
@@ -158,12 +163,12 @@ TEST_F(SpokenFor, WhatIsLeftOfARunThatIsOverwrittenCountsForNothing) {
 TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=30");
   {
-    ControlPeer one = join(1, 0, "node0"), other = join(1, 1, "node1");
+    auto one = join(1, 0, "node0"), other = join(1, 1, "node1");
     ControlWord word;
     word.mutable_goodbye()->set_reason(Goodbye::FAILED);
     word.mutable_goodbye()->set_text("the GPU is gone");
-    other.send(word);
-    const auto end = one.next();
+    other->send(word);
+    const auto end = one->next();
     ASSERT_TRUE(end && end->has_order()) << said();
     EXPECT_EQ(end->order().what(), Order::END);
   }
@@ -178,16 +183,16 @@ TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
 // A link that was out for a moment: the order to end went into a dead connection.
 TEST_F(SpokenFor, ARankThatComesBackWhileItsAttemptEndsIsToldToEnd) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=30");
-  std::optional<ControlPeer> one(join(1, 0, "node0")), other(join(1, 1, "node1"));
+  auto one = join(1, 0, "node0"), other = join(1, 1, "node1");
   other.reset();
   const auto end = one->next();
   ASSERT_TRUE(end && end->has_order()) << said();
   one.reset();  // deaf to it, as if it had never come
-  ControlPeer again = come(0, "node0");
+  auto again = come(0, "node0");
   ControlWord word;
   word.mutable_heartbeat()->set_number(1);
-  again.send(word);
-  const auto first = again.next();
+  again->send(word);
+  const auto first = again->next();
   ASSERT_TRUE(first && first->has_order()) << said();
   EXPECT_EQ(first->order().what(), Order::END);
   kill(launcher, SIGKILL);
@@ -196,21 +201,21 @@ TEST_F(SpokenFor, ARankThatComesBackWhileItsAttemptEndsIsToldToEnd) {
 
 // After a cut of seconds the end of the old connection may come before the new one.
 TEST_F(SpokenFor, ABrokenConnectionOfARankThatWasSilentIsNotItsEnd) {
-  const pid_t launcher =
-      start(words() + "--launch.lost_seconds=4 --launch.fence_seconds=30 --launch.backoff_seconds=0");
+  const pid_t launcher = start(
+      words() + "--launch.lost_seconds=4 --launch.fence_seconds=30 --launch.backoff_seconds=0");
   {
-    ControlPeer one = join(1, 0, "node0");
-    std::optional<ControlPeer> other(join(1, 1, "node1"));
+    auto one = join(1, 0, "node0");
+    auto other = join(1, 1, "node1");
     const auto begin = Clock::now();
     std::this_thread::sleep_for(std::chrono::milliseconds(1500));
     other.reset();
     EXPECT_FALSE(wait_until([&] { return events_of("lost") > 0; }, 1.5)) << said();
-    other.emplace(come(1, "node1"));
+    other = come(1, "node1");
     ASSERT_TRUE(wait_until([&] { return events_of("lost") > 0; })) << said();  // by silence
     EXPECT_GT(since(begin), 3.5);
   }
   // One that was just heard of has died.
-  ControlPeer one = join(2, 0, "node0");
+  auto one = join(2, 0, "node0");
   const auto begin = Clock::now();
   join(2, 1, "node1");
   ASSERT_TRUE(wait_until([&] { return events_of("lost") > 1; })) << said();
@@ -222,7 +227,7 @@ TEST_F(SpokenFor, ABrokenConnectionOfARankThatWasSilentIsNotItsEnd) {
 // What cannot be proven gone in time is left to its fence.
 TEST_F(SpokenFor, TheSecondSignalIsHeardWhileAnAttemptEnds) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=600");
-  ControlPeer one = join(1, 0, "node0"), other = join(1, 1, "node1");
+  auto one = join(1, 0, "node0"), other = join(1, 1, "node1");
   kill(launcher, SIGTERM);
   ASSERT_TRUE(wait_until([&] { return events_of("preempted") == 1; })) << said();
   kill(launcher, SIGINT);

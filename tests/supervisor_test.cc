@@ -322,8 +322,10 @@ TEST_F(Supervised, OverwritesOnceHoweverOftenItStartsAgain) {
 // A scheduler, or a script, starts the very same command again.
 TEST_F(Supervised, OverwritesOnceAlsoWhereItIsStartedAgain) {
   EXPECT_EQ(end_of(start("launch" + words(20))), 0) << story();
-  const std::string command = "launch --overwrite=true --train.seed=7 --launch.fence_seconds=2 "
-                              "--launch.lost_seconds=1" + words(1'000'000'000);
+  const std::string command =
+      "launch --overwrite=true --train.seed=7 --launch.fence_seconds=2 "
+      "--launch.lost_seconds=1" +
+      words(1'000'000'000);
   pid_t launcher = start(command);
   ASSERT_TRUE(wait_until([&] { return events_of("done") == 0 && events_of("saved") > 0; }))
       << story();

@@ -94,8 +94,8 @@ Verdict Recovery::restart(const AttemptEnd& end) {
   if (Verdict without; !end.stuck.empty() && !leave_out(end.stuck_host, without))
     return {.restarts = false,
             .exit_code = kExitRestart,
-            .text = concat("these do not die, even of SIGKILL: ", end.stuck, " on ",
-                           end.stuck_host, ", without which too few ranks are left; the same ",
+            .text = concat("these do not die, even of SIGKILL: ", end.stuck, " on ", end.stuck_host,
+                           ", without which too few ranks are left; the same ",
                            "command goes on, on other machines or once they are gone")};
   const bool begun = end.kind != AttemptEnd::Kind::not_begun;
   if (!begun && memory_.trained) return wait_for_machines(end);
@@ -135,8 +135,8 @@ Verdict Recovery::restart(const AttemptEnd& end) {
   return verdict;
 }
 
-// What has trained can train: a machine starts again, a switch, a disk is full. That is no crash loop
-// and takes its time.
+// What has trained can train: a machine starts again, a switch, a disk is full. That is no crash
+// loop and takes its time.
 Verdict Recovery::wait_for_machines(const AttemptEnd& end) {
   if (memory_.waited >= options_.limits.unreachable_seconds())
     return {.restarts = false,
@@ -165,12 +165,11 @@ std::string memory_json(const RecoveryMemory& memory) {
     failures += concat(failures.empty() ? "" : ",", json_text(host), ":", count);
   for (const std::string& host : memory.left_out)
     left_out += concat(left_out.empty() ? "" : ",", json_text(host));
-  return concat("{\"restarts\":", memory.restarts,
-                ",\"without_progress\":", memory.without_progress,
-                ",\"checkpoints\":", memory.best_saved + 1,
-                ",\"trained\":", int(memory.trained), ",\"in_vain\":", memory.in_vain,
-                ",\"waited\":", int64_t(memory.waited), ",\"crashes\":[", crashes,
-                "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
+  return concat(
+      "{\"restarts\":", memory.restarts, ",\"without_progress\":", memory.without_progress,
+      ",\"checkpoints\":", memory.best_saved + 1, ",\"trained\":", int(memory.trained),
+      ",\"in_vain\":", memory.in_vain, ",\"waited\":", int64_t(memory.waited), ",\"crashes\":[",
+      crashes, "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
 }
 
 void read_memory(JsonReader& json, RecoveryMemory& memory) {

@@ -35,7 +35,7 @@ class StatusServer {
 
   int port() const;
   bool asked_lately() const;  // within the latest ten seconds
-  std::string url() const;  // "http://127.0.0.1:4711/"; without the token
+  std::string url() const;    // "http://127.0.0.1:4711/"; without the token
 
  private:
   struct State;

@@ -128,12 +128,11 @@ void Supervisor::open() {
   const std::optional<JobState> before = read_job_state(folder_);
   if (before) state_.attempt = before->attempt;
   const bool same = before && before->running && before->command == command_words();
-  recovery_ =
-      std::make_unique<Recovery>(Recovery::Options{.limits = launch_,
-                                                   .ranks = request_.ranks,
-                                                   .expert = config.parallel().expert(),
-                                                   .hosts = request_.hosts},
-                                 same ? before->memory : RecoveryMemory{});
+  recovery_ = std::make_unique<Recovery>(Recovery::Options{.limits = launch_,
+                                                           .ranks = request_.ranks,
+                                                           .expert = config.parallel().expert(),
+                                                           .hosts = request_.hosts},
+                                         same ? before->memory : RecoveryMemory{});
   if (before && before->running && go_on_with(*before)) return;
   check(!request_.fresh || !holds_run(run_), taken_text(run_, "--fresh wants an empty folder"));
   mark_overwriting(before);
@@ -180,9 +179,9 @@ void Supervisor::mark_overwriting(const std::optional<JobState>& before) {
   } else if (!holds_run(run_) || file_exists(mark)) {
     return;
   } else if (goes_on) {
-    outlet_.say(
-        concat("moemamba: ", run_,
-               ": this very command has begun the run; going on with it, not overwriting it again"));
+    outlet_.say(concat(
+        "moemamba: ", run_,
+        ": this very command has begun the run; going on with it, not overwriting it again"));
   } else {
     write_file(files_, mark, "");
   }

@@ -22,8 +22,8 @@ constexpr double kSymbols = 3;  // for their names, while the processes end
 constexpr double kKillRound = 0.02;
 constexpr double kReportDelay = 0.05;  // of a rank, after a step
 constexpr auto kSweep = std::chrono::milliseconds(30);
-constexpr double kStuck = 10;    // after which a process that does not die is named
-constexpr double kGivenUp = 60;  // and after which it is no longer waited for
+constexpr double kStuck = 10;          // after which a process that does not die is named
+constexpr double kGivenUp = 60;        // and after which it is no longer waited for
 constexpr int64_t kQuietRestarts = 1;  // without a new checkpoint: nobody needs to come
 constexpr double kLastLook = 3;        // of pages, which ask every two seconds
 constexpr double kFenceMargin = 1;
@@ -248,8 +248,8 @@ void Supervisor::say_report() {
   outlet_.say(view_.hang_report.substr(view_.hang_report.find('\n') + 1));
 }
 
-// Machines of ranks that died, fell silent or told an error. An error that ranks of several machines
-// tell is none of a machine.
+// Machines of ranks that died, fell silent or told an error. An error that ranks of several
+// machines tell is none of a machine.
 std::vector<std::string> Supervisor::hosts_at_fault() const {
   std::set<std::string> hosts, failed;
   for (const RankView& rank : view_.of_ranks) {

@@ -141,9 +141,9 @@ void Supervisor::event(const RunEvent& event) {
                 .seconds = event.has_seconds() ? event.seconds() : -1});
 }
 
-// Where the process is in sight its end counts, and silence. Elsewhere a connection that breaks under
-// a rank that was just heard of says that the process is dead, once it has not come back; one that
-// was silent before may be cut off, and has its whole time.
+// Where the process is in sight its end counts, and silence. Elsewhere a connection that breaks
+// under a rank that was just heard of says that the process is dead, once it has not come back; one
+// that was silent before may be cut off, and has its whole time.
 void Supervisor::closed(int rank) {
   RankLink& link = links_[size_t(rank)];
   link.closed = true;
