@@ -24,8 +24,22 @@ struct LaunchOptions {
   std::vector<std::string> drills;
 };
 
+// Else ranks would be lost, or end themselves, between two heartbeats; and a rank that is missed
+// has to end before the supervisor, which waits for that, can know of it.
+void check_times(const LaunchConfig& launch) {
+  const auto need = [](bool holds, const char* what, double wanted, const char* by, double found) {
+    if (!holds) throw BadSettings(concat(what, ": must be ", by, " (", wanted, "), found ", found));
+  };
+  const double heartbeats = 3 * launch.heartbeat_seconds();
+  need(launch.lost_seconds() >= heartbeats, "launch.lost_seconds", heartbeats,
+       "at least 3 times launch.heartbeat_seconds", launch.lost_seconds());
+  need(launch.fence_seconds() > launch.lost_seconds(), "launch.fence_seconds",
+       launch.lost_seconds(), "more than launch.lost_seconds", launch.fence_seconds());
+}
+
 // Which machines, and how many ranks: what is asked for, what the machines take, one.
 void place(const LaunchConfig& launch, LaunchRequest& request) {
+  check_times(launch);
   for (const std::string& word : launch.mpirun_options())
     if (word == "--host" || word == "-host" || word == "-H" || word == "--hostfile" ||
         word == "-hostfile" || word == "--machinefile" || word == "-n" || word == "-np")

@@ -21,13 +21,18 @@ Facts facts_of(const RunConfig& config) {
   return facts;
 }
 
-// Where this rank computes. rank 0 says why not on a GPU, where this build could use one.
-DeviceKind device_of(const RunConfig& config, int rank) {
+// Where this rank computes. rank 0 says why not on a GPU, where this build could use one. Under a
+// supervisor a GPU that is not there is an error of the machine: others may have theirs.
+DeviceKind device_of(const RunConfig& config, int rank, bool supervised) {
   std::string why;
   const bool found = config.device() != RunConfig::CPU && !gpu::devices(&why).empty();
   const bool on_gpu = config.device() == RunConfig::CUDA || found;
   check(!on_gpu || found, "--device=CUDA: no GPU (", why, "); use --device=CPU");
-  if (!on_gpu && config.model().compute_dtype() != ModelConfig::F32)
+  const bool is_f32 = config.model().compute_dtype() == ModelConfig::F32;
+  const bool could = config.device() != RunConfig::CPU && gpu::build() != "no CUDA";
+  check(on_gpu || is_f32 || !supervised || !could, "no GPU (", why,
+        "), and the CPU computes in F32 only");
+  if (!on_gpu && !is_f32)
     throw BadSettings("model.compute_dtype: the CPU computes in F32 only; set that" +
                       (why.empty() ? std::string(", or --device=AUTO") : ": no GPU (" + why + ")"));
   if (!on_gpu && rank == 0 && !why.empty() && gpu::build() != "no CUDA")
@@ -43,7 +48,7 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work, Activity* 
   World world;
   check(world.size() == started_ranks(), started_ranks(), " ranks were started, but MPI knows of ",
         world.size(), "; start them with this Open MPI's mpirun, or with srun --mpi=pmix");
-  const DeviceKind device = device_of(config, world.rank());
+  const DeviceKind device = device_of(config, world.rank(), activity != nullptr);
   Facts facts = facts_of(config);
   facts.emplace_back("device found", device == DeviceKind::cuda ? "GPU" : "CPU");
   world.agree(facts, deadline);

@@ -188,11 +188,12 @@ void Lease::take() {
 void Lease::drop_older() {
   const std::string folder = join_path(run_, kFolder);
   std::vector<std::string> old;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
+  std::error_code error;  // then the next owner does it
+  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
+    const std::string name = at->path().filename().string();
     const std::optional<int64_t> generation = generation_of(name);
     if ((generation && *generation < generation_) || name.rfind(kDraft, 0) == 0)
-      old.push_back(entry.path().string());
+      old.push_back(at->path().string());
   }
   for (const std::string& path : old) files_.remove(path);
 }
@@ -216,6 +217,10 @@ Lease::~Lease() {
 
 bool Lease::ours() const {
   return newest_lease(run_) == generation_;
+}
+
+bool Lease::replaced() const {
+  return newest_lease(run_) > generation_;
 }
 
 void Lease::write(int64_t beats, bool released) {

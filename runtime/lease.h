@@ -41,6 +41,8 @@ class Lease {
   void advance();
   // Nobody has taken over. Reads the disk.
   bool ours() const;
+  // Another has taken over, for certain: a folder that cannot be read says nothing of that.
+  bool replaced() const;
 
  private:
   void take();

@@ -63,13 +63,15 @@ bool holds_run(const std::string& folder) {
   check(fs::is_directory(folder), folder, ": cannot make folder: a file is in its place");
   if (is_given_up(folder)) return false;
   if (file_exists(join_path(folder, kConfigName))) return true;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    const fs::path name = entry.path().filename();
+  std::error_code error;
+  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
+    const fs::path name = at->path().filename();
     check(name == kLeaseName || name == kConfigDraft || name == kSupervisorName ||
               name == kEventsName,
           folder, " holds files that are no run's (there is no ", kConfigName,
           "); choose another --run or empty it yourself");
   }
+  check(!error, folder, ": cannot be read: ", error.message());
   return false;
 }
 

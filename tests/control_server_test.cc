@@ -4,84 +4,35 @@
 
 #include <gtest/gtest.h>
 
-#include <boost/asio/connect.hpp>
-#include <boost/asio/read.hpp>
-#include <boost/asio/write.hpp>
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/post.hpp>
 #include <optional>
 #include <thread>
 
 #include "core/error.h"
 #include "runtime/control_wire.h"
+#include "tests/support/control_peer.h"
 
 namespace moemamba {
 namespace {
 
 namespace asio = boost::asio;
-using asio::ip::tcp;
 using Clock = std::chrono::steady_clock;
+using Peer = ControlPeer;
 
 const std::string kSecret(32, 's'), kJob(32, '0');
 
-// A peer on a blocking socket.
-class Peer {
- public:
-  explicit Peer(const std::string& address) : socket_(context_) {
-    const size_t colon = address.rfind(':');
-    socket_.connect({asio::ip::make_address(address.substr(0, colon)),
-                     static_cast<unsigned short>(std::stoi(address.substr(colon + 1)))});
-  }
-  void send(const ControlWord& word) {
-    std::string frame;
-    append_control_frame(word, frame);
-    send_bytes(frame);
-  }
-  void send_bytes(const std::string& bytes) {
-    boost::system::error_code ignored;  // it may have been closed
-    asio::write(socket_, asio::buffer(bytes), ignored);
-  }
-  // Nothing: the connection was closed.
-  std::optional<ControlWord> next() {
-    for (;;) {
-      if (auto word = reader_.next()) return word;
-      char bytes[4096];
-      boost::system::error_code error;
-      const size_t got = socket_.read_some(asio::buffer(bytes), error);
-      if (error) return std::nullopt;
-      reader_.feed({bytes, got});
-    }
-  }
-  Hello hello(const std::string& nonce, int rank, const std::string& secret = kSecret,
-              const std::string& job = kJob, int ranks = 2, int64_t pid = 100) {
-    Hello hello;
-    hello.set_protocol(kControlProtocol);
-    hello.set_proof(control_proof(secret, nonce, job, rank));
-    hello.set_job(job);
-    hello.set_rank(rank);
-    hello.set_ranks(ranks);
-    hello.set_host("here");
-    hello.set_pid(pid);
-    hello.set_pid_started(1);
-    hello.set_boot_id("boot");
-    return hello;
-  }
-  // Answers the challenge; returns the Welcome, or nothing where it was refused.
-  template <class... Words>
-  std::optional<Welcome> greet(Words... words) {
-    const auto challenge = next();
-    if (!challenge || !challenge->has_challenge()) return std::nullopt;
-    ControlWord word;
-    *word.mutable_hello() = hello(challenge->challenge().nonce(), words...);
-    send(word);
-    const auto answer = next();
-    if (!answer || !answer->has_welcome()) return std::nullopt;
-    return answer->welcome();
-  }
-
- private:
-  asio::io_context context_;
-  tcp::socket socket_;
-  ControlReader reader_;
-};
+Hello hello_of(int rank, const std::string& job = kJob, int ranks = 2, int64_t pid = 100) {
+  Hello hello;
+  hello.set_job(job);
+  hello.set_rank(rank);
+  hello.set_ranks(ranks);
+  hello.set_host("here");
+  hello.set_pid(pid);
+  hello.set_pid_started(1);
+  hello.set_boot_id("boot");
+  return hello;
+}
 
 class Control : public testing::Test {
  protected:
@@ -125,7 +76,7 @@ class Control : public testing::Test {
 TEST_F(Control, LetsARankInAndAnswersItsHeartbeats) {
   with_server([&] {
     Peer peer(server_->address());
-    const auto welcome = peer.greet(1);
+    const auto welcome = peer.greet(hello_of(1), kSecret);
     ASSERT_TRUE(welcome);
     EXPECT_EQ(welcome->generation(), 5);
     EXPECT_EQ(welcome->fence_seconds(), 10);
@@ -149,11 +100,11 @@ TEST_F(Control, LetsARankInAndAnswersItsHeartbeats) {
 TEST_F(Control, RefusesWhoDoesNotBelongToTheAttempt) {
   with_server([&] {
     const std::string other_secret(32, 'x'), other_job(32, '1');
-    EXPECT_FALSE(Peer(server_->address()).greet(0, other_secret));
-    EXPECT_FALSE(Peer(server_->address()).greet(0, kSecret, other_job));
-    EXPECT_FALSE(Peer(server_->address()).greet(2));
-    EXPECT_FALSE(Peer(server_->address()).greet(-1));
-    EXPECT_FALSE(Peer(server_->address()).greet(0, kSecret, kJob, 3));
+    EXPECT_FALSE(Peer(server_->address()).greet(hello_of(0), other_secret));
+    EXPECT_FALSE(Peer(server_->address()).greet(hello_of(0, other_job), kSecret));
+    EXPECT_FALSE(Peer(server_->address()).greet(hello_of(2), kSecret));
+    EXPECT_FALSE(Peer(server_->address()).greet(hello_of(-1), kSecret));
+    EXPECT_FALSE(Peer(server_->address()).greet(hello_of(0, kJob, 3), kSecret));
   });
   run_until([&] { return refused_.size() == 5; });
   EXPECT_TRUE(joined_.empty());
@@ -202,7 +153,7 @@ TEST_F(Control, ManyStrangersKeepNoRankOut) {
       strangers.push_back(std::make_unique<Peer>(server_->address()));
       ASSERT_TRUE(strangers.back()->next());
     }
-    EXPECT_TRUE(Peer(server_->address()).greet(0));
+    EXPECT_TRUE(Peer(server_->address()).greet(hello_of(0), kSecret));
   });
   run_until([&] { return !joined_.empty(); });
   EXPECT_GE(refused_.size(), 400u - 256u - 2u);
@@ -211,12 +162,12 @@ TEST_F(Control, ManyStrangersKeepNoRankOut) {
 TEST_F(Control, ARankThatComesAgainTakesItsOwnPlaceAndNobodyElses) {
   with_server([&] {
     Peer first(server_->address());
-    ASSERT_TRUE(first.greet(0));
+    ASSERT_TRUE(first.greet(hello_of(0), kSecret));
     Peer again(server_->address());
-    EXPECT_TRUE(again.greet(0));
+    EXPECT_TRUE(again.greet(hello_of(0), kSecret));
     EXPECT_FALSE(first.next());  // the older connection is closed
     Peer other(server_->address());
-    EXPECT_FALSE(other.greet(0, kSecret, kJob, 2, /*pid=*/101));
+    EXPECT_FALSE(other.greet(hello_of(0, kJob, 2, /*pid=*/101), kSecret));
     ControlWord word;
     word.mutable_heartbeat()->set_number(7);
     again.send(word);
@@ -232,12 +183,12 @@ TEST_F(Control, TheNextAttemptCutsOffTheOneBefore) {
   std::optional<Peer> next;  // there until the server is gone
   with_server([&] {
     Peer old(server_->address());
-    ASSERT_TRUE(old.greet(0));
+    ASSERT_TRUE(old.greet(hello_of(0), kSecret));
     asio::post(context_, [&] { server_->expect(next_job, 1, 6); });
     EXPECT_FALSE(old.next());
-    EXPECT_FALSE(Peer(server_->address()).greet(0));
+    EXPECT_FALSE(Peer(server_->address()).greet(hello_of(0), kSecret));
     next.emplace(server_->address());
-    const auto welcome = next->greet(0, kSecret, next_job, 1);
+    const auto welcome = next->greet(hello_of(0, next_job, 1), kSecret);
     ASSERT_TRUE(welcome);
     EXPECT_EQ(welcome->generation(), 6);
   });
@@ -247,7 +198,7 @@ TEST_F(Control, TheNextAttemptCutsOffTheOneBefore) {
 TEST_F(Control, OrdersReachTheRankTheyAreFor) {
   with_server([&] {
     Peer one(server_->address());
-    ASSERT_TRUE(one.greet(1));
+    ASSERT_TRUE(one.greet(hello_of(1), kSecret));
     asio::post(context_, [&] {
       ControlWord word;
       word.mutable_order()->set_what(Order::SEND_STACK);

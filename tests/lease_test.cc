@@ -267,6 +267,21 @@ TEST(Lease, GoesOnUnderTheNextGenerationWithoutLettingGo) {
   EXPECT_EQ(next.generation(), 6);
 }
 
+// A disk that does not answer for a moment is no successor.
+TEST(Lease, WhoseFolderCannotBeReadIsNotReplaced) {
+  TemporaryFolder folder;
+  PosixFileSystem files;
+  const Lease lease(files, folder / "run", {});
+  std::filesystem::rename(folder / "run/lease", folder / "run/away");
+  EXPECT_FALSE(lease.ours());
+  EXPECT_FALSE(lease.replaced());
+  std::filesystem::rename(folder / "run/away", folder / "run/lease");
+  EXPECT_TRUE(lease.ours());
+  folder.put("run/lease/99999999", "");
+  EXPECT_FALSE(lease.ours());
+  EXPECT_TRUE(lease.replaced());
+}
+
 TEST(Lease, NeedsNoClock) {
   // Times of files mean nothing, however they jump.
   MemoryFolder folder("lease");
@@ -366,10 +381,9 @@ bool stopped_owner(int64_t at, bool renames_new, bool saves_first, int64_t& comm
   committed_late += found == 2;
   EXPECT_EQ(loaded_step(run), found + 1);
   for (const CheckpointPlace& place : list_checkpoints(run))
-    EXPECT_EQ(Checkpoint(place.path).manifest().facts().generation(),
-              place.step <= 1       ? 0
-              : place.step <= found ? 1
-                                    : 2)
+    EXPECT_EQ(Checkpoint(place.path).manifest().facts().generation(), place.step <= 1       ? 0
+                                                                      : place.step <= found ? 1
+                                                                                            : 2)
         << place.path;
   return true;
 }

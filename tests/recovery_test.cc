@@ -35,6 +35,19 @@ TEST(Recovery, EndsWithTheExitCodeOfEachEnd) {
   }
 }
 
+// A GPU that is gone makes settings wrong that were right for weeks.
+TEST(Recovery, SettingsThatHaveTrainedAreNotWrong) {
+  Recovery recovery(options_of(2), {});
+  AttemptEnd first = lost_at(100, 90);
+  first.trained = true;
+  ASSERT_TRUE(recovery.after(first).restarts);
+  for (int i = 0; i < 2; ++i)
+    EXPECT_TRUE(recovery.after({.kind = Kind::settings, .step = 90, .saved_step = 90}).restarts);
+  const Verdict verdict = recovery.after({.kind = Kind::settings, .step = 90, .saved_step = 90});
+  EXPECT_TRUE(verdict.crash_loop);
+  EXPECT_EQ(verdict.exit_code, 1);
+}
+
 TEST(Recovery, RestartsAtOnceAndThenPausesLongerAndLonger) {
   Recovery::Options options = options_of(2);
   options.limits.set_max_restarts(100);
@@ -122,6 +135,35 @@ TEST(Recovery, AttemptsThatNeverBeginAreACrashLoopToo) {
   EXPECT_TRUE(recovery.after(end).crash_loop);
 }
 
+// A machine that starts again, a switch, a full disk.
+TEST(Recovery, WaitsForMachinesOfARunThatHasTrained) {
+  Recovery::Options options = options_of(4, 1, {{"a", 2}, {"b", 2}});
+  options.limits.set_unreachable_seconds(300);
+  Recovery recovery(options, {});
+  AttemptEnd lost = lost_at(100, 90);
+  lost.trained = true;
+  const AttemptEnd end{.kind = Kind::not_begun, .saved_step = 90, .text = "mpirun ended"};
+  for (int round = 0; round < 3; ++round) {
+    lost.step = 100 + round;
+    ASSERT_TRUE(recovery.after(lost).restarts);
+    double pauses = 0;
+    Verdict verdict;
+    for (int i = 0; i < 8; ++i) {
+      verdict = recovery.after(end);
+      ASSERT_TRUE(verdict.restarts) << i << ": " << verdict.text;
+      EXPECT_GE(verdict.pause, 1);
+      pauses += verdict.pause;
+    }
+    EXPECT_EQ(pauses, 1 + 2 + 4 + 8 + 16 + 32 + 60 + 60);
+  }
+  Verdict verdict;
+  for (int i = 0; i < 20 && (i == 0 || verdict.restarts); ++i) verdict = recovery.after(end);
+  EXPECT_FALSE(verdict.restarts);
+  EXPECT_FALSE(verdict.crash_loop);
+  EXPECT_EQ(verdict.exit_code, 75);
+  EXPECT_NE(verdict.text.find("launch.min_ranks"), std::string::npos) << verdict.text;
+}
+
 TEST(Recovery, LeavesOutAHostThatFailedTwice) {
   Recovery::Options options = options_of(4, 2, {{"a", 2}, {"b", 2}});
   options.limits.set_min_ranks(2);
@@ -149,6 +191,22 @@ TEST(Recovery, LeavesOutAHostThatDoesNotAnswerAtOnce) {
   end.unreachable = {"b"};
   EXPECT_EQ(recovery.after(end).left_out_now, std::vector<std::string>{"b"});
   EXPECT_EQ(recovery.ranks(), 2);
+}
+
+TEST(Recovery, GoesOnWithoutAHostWhoseProcessesDoNotDieOrLeavesTheRunToOthers) {
+  for (int least : {1, 0}) {
+    Recovery::Options options = options_of(3, 1, {{"a", 2}, {"b", 1}});
+    options.limits.set_min_ranks(least);
+    Recovery recovery(options, {});
+    AttemptEnd end = lost_at(5, 0);
+    end.stuck_host = "a";
+    end.stuck = "moemamba (pid 12)";
+    const Verdict verdict = recovery.after(end);
+    EXPECT_EQ(verdict.restarts, least == 1);
+    EXPECT_EQ(verdict.left_out_now, std::vector<std::string>(size_t(least), "a"));
+    EXPECT_EQ(verdict.exit_code, least == 1 ? 0 : 75);
+    EXPECT_EQ(verdict.text.find("moemamba (pid 12) on a") == std::string::npos, least == 1);
+  }
 }
 
 TEST(Recovery, KeepsAHostWithoutWhichThereWouldBeTooFewRanks) {
@@ -195,7 +253,9 @@ TEST(Recovery, AnotherSupervisorRemembersAll) {
   options.limits.set_min_ranks(1);
   options.limits.set_host_failures(1);
   Recovery first(options, {});
-  first.after(lost_at(57, -1, {"b\"\n"}));
+  AttemptEnd trained = lost_at(57, -1, {"b\"\n"});
+  trained.trained = true;
+  first.after(trained);
   first.after(lost_at(57, 50, {"a"}));
   first.after(lost_at(57, 50, {"a"}));
   RecoveryMemory memory;
@@ -206,6 +266,7 @@ TEST(Recovery, AnotherSupervisorRemembersAll) {
   EXPECT_EQ(memory_json(memory), text);
   EXPECT_EQ(memory.left_out, std::vector<std::string>{"b\"\n"});
   EXPECT_EQ(memory.best_saved, 50);
+  EXPECT_TRUE(memory.trained);
   Recovery second(options, memory);
   EXPECT_EQ(second.ranks(), 2);
   EXPECT_TRUE(second.after(lost_at(57, 50)).crash_loop);

@@ -102,6 +102,9 @@ TEST_F(StatusAnswersTest, AreHealthyUnlessTheRunHasFailedOrHangs) {
   EXPECT_EQ(text("/healthz"), "hanging: rank 3 makes no progress in step 341, phase forward\n");
   view.state = RunState::recovering;
   EXPECT_EQ(ask("/healthz").status, 200);
+  view.trouble = "recovering: 3 restarts without a new checkpoint";
+  EXPECT_EQ(ask("/healthz").status, 503);
+  EXPECT_EQ(text("/healthz"), view.trouble + "\n");
 }
 
 TEST_F(StatusAnswersTest, GiveCurvesAsColumnsOfOneLength) {

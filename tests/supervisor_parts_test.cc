@@ -59,8 +59,7 @@ TEST(Hosts, AFileThatIsNoneIsRefusedWithItsLine) {
       read_hostfile(folder.put("hosts", text));
       ADD_FAILURE() << text;
     } catch (const BadSettings& error) {
-      EXPECT_NE(std::string(error.what()).find("hostfile "), std::string::npos)
-          << error.what();
+      EXPECT_NE(std::string(error.what()).find("hostfile "), std::string::npos) << error.what();
     }
   }
   EXPECT_THROW(read_hostfile(folder / "missing"), BadSettings);
@@ -96,6 +95,7 @@ TEST(State, IsReadBackAndOthersAreNone) {
   PosixFileSystem files;
   EXPECT_FALSE(read_job_state(folder.path()));
   JobState state{.running = true,
+                 .resumes = true,
                  .job = "00ff",
                  .attempt = 7,
                  .host = "node\"1",
@@ -111,6 +111,7 @@ TEST(State, IsReadBackAndOthersAreNone) {
   const auto read = read_job_state(folder.path());
   ASSERT_TRUE(read);
   EXPECT_TRUE(read->running);
+  EXPECT_TRUE(read->resumes);
   EXPECT_EQ(read->job, state.job);
   EXPECT_EQ(read->attempt, 7);
   EXPECT_EQ(read->host, state.host);

@@ -319,10 +319,37 @@ TEST_F(Supervised, OverwritesOnceHoweverOftenItStartsAgain) {
   EXPECT_FALSE(file_exists(join_path(run(), "overwriting")));
 }
 
+// A scheduler, or a script, starts the very same command again.
+TEST_F(Supervised, OverwritesOnceAlsoWhereItIsStartedAgain) {
+  EXPECT_EQ(end_of(start("launch" + words(20))), 0) << story();
+  const std::string command =
+      "launch --overwrite=true --train.seed=7 --launch.fence_seconds=2 "
+      "--launch.lost_seconds=1" +
+      words(1'000'000'000);
+  pid_t launcher = start(command);
+  ASSERT_TRUE(wait_until([&] { return events_of("done") == 0 && events_of("saved") > 0; }))
+      << story();
+  kill(launcher, SIGTERM);
+  EXPECT_EQ(end_of(launcher), 75) << story();
+  int64_t steps = lines();
+  for (const int signal : {SIGKILL, SIGTERM}) {
+    launcher = start(command);
+    after_steps();
+    EXPECT_GT(lines(), steps) << story();
+    steps = list_checkpoints(run()).front().step;
+    kill(launcher, signal);
+    EXPECT_EQ(end_of(launcher, /*all_gone=*/false), signal == SIGTERM ? 75 : -SIGKILL) << story();
+    ASSERT_TRUE(wait_until([&] { return processes_with(mark()).empty(); })) << story();
+  }
+  EXPECT_GE(events_of("resumed"), 2) << story();
+}
+
 TEST_F(Supervised, WrongSettingsEndItBeforeAnythingBegins) {
   EXPECT_EQ(end_of(start("launch --train.stepz=3" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.hostfile=missing" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.min_ranks=3" + words(10))), 2);
+  EXPECT_EQ(end_of(start("launch --launch.heartbeat_seconds=2" + words(10))), 2);
+  EXPECT_EQ(end_of(start("launch --launch.fence_seconds=5" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.status_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch --launch.control_address=0.0.0.0" + words(10))), 2);
   EXPECT_EQ(end_of(start("launch" + words(10) + "--data.train=missing")), 1);

@@ -13,6 +13,7 @@ namespace moemamba {
 // <run>/supervisor/state.json.
 struct JobState {
   bool running = false;          // false: its supervisor has seen its end
+  bool resumes = false;          // that end was exit code 75: the same command is to go on
   std::string job;               // the attempt: 32 hex digits
   int64_t attempt = 0;           // counted from 1
   std::string host, boot_id;     // where mpirun is

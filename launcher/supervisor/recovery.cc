@@ -13,6 +13,7 @@ namespace moemamba {
 namespace {
 
 constexpr double kLongestPause = 60;
+constexpr double kShortestPause = 1;  // before an attempt that may end as the one before
 constexpr int kExitFailed = 1;
 constexpr int64_t kBeforeSteps = -1;  // the "step" of attempts whose ranks never came
 
@@ -67,12 +68,14 @@ Verdict Recovery::give_up(const std::string& text) const {
 
 Verdict Recovery::after(const AttemptEnd& end) {
   using Kind = AttemptEnd::Kind;
+  memory_.trained = memory_.trained || end.trained;
   switch (end.kind) {
     case Kind::done:
       return {.restarts = false, .exit_code = 0, .text = "the run is done"};
     case Kind::stopped:
       return {.restarts = false, .exit_code = kExitRestart, .text = end.text};
     case Kind::settings:
+      if (memory_.trained) break;  // they were right before: a GPU is gone, a file cannot be read
       return {.restarts = false, .exit_code = kExitSettings, .text = end.text};
     case Kind::failed:
     case Kind::lost:
@@ -88,7 +91,16 @@ Verdict Recovery::after(const AttemptEnd& end) {
 }
 
 Verdict Recovery::restart(const AttemptEnd& end) {
+  if (Verdict without; !end.stuck.empty() && !leave_out(end.stuck_host, without))
+    return {.restarts = false,
+            .exit_code = kExitRestart,
+            .text = concat("these do not die, even of SIGKILL: ", end.stuck, " on ", end.stuck_host,
+                           ", without which too few ranks are left; the same ",
+                           "command goes on, on other machines or once they are gone")};
   const bool begun = end.kind != AttemptEnd::Kind::not_begun;
+  if (!begun && memory_.trained) return wait_for_machines(end);
+  memory_.in_vain = 0;
+  memory_.waited = 0;
   const int64_t step = begun ? end.step : kBeforeSteps;
   ++memory_.crashes[step];
   int64_t crashes = 0;  // at this step, or what may have been this step
@@ -110,6 +122,7 @@ Verdict Recovery::restart(const AttemptEnd& end) {
                           " restarts without a new checkpoint; the latest: ", end.text,
                           " (launch.max_restarts)"));
   Verdict verdict{.restarts = true, .text = end.text};
+  if (!end.stuck.empty()) verdict.left_out_now.push_back(end.stuck_host);
   for (const std::string& host : end.hosts) ++memory_.failures[host];
   for (const std::string& host : end.unreachable) leave_out(host, verdict);
   for (const std::string& host : end.hosts)
@@ -122,6 +135,28 @@ Verdict Recovery::restart(const AttemptEnd& end) {
   return verdict;
 }
 
+// What has trained can train: a machine starts again, a switch, a disk is full. That is no crash
+// loop and takes its time.
+Verdict Recovery::wait_for_machines(const AttemptEnd& end) {
+  if (memory_.waited >= options_.limits.unreachable_seconds())
+    return {.restarts = false,
+            .exit_code = kExitRestart,
+            .text = concat(memory_.in_vain + 1, " attempts in a row ended before their ranks had ",
+                           "come (launch.unreachable_seconds); the latest: ", end.text,
+                           options_.hosts.size() > 1 && options_.limits.min_ranks() == 0
+                               ? "; launch.min_ranks lets a run go on without a machine"
+                               : "")};
+  Verdict verdict{.restarts = true, .text = end.text};
+  for (const std::string& host : end.unreachable) leave_out(host, verdict);
+  verdict.pause =
+      std::min(kLongestPause, std::max(kShortestPause, options_.limits.backoff_seconds()) *
+                                  std::pow(2, double(std::min<int64_t>(memory_.in_vain, 30))));
+  memory_.waited += verdict.pause;
+  ++memory_.in_vain;
+  ++memory_.restarts;
+  return verdict;
+}
+
 std::string memory_json(const RecoveryMemory& memory) {
   std::string crashes, failures, left_out;
   for (const auto& [step, count] : memory.crashes)
@@ -130,10 +165,11 @@ std::string memory_json(const RecoveryMemory& memory) {
     failures += concat(failures.empty() ? "" : ",", json_text(host), ":", count);
   for (const std::string& host : memory.left_out)
     left_out += concat(left_out.empty() ? "" : ",", json_text(host));
-  return concat("{\"restarts\":", memory.restarts,
-                ",\"without_progress\":", memory.without_progress,
-                ",\"checkpoints\":", memory.best_saved + 1, ",\"crashes\":[", crashes,
-                "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
+  return concat(
+      "{\"restarts\":", memory.restarts, ",\"without_progress\":", memory.without_progress,
+      ",\"checkpoints\":", memory.best_saved + 1, ",\"trained\":", int(memory.trained),
+      ",\"in_vain\":", memory.in_vain, ",\"waited\":", int64_t(memory.waited), ",\"crashes\":[",
+      crashes, "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
 }
 
 void read_memory(JsonReader& json, RecoveryMemory& memory) {
@@ -144,6 +180,12 @@ void read_memory(JsonReader& json, RecoveryMemory& memory) {
       memory.without_progress = json.integer();
     } else if (key == "checkpoints") {
       memory.best_saved = json.integer() - 1;
+    } else if (key == "trained") {
+      memory.trained = json.integer() != 0;
+    } else if (key == "in_vain") {
+      memory.in_vain = json.integer();
+    } else if (key == "waited") {
+      memory.waited = double(json.integer());
     } else if (key == "crashes") {
       json.list([&] {
         std::vector<int64_t> pair;

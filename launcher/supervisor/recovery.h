@@ -19,7 +19,7 @@ struct AttemptEnd {
   enum class Kind {
     done,       // after the last step
     stopped,    // as asked
-    settings,   // wrong ones: nothing was begun
+    settings,   // wrong ones; of a run that has trained with them: an error of the machine
     failed,     // an error that a rank has named
     lost,       // ranks died, hang or fell silent
     not_begun,  // ended before all ranks had come
@@ -28,8 +28,10 @@ struct AttemptEnd {
   int64_t step = 0;                      // at hand then, as far as it was heard of
   int64_t steps_unheard = 0;             // so many more may have been taken since
   int64_t saved_step = -1;               // the newest checkpoint that is there now; -1: none
-  std::vector<std::string> hosts;        // of lost ranks, one entry for each
+  bool trained = false;                  // a step of the attempt has ended
+  std::vector<std::string> hosts;        // of ranks that are at fault
   std::vector<std::string> unreachable;  // hosts that do not answer now
+  std::string stuck_host, stuck;         // where processes do not die, and which; empty: all died
   std::string text;                      // why, one sentence
 };
 
@@ -38,6 +40,9 @@ struct RecoveryMemory {
   int64_t restarts = 0;
   int64_t without_progress = 0;             // of these, since the newest checkpoint
   int64_t best_saved = -1;                  // the newest checkpoint there ever was
+  bool trained = false;                     // a step of any attempt has ended
+  int64_t in_vain = 0;                      // attempts, the latest, whose ranks never came
+  double waited = 0;                        // seconds of pauses before these
   std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand, or -1
   std::map<std::string, int64_t> failures;  // of ranks, by host
   std::vector<std::string> left_out;        // hosts
@@ -77,6 +82,7 @@ class Recovery {
   Layout layout_without(const std::vector<std::string>& left_out) const;
   bool leave_out(const std::string& host, Verdict& verdict);
   Verdict restart(const AttemptEnd& end);
+  Verdict wait_for_machines(const AttemptEnd& end);
   Verdict give_up(const std::string& text) const;
 
   Options options_;

@@ -51,6 +51,7 @@ struct RunView {
   std::string run;  // folder
   std::string run_id, job;
   RunState state = RunState::starting;
+  std::string trouble;     // what people should look at, though it goes on; empty: nothing
   std::string state_text;  // one sentence for people: why it is in this state, what comes next
   int64_t steps = 0;       // of the whole run
   int64_t global_batch = 0, sequence_length = 0;

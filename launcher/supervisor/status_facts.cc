@@ -22,6 +22,7 @@ Health health_of(const RunView& view) {
   if (view.state == RunState::failed)
     return {false,
             concat("failed: ", view.state_text.empty() ? "no reason is known" : view.state_text)};
+  if (!view.trouble.empty()) return {false, view.trouble};
   // One that is ended because it hung needs nobody any more.
   const bool works = view.state == RunState::starting || view.state == RunState::training ||
                      view.state == RunState::stopping;

@@ -9,6 +9,7 @@
 #include <boost/asio/write.hpp>
 #include <condition_variable>
 #include <list>
+#include <optional>
 #include <thread>
 
 #include "core/error.h"
@@ -26,6 +27,7 @@ constexpr auto kPollEvery = std::chrono::milliseconds(500);
 constexpr auto kPollAgain = std::chrono::milliseconds(20);  // amid a long file
 constexpr auto kAcceptPause = std::chrono::milliseconds(100);
 constexpr auto kLastBytes = std::chrono::seconds(1);  // of one whose request was refused
+constexpr auto kLately = std::chrono::seconds(10);
 constexpr size_t kMostLastBytes = 1 << 16;
 constexpr int kSendBuffer = 1 << 16;  // what the system keeps of an answer that is not read
 
@@ -85,6 +87,7 @@ struct StatusServer::State : std::enable_shared_from_this<State> {
   RunRecords records;
   StatusAnswers answers;
   StatusCounts counts;
+  std::optional<std::chrono::steady_clock::time_point> asked;  // the latest request
   tcp::acceptor acceptor;
   asio::steady_timer pause;
   std::list<std::shared_ptr<Connection>> connections;  // the one that waits longest first
@@ -165,6 +168,7 @@ class StatusServer::State::Connection : public std::enable_shared_from_this<Conn
 
   void answer() {
     answering_ = answered_ = true;
+    server_->asked = std::chrono::steady_clock::now();
     const HttpRequest* request = std::get_if<HttpRequest>(&reader_.result());
     answer_ = request ? server_->answers.answer(*request, server_->counts)
                       : std::get<HttpAnswer>(reader_.result());
@@ -294,6 +298,10 @@ StatusServer::~StatusServer() {
 
 int StatusServer::port() const {
   return state_->acceptor.local_endpoint().port();
+}
+
+bool StatusServer::asked_lately() const {
+  return state_->asked && std::chrono::steady_clock::now() - *state_->asked < kLately;
 }
 
 std::string StatusServer::url() const {

@@ -34,7 +34,8 @@ class StatusServer {
   ~StatusServer();  // closes all connections
 
   int port() const;
-  std::string url() const;  // "http://127.0.0.1:4711/"; without the token
+  bool asked_lately() const;  // within the latest ten seconds
+  std::string url() const;    // "http://127.0.0.1:4711/"; without the token
 
  private:
   struct State;

@@ -27,6 +27,7 @@ namespace {
 
 constexpr double kTick = 0.1;
 constexpr double kBeforeTheEnd = 5;  // seconds of the grace that are left to others
+constexpr double kSecondSignal = 1;  // for what it kills to be gone
 constexpr double kStopFallback = 1;  // without any answer from a rank
 constexpr double kSaveMargin = 1.5;  // the last one writes the weights too
 constexpr int64_t kLogsKept = 10;    // of the latest attempts
@@ -126,15 +127,16 @@ void Supervisor::open() {
   look_at_checkpoints();
   const std::optional<JobState> before = read_job_state(folder_);
   if (before) state_.attempt = before->attempt;
-  recovery_ =
-      std::make_unique<Recovery>(Recovery::Options{.limits = launch_,
-                                                   .ranks = request_.ranks,
-                                                   .expert = config.parallel().expert(),
-                                                   .hosts = request_.hosts},
-                                 before && before->running ? before->memory : RecoveryMemory{});
+  const bool same = before && before->running && before->command == command_words();
+  recovery_ = std::make_unique<Recovery>(Recovery::Options{.limits = launch_,
+                                                           .ranks = request_.ranks,
+                                                           .expert = config.parallel().expert(),
+                                                           .hosts = request_.hosts},
+                                         same ? before->memory : RecoveryMemory{});
   if (before && before->running && go_on_with(*before)) return;
   check(!request_.fresh || !holds_run(run_), taken_text(run_, "--fresh wants an empty folder"));
-  if (config.overwrite() && holds_run(run_)) write_file(files_, overwriting_mark(run_), "");
+  mark_overwriting(before);
+  look_at_checkpoints();
   if (is_finished()) {
     context_.post([this] {
       finish(0, "done",
@@ -160,14 +162,37 @@ void Supervisor::open_status() {
   outlet_.say("moemamba: the run can be watched at " + status_->url());
 }
 
+std::vector<std::string> Supervisor::command_words() const {
+  std::vector<std::string> words = request_.words;
+  words.push_back(concat(request_.ranks));
+  return words;
+}
+
+// The mark of a run that is to be overwritten. A command that has overwritten already, and is
+// started again because it was to go on, or its supervisor died, goes on.
+void Supervisor::mark_overwriting(const std::optional<JobState>& before) {
+  const std::string mark = overwriting_mark(run_);
+  const bool goes_on =
+      before && before->command == command_words() && (before->running || before->resumes);
+  if (!request_.config.overwrite()) {
+    files_.remove(mark);  // of a launch that never came to it
+  } else if (!holds_run(run_) || file_exists(mark)) {
+    return;
+  } else if (goes_on) {
+    outlet_.say(concat(
+        "moemamba: ", run_,
+        ": this very command has begun the run; going on with it, not overwriting it again"));
+  } else {
+    write_file(files_, mark, "");
+  }
+}
+
 // The job of a supervisor that died. True: it lives, and is this one's from now on.
 bool Supervisor::go_on_with(const JobState& before) {
   state_.steps_lost = view_.steps_lost = before.steps_lost;
   view_.restarts = int(before.memory.restarts);
-  std::vector<std::string> command = request_.words;
-  command.push_back(concat(request_.ranks));
   const bool here = before.host == this_host() && before.boot_id == boot_id();
-  if (!here || before.command != command ||
+  if (!here || before.command != command_words() ||
       !job_.adopt(before.pid, before.started, [this] { job_ended(); }))
     return false;
   state_ = before;
@@ -193,18 +218,30 @@ bool Supervisor::go_on_with(const JobState& before) {
   return true;
 }
 
+// Those of a run that is to be overwritten say nothing of the one that takes its place.
 void Supervisor::look_at_checkpoints() {
+  view_.saved_step = -1;
+  if (file_exists(overwriting_mark(run_))) return view_.run_id.clear();
   const auto checkpoints = list_checkpoints(run_);
-  view_.saved_step = checkpoints.empty() ? -1 : checkpoints.front().step;
-  if (checkpoints.empty() || !view_.run_id.empty()) return;
+  if (checkpoints.empty()) return;
+  view_.saved_step = checkpoints.front().step;
+  if (!view_.run_id.empty()) return;
   try {
     view_.run_id = Checkpoint(checkpoints.front().path).manifest().facts().run_id();
-  } catch (const Error&) {  // the ranks will say what is wrong with it
+  } catch (const std::exception&) {  // the ranks will say what is wrong with it
   }
 }
 
-// As the ranks would find: they refuse to begin a run that is done.
+// As the ranks would find: they refuse to begin a run that is done. What cannot be read is none.
 bool Supervisor::is_finished() const {
+  try {
+    return says_finished();
+  } catch (const std::exception&) {
+    return false;  // the next attempt writes or names it
+  }
+}
+
+bool Supervisor::says_finished() const {
   const int64_t steps = request_.config.train().steps();
   const std::string weights = join_path(run_, "weights");
   if (file_exists(overwriting_mark(run_)) || !holds_run(run_) || !file_exists(weights))
@@ -212,13 +249,9 @@ bool Supervisor::is_finished() const {
   const auto checkpoints = list_checkpoints(run_);
   const int64_t newest = checkpoints.empty() ? 0 : checkpoints.front().step;
   if (newest < steps) return false;
-  try {
-    const WeightsMetadata metadata = read_weights_metadata(weights);
-    const auto step = metadata.find("step");
-    return step != metadata.end() && step->second == concat(newest);
-  } catch (const Error&) {
-    return false;  // the next attempt writes them again
-  }
+  const WeightsMetadata metadata = read_weights_metadata(weights);
+  const auto step = metadata.find("step");
+  return step != metadata.end() && step->second == concat(newest);
 }
 
 void Supervisor::reset_view(int ranks, int expert) {
@@ -267,9 +300,14 @@ std::vector<std::string> Supervisor::command_of_attempt() {
 }
 
 void Supervisor::begin_attempt() {
+  if (signals_got_ > 0) return finish(early_exit_code(), "stopped", early_text());
+  if (!stuck_.empty())  // and belongs to a supervisor before this one
+    return finish(kExitRestart, "failed",
+                  concat("these do not die, even of SIGKILL: ", std::exchange(stuck_, {}),
+                         "; the same command goes on once they are gone"));
   try {
     start_ranks();
-  } catch (const Error& error) {  // a full disk, no more processes: it may be better later
+  } catch (const std::exception& error) {  // a full disk, no more processes: it may pass
     end_attempt({.kind = AttemptEnd::Kind::not_begun, .event = "failed", .text = error.what()});
   }
 }
@@ -295,6 +333,7 @@ void Supervisor::start_ranks() {
 
 void Supervisor::remember(bool running) {
   state_.running = running;
+  state_.resumes = doing_ == Doing::over && exit_code_ == kExitRestart;
   state_.host = this_host();
   state_.boot_id = boot_id();
   state_.pid = job_.pid();
@@ -303,8 +342,7 @@ void Supervisor::remember(bool running) {
   state_.expert = view_.expert_ranks;
   state_.steps_lost = view_.steps_lost;
   state_.memory = recovery_->memory();
-  state_.command = request_.words;
-  state_.command.push_back(concat(request_.ranks));
+  state_.command = command_words();
   try {
     write_job_state(files_, folder_, state_);
   } catch (const Error& error) {  // a full disk: a successor could not take over, that is all
@@ -314,7 +352,7 @@ void Supervisor::remember(bool running) {
 
 // Another supervisor holds the run, since this one was away for too long: what runs is that one's.
 bool Supervisor::replaced() {
-  if (doing_ == Doing::over || lease_->ours()) return doing_ == Doing::over;
+  if (doing_ == Doing::over || !lease_->replaced()) return doing_ == Doing::over;
   doing_ = Doing::over;
   outlet_.say(concat("moemamba: ", run_, ": another supervisor has taken over; this one ends"));
   context_.stop();
@@ -359,17 +397,19 @@ void Supervisor::next_signal() {
 
 // The first signal asks for a save and an end within the grace; the next one ends all at once.
 void Supervisor::stop_asked(int signal) {
-  if (doing_ == Doing::over) return;
+  if (doing_ == Doing::over) return context_.stop();
   const bool same_word = signals_got_ > 0 && signal != SIGINT &&
                          now() < first_signal_at_ + double(kRepeatedSignals.count());
   if (same_word) return;
   last_signal_ = signal;
   if (++signals_got_ > 1) {
+    give_up_at_ = std::min(give_up_at_, now() + kSecondSignal);
     if (doing_ == Doing::running) end_early(concat(signal_name(signal), ": ended at once"));
     return;
   }
   first_signal_ = signal;
   first_signal_at_ = now();
+  give_up_at_ = now() + std::max(kSecondSignal, launch_.grace_seconds() - kBeforeTheEnd / 2);
   const double left = std::max(0.0, launch_.grace_seconds() - kBeforeTheEnd);
   const double needed = seconds_to_save();
   const bool has_something = adopted_ || std::any_of(view_.of_ranks.begin(), view_.of_ranks.end(),

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -60,8 +61,11 @@ class Supervisor {
   void open();
   void open_status();
   bool go_on_with(const JobState& before);
+  void mark_overwriting(const std::optional<JobState>& before);
+  std::vector<std::string> command_words() const;  // of the ranks, and how many are asked for
   void look_at_checkpoints();
   bool is_finished() const;
+  bool says_finished() const;
   void begin_attempt();
   void start_ranks();
   std::vector<std::string> command_of_attempt();
@@ -102,8 +106,11 @@ class Supervisor {
   void got_stack(const std::vector<std::string>& frames);
   void kill_all(std::function<void()> gone);
   void kill_round();
+  ControlWord end_order() const;
   bool others_gone();
   std::string listed_host(int rank) const;
+  std::string listed_name_of_this_host() const;
+  std::vector<std::string> hosts_at_fault() const;
   void conclude();
   void say_report();
   void restart(const Verdict& verdict);
@@ -140,6 +147,9 @@ class Supervisor {
   Fault fault_;                     // of the attempt that ends
   std::vector<std::string> stack_;  // of its culprit
   std::vector<std::string> unreachable_;
+  // Processes that do not die and are not waited for any more; of the attempt that ends, in words.
+  std::set<std::pair<pid_t, int64_t>> given_up_;
+  std::string stuck_;
   std::function<void()> gone_;  // what comes when nothing is left of it
   double ended_at_ = 0;         // since when the attempt before has been at its end; 0: none was
   double ending_since_ = 0;
@@ -151,6 +161,7 @@ class Supervisor {
   int signals_got_ = 0, first_signal_ = 0, last_signal_ = 0;
   double first_signal_at_ = 0;
   double stop_deadline_ = 0;
+  double give_up_at_ = 0;  // after a signal: when nothing is waited for any more
   int64_t ticks_made_ = 0;
   int exit_code_ = 1;
 };

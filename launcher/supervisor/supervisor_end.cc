@@ -22,7 +22,10 @@ constexpr double kSymbols = 3;  // for their names, while the processes end
 constexpr double kKillRound = 0.02;
 constexpr double kReportDelay = 0.05;  // of a rank, after a step
 constexpr auto kSweep = std::chrono::milliseconds(30);
-constexpr double kStuck = 10;  // after which a process that does not die is named
+constexpr double kStuck = 10;          // after which a process that does not die is named
+constexpr double kGivenUp = 60;        // and after which it is no longer waited for
+constexpr int64_t kQuietRestarts = 1;  // without a new checkpoint: nobody needs to come
+constexpr double kLastLook = 3;        // of pages, which ask every two seconds
 constexpr double kFenceMargin = 1;
 constexpr int kNoProgram = 126;  // and 127: mpirun cannot be started at all
 
@@ -150,24 +153,46 @@ void Supervisor::kill_all(std::function<void()> gone) {
   ending_since_ = now();
   stuck_said_ = false;
   unreachable_.clear();
-  ControlWord word;
-  word.mutable_order()->set_what(Order::END);
-  word.mutable_order()->set_text(fault_.text);
-  server_->send_all(word);
+  stuck_.clear();
+  server_->send_all(end_order());
   kill_round();
 }
 
-// Again and again until nothing is there.
+ControlWord Supervisor::end_order() const {
+  ControlWord word;
+  word.mutable_order()->set_what(Order::END);
+  word.mutable_order()->set_text(fault_.text);
+  return word;
+}
+
+// Again and again until nothing is there. What has had SIGKILL and does not die waits for a device:
+// it never runs a line of its own again, so that others can go on beside it.
 void Supervisor::kill_round() {
   const Swept swept =
       sweep_processes({.has = {concat(kRunKeyVariable, "=", run_key_)}, .lacks = {}}, kSweep);
-  if (swept.left.empty() && !job_.runs() && others_gone()) return std::exchange(gone_, nullptr)();
-  if (!stuck_said_ && !swept.left.empty() && now() - ending_since_ > kStuck) {
+  std::vector<FoundProcess> left;
+  for (const FoundProcess& process : swept.left)
+    if (given_up_.count({process.pid, process.started}) == 0) left.push_back(process);
+  const bool job_runs = job_.runs() && given_up_.count({job_.pid(), job_.started()}) == 0;
+  if (left.empty() && !job_runs && others_gone()) return std::exchange(gone_, nullptr)();
+  const double waited = now() - ending_since_;
+  if (signals_got_ > 0 && now() > give_up_at_)
+    return finish(early_exit_code(), "stopped",
+                  concat(early_text(), "; not proven gone: ",
+                         left.empty() ? std::string("ranks elsewhere, which end themselves")
+                                      : describe(left)));
+  if (!left.empty() && waited > kGivenUp && others_gone()) {
+    for (const FoundProcess& process : left) given_up_.emplace(process.pid, process.started);
+    stuck_ = describe(left);
+    return std::exchange(gone_, nullptr)();
+  }
+  if (!stuck_said_ && !left.empty() && waited > kStuck) {
     stuck_said_ = true;
+    view_.trouble = "processes do not die: " + describe(left);
     events_.say({.kind = "stuck",
                  .text = concat("these do not die, even of SIGKILL (a disk or a GPU that does not "
                                 "answer?): ",
-                                describe(swept.left), "; waiting for them")});
+                                describe(left), "; waiting for them for ", kGivenUp, " s")});
   }
   act_.set(kKillRound, [this] { kill_round(); });
 }
@@ -198,6 +223,12 @@ std::string Supervisor::listed_host(int rank) const {
   return view.host;
 }
 
+std::string Supervisor::listed_name_of_this_host() const {
+  for (const HostSlots& host : request_.hosts)
+    if (is_this_host(host.name)) return host.name;
+  return this_host();
+}
+
 int64_t Supervisor::step_at_hand() const {
   int64_t step = std::max<int64_t>(0, view_.saved_step);
   for (const RankView& rank : view_.of_ranks) step = std::max(step, latest_of(rank).step);
@@ -217,6 +248,21 @@ void Supervisor::say_report() {
   outlet_.say(view_.hang_report.substr(view_.hang_report.find('\n') + 1));
 }
 
+// Machines of ranks that died, fell silent or told an error. An error that ranks of several
+// machines tell is none of a machine.
+std::vector<std::string> Supervisor::hosts_at_fault() const {
+  std::set<std::string> hosts, failed;
+  for (const RankView& rank : view_.of_ranks) {
+    const auto& goodbye = links_[size_t(rank.rank)].goodbye;
+    if (goodbye && (goodbye->reason() == Goodbye::FAILED || goodbye->reason() == Goodbye::SETTINGS))
+      failed.insert(listed_host(rank.rank));
+    else if (rank.rank == fault_.rank || rank.state == RankState::silent)
+      hosts.insert(listed_host(rank.rank));
+  }
+  if (failed.size() == 1) hosts.merge(failed);
+  return {hosts.begin(), hosts.end()};
+}
+
 // Nothing is left of the attempt.
 void Supervisor::conclude() {
   log_.follow(outlet_);
@@ -229,12 +275,12 @@ void Supervisor::conclude() {
                  .step = step_at_hand(),
                  .steps_unheard = steps_unheard(),
                  .saved_step = view_.saved_step,
-                 .hosts = {},
+                 .trained = stepped_ || adopted_,
+                 .hosts = hosts_at_fault(),
                  .unreachable = unreachable_,
+                 .stuck_host = listed_name_of_this_host(),
+                 .stuck = std::exchange(stuck_, {}),
                  .text = fault_.text};
-  for (const RankView& rank : view_.of_ranks)
-    if (fault_.kind == Kind::lost && (rank.rank == fault_.rank || rank.state == RankState::silent))
-      end.hosts.push_back(listed_host(rank.rank));
   if (fault_.kind == Kind::lost) say_report();
   if (signals_got_ > 0 && fault_.kind != Kind::done)
     return finish(early_exit_code(), "stopped", early_text());
@@ -271,6 +317,12 @@ void Supervisor::restart(const Verdict& verdict) {
       concat("restart ", view_.restarts, ": ", recovery_->ranks(),
              recovery_->ranks() == 1 ? " rank" : " ranks", " from ", place_to_go_on(),
              verdict.pause > 0 ? concat(" in ", verdict.pause, " s") : "");
+  const RecoveryMemory& memory = recovery_->memory();
+  const int64_t in_vain = memory.without_progress + memory.in_vain;
+  view_.trouble = in_vain > kQuietRestarts
+                      ? concat("recovering: ", in_vain,
+                               " restarts without a new checkpoint; the latest: ", verdict.text)
+                      : "";
   events_.say({.kind = "restarting", .step = view_.saved_step, .text = view_.state_text});
   doing_ = Doing::pausing;
   remember(true);
@@ -287,7 +339,13 @@ void Supervisor::finish(int exit_code, const std::string& kind, const std::strin
   events_.say({.kind = kind, .text = text});
   remember(false);
   if (status_) files_.remove(join_path(folder_, "status_url"));
-  context_.stop();
+  // So that pages and probes learn of it.
+  const bool is_news = view_.state == RunState::failed || view_.state == RunState::done;
+  if (!status_ || !is_news || (view_.state == RunState::done && !status_->asked_lately()))
+    return context_.stop();
+  view_.trouble.clear();
+  outlet_.pump();
+  act_.set(kLastLook, [this] { context_.stop(); });
 }
 
 }  // namespace moemamba

@@ -11,6 +11,7 @@ namespace moemamba {
 namespace {
 
 constexpr double kReconnect = 0.5;    // seconds in which a rank comes back whose connection broke
+constexpr double kFresh = 1;          // that were quiet before it broke
 constexpr double kLastWords = 0.2;    // between a process's end and the last that it has sent
 constexpr double kPatience = 2;       // from a rank's goodbye to its end, for what it still prints
 constexpr double kOthersTurn = 1;     // from "others are lost" to who that is
@@ -40,6 +41,7 @@ void Supervisor::joined(const Hello& hello, const std::string& address) {
                                             [this, rank] { process_ended(rank); });
   }
   if (signals_got_ > 0 && doing_ == Doing::running) order_stop();
+  if (doing_ == Doing::ending && gone_) server_->send(rank, end_order());  // it was cut off before
   const bool all_here =
       std::none_of(view_.of_ranks.begin(), view_.of_ranks.end(),
                    [](const RankView& r) { return r.state == RankState::absent; });
@@ -129,6 +131,7 @@ void Supervisor::stepped(int rank, const StepReport& report) {
 void Supervisor::event(const RunEvent& event) {
   if (event.kind() == "saved") {
     view_.saved_step = event.step();
+    view_.trouble.clear();
     if (event.has_seconds()) view_.save_seconds = event.seconds();
     if (view_.run_id.empty()) look_at_checkpoints();
   }
@@ -138,14 +141,19 @@ void Supervisor::event(const RunEvent& event) {
                 .seconds = event.has_seconds() ? event.seconds() : -1});
 }
 
-// A broken connection says that the process is dead where that can be seen, and elsewhere once it
-// has not come back.
+// Where the process is in sight its end counts, and silence. Elsewhere a connection that breaks
+// under a rank that was just heard of says that the process is dead, once it has not come back; one
+// that was silent before may be cut off, and has its whole time.
 void Supervisor::closed(int rank) {
   RankLink& link = links_[size_t(rank)];
   link.closed = true;
   if (link.process_ended) return gone(rank);
+  if (link.local) return;
+  const double silent = now() - view_.of_ranks[size_t(rank)].heard;
+  const bool fresh = silent < std::max(kFresh, 2 * launch_.heartbeat_seconds());
   link.patience = std::make_unique<Alarm>(context_);
-  link.patience->set(kReconnect, [this, rank] { gone(rank); });
+  link.patience->set(fresh ? kReconnect : std::max(kReconnect, launch_.lost_seconds() - silent),
+                     [this, rank] { gone(rank); });
 }
 
 // What it sent last may still lie in its connection.

@@ -30,6 +30,8 @@ function show_silence(error) {
   const since = `The supervisor does not answer since ${silent_since.toLocaleTimeString()}.`;
   if (last?.state === "done" || last?.state === "stopped")
     return alarm(`${since} It ended with its run, which was ${last.state}; below is the last that it said.`);
+  if (last?.state === "failed")
+    return alarm(`${since} The run has failed: ${last.state_text}`);
   alarm(`${since} The run has ended, its supervisor was killed, or the way to it is cut. The supervisor's ` +
         "terminal says which; the same command starts it again, and it goes on with ranks that still live. " +
         "Below is the last that it said.");

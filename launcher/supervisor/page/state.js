@@ -42,7 +42,8 @@ function show_state(s) {
   const name = s.run.split("/").filter(Boolean).pop() ?? "moemamba";
   const kind = !s.healthy || BAD.includes(s.state) ? "bad" : GOOD.includes(s.state) ? "good" : "warn";
   const share = s.steps > 0 ? Math.min(1, s.steps_done / s.steps) : 0;
-  const word = s.healthy ? s.state : s.state === "failed" ? "failed" : "hanging";
+  const hangs = !s.healthy && s.health.startsWith("hanging");
+  const word = hangs ? "hanging" : s.state;
   put($("run"), name);
   $("run").title = s.run;
   $("state").className = `pill ${kind}`;
@@ -61,7 +62,7 @@ function show_state(s) {
   put($("identity"), `run ${s.run_id || "–"} · ${s.global_batch} × ${s.sequence_length} tokens a step · ` +
       `attempt began ${duration(s.attempt_seconds)} ago`);
   alarm(s.healthy ? "" : s.state === "failed" ? `The run has failed: ${s.state_text || "no reason is known"}`
-                                              : `The run hangs. ${s.health}`);
+                       : hangs ? `The run hangs. ${s.health}` : `Look at it: ${s.health}`);
 }
 
 let alarmed = "";
