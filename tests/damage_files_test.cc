@@ -327,6 +327,44 @@ TEST(Damage, OfTheNewestMakesTheNextOlderOneBeTaken) {
   report_cases("P11, P12 newest 1 to 4 of 4 damaged", cases);
 }
 
+// A scratch disk that is not mounted, and the like: the run does not begin anew.
+TEST(Damage, AFolderThatCannotBeListedIsNoEmptyOne) {
+  TemporaryFolder folder;
+  SmallRun run = tiny_run(folder / "run");
+  run.launch_steps = 4;
+  launch(run);
+  run.launch_steps = 0;
+  const fs::path all = checkpoints_folder(run.folder);
+  fs::rename(all, folder / "scratch");
+  const std::pair<const char*, std::function<void()>> kCases[] = {
+      {"a dangling symlink", [&] { fs::create_directory_symlink(folder / "gone", all); }},
+      {"a file", [&] { std::ofstream(all) << "scratch"; }},
+      {"a folder that is not ours",
+       [&] {
+         fs::create_directory(all);
+         fs::permissions(all, fs::perms::none);
+       }}};
+  int cases = 0;
+  for (const auto& [name, change] : kCases) {
+    change();
+    if (fs::is_directory(all) && ::access(all.c_str(), R_OK) == 0) {
+      std::printf("skipped: %s, for root may read it\n", name);
+    } else {
+      const std::string metrics = read_file(run.folder + "/metrics.jsonl");
+      const std::string why = message_of([&] { launch(run); });
+      EXPECT_NE(why.find("checkpoints: cannot be listed: "), std::string::npos) << name << why;
+      EXPECT_EQ(read_file(run.folder + "/metrics.jsonl"), metrics) << name;
+      EXPECT_FALSE(file_exists(run.folder + "/weights.tmp"));
+      ++cases;
+    }
+    fs::remove(all);
+  }
+  fs::rename(folder / "scratch", all);
+  launch(run);
+  EXPECT_EQ(newest_manifest(run.folder).step(), 8);
+  report_cases("P12 folders that cannot be listed", cases);
+}
+
 TEST(Damage, OtherPeoplesFilesAreHarmlessAndStay) {
   TemporaryFolder folder;
   SmallRun run = tiny_run(folder / "run");
