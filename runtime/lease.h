@@ -15,7 +15,7 @@ namespace moemamba {
 // Taking over is making the next one exclusively, so of several that try one succeeds. The owner
 // counts upwards in its file while it lives; nobody reads a clock of somebody else's.
 struct LeaseOwner {
-  std::string host, boot_id;
+  std::string host, boot_id;     // the latter with the namespace of its process numbers
   int64_t pid = 0, started = 0;  // the process and its start, in ticks since the boot
   bool released = false;
 };

@@ -3,8 +3,10 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -206,6 +208,43 @@ TEST(Lease, OfADeadProcessOrAReleasedOneIsFollowedAtOnce) {
     }
   }
   std::printf("P16: 10 dead owners and 10 released ones followed at once\n");
+}
+
+// Two containers of a host with one name, as MPI and NCCL like them: the owner's number is another
+// process's here, or none's. It lives nevertheless, and its beats say so.
+TEST(Lease, OfALivingOwnerAmongOtherProcessNumbersIsNotFollowed) {
+  MemoryFolder folder("lease");
+  SharedBoard shared;
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (unshare(CLONE_NEWPID | CLONE_NEWNS) != 0) _exit(77);
+    const pid_t owner = fork();  // number 1 among those of its own
+    if (owner == 0) {
+      if (mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+          mount("proc", "/proc", "proc", 0, nullptr) != 0)
+        _exit(77);
+      Lease lease(plain_disk(), folder / "run", Lease::Options{});
+      shared.board->ready = 1;
+      for (int i = 0; i < 2000 && !shared.board->go; ++i) nap(5);
+      shared.board->winners = lease.ours();
+      _exit(0);
+    }
+    int status = 0;
+    waitpid(owner, &status, 0);
+    _exit(WEXITSTATUS(status));
+  }
+  int status = 0;
+  while (shared.board->ready == 0 && waitpid(child, &status, WNOHANG) == 0) nap(5);
+  if (shared.board->ready == 0)
+    GTEST_SKIP() << "no right to a namespace of process numbers: exit code " << WEXITSTATUS(status);
+  EXPECT_NE(message_of([&] { Lease second(plain_disk(), folder / "run", Lease::Options{}); })
+                .find("process 1 on "),
+            std::string::npos);
+  shared.board->go = 1;
+  waitpid(child, &status, 0);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  EXPECT_EQ(shared.board->winners, 1) << "a second launch has followed";
 }
 
 // A zombie is dead too: mpirun reaps late.
