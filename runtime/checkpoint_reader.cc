@@ -53,8 +53,10 @@ std::string verdict(ProcessGroups& groups, Stream& stream, const std::string& ow
   return broadcast_blob(*groups.control, stream, worst);
 }
 
+// What is wrong with the checkpoint's files. What says nothing about these (no descriptor, no
+// memory, no thread left) is no damage: it ends this rank, and so the launch, and nothing is touched.
 template <class Work>
-std::string problem_of(Work&& work) {
+std::string problem_of(const std::string& path, Work&& work) {
   try {
     work();
     return "";
@@ -62,8 +64,12 @@ std::string problem_of(Work&& work) {
     throw;
   } catch (const OtherFormat&) {  // every rank finds the same
     throw;
-  } catch (const std::exception& error) {
+  } catch (const Unavailable&) {
+    throw;
+  } catch (const Error& error) {
     return *error.what() ? error.what() : "unknown";
+  } catch (const std::exception& error) {
+    throw Unavailable(concat(path, ": cannot be read now: ", error.what()));
   }
 }
 
@@ -178,7 +184,7 @@ namespace {
 // All ranks look at the same checkpoint; "" when every one of them found its share whole.
 std::string judge(ProcessGroups& groups, Stream& stream, const std::string& path,
                   std::unique_ptr<Checkpoint>& checkpoint) {
-  const std::string own = problem_of([&] {
+  const std::string own = problem_of(path, [&] {
     checkpoint = std::make_unique<Checkpoint>(path);
     checkpoint->verify_files(groups.rank, groups.layout.ranks());
   });
@@ -198,7 +204,8 @@ void read_all(ProcessGroups& groups, Stream& stream, const ParameterStore& store
               const Checkpoint& checkpoint) {
   const std::string other = checkpoint.differences(store);
   check(other.empty(), checkpoint.path(), ": this checkpoint belongs to another model:", other);
-  const std::string problem = verdict(groups, stream, problem_of([&] { checkpoint.load(store); }));
+  const std::string problem = verdict(
+      groups, stream, problem_of(checkpoint.path(), [&] { checkpoint.load(store); }));
   check(problem.empty(), problem);
 }
 

@@ -44,7 +44,8 @@ struct LoadRequest {
 // any layout's. Returns what its manifest says, without files and tensors. Damaged ones are named
 // and, once a good one is found, renamed. None there: nothing. Some there and none good, or the
 // newest whole one of another model or of a format that this program does not read: an Error, and
-// nothing is touched.
+// nothing is touched. Nor is it where one cannot be read for a reason that is not its own:
+// Unavailable.
 std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& groups,
                                               Stream& stream, const ParameterStore& store,
                                               const LoadRequest& request);

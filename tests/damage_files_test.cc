@@ -2,6 +2,7 @@
 // is left nothing is touched.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -363,6 +364,43 @@ TEST(Damage, AFolderThatCannotBeListedIsNoEmptyOne) {
   launch(run);
   EXPECT_EQ(newest_manifest(run.folder).step(), 8);
   report_cases("P12 folders that cannot be listed", cases);
+}
+
+// A launch that may open no more files finds no damage: it ends, and nothing is renamed.
+TEST(Damage, IsNotWhatALaunchWithoutDescriptorsFinds) {
+  TemporaryFolder folder;
+  const SmallRun run = tiny_run(folder / "run");
+  launch(run);
+  const auto before = tree_of(run.folder);
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  const int next = dup(0);
+  close(next);
+  int refused = 0, found = 0;
+  for (int more = 0; more < 12; ++more) {
+    rlimit few = limit;
+    few.rlim_cur = rlim_t(next + more);
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+    std::string said, why;
+    std::optional<CheckpointManifest> newest;
+    try {
+      newest = find_newest(run, &said);
+    } catch (const Error& error) {
+      why = error.what();
+    }
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    EXPECT_TRUE(tree_of(run.folder) == before) << more << " files: renamed\n" << said;
+    if (newest) {
+      EXPECT_EQ(newest->step(), 8) << said;
+      ++found;
+    } else {
+      EXPECT_NE(why.find("Too many open files"), std::string::npos) << why;
+      ++refused;
+    }
+  }
+  EXPECT_GE(refused, 2);
+  EXPECT_GE(found, 1);
+  report_cases("P11 launches without descriptors", refused);
 }
 
 TEST(Damage, OtherPeoplesFilesAreHarmlessAndStay) {
