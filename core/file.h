@@ -119,8 +119,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// A regular file for reading piece by piece; a symlink is not followed. Throws Unavailable where that
-// is so.
+// A regular file for reading piece by piece; a symlink is not followed. What it throws is
+// Unavailable where that is so.
 class InputFile {
  public:
   explicit InputFile(std::string path);

@@ -53,8 +53,8 @@ std::string verdict(ProcessGroups& groups, Stream& stream, const std::string& ow
   return broadcast_blob(*groups.control, stream, worst);
 }
 
-// What is wrong with the checkpoint's files. What says nothing about these (no descriptor, no
-// memory, no thread left) is no damage: it ends this rank, and so the launch, and nothing is touched.
+// What is wrong with the checkpoint's files. What says nothing about these (no descriptor, memory
+// or thread left) is no damage: it ends this rank, and so the launch, and nothing is touched.
 template <class Work>
 std::string problem_of(const std::string& path, Work&& work) {
   try {
@@ -191,13 +191,16 @@ std::string judge(ProcessGroups& groups, Stream& stream, const std::string& path
   return verdict(groups, stream, own);
 }
 
-// Out of the way of the step's next checkpoint, but kept.
-void set_aside(FileSystem& files, const std::string& run, int64_t generation,
+// Out of the way of the step's next checkpoint, but kept. Reading took its time: what is there now
+// may be a successor's.
+void set_aside(FileSystem& files, const LoadRequest& request,
                const std::vector<CheckpointPlace>& damaged) {
-  const std::string folder = checkpoints_folder(run);
-  for (const CheckpointPlace& place : damaged)
-    files.rename(place.path, damaged_place(run, place.step, generation));
-  if (!damaged.empty()) files.sync_folder(folder);
+  for (const CheckpointPlace& place : damaged) {
+    check(!request.may_write || request.may_write(), request.run,
+          ": another launch has taken over this run");
+    files.rename(place.path, damaged_place(request.run, place.step, request.generation));
+  }
+  if (!damaged.empty()) files.sync_folder(checkpoints_folder(request.run));
 }
 
 void read_all(ProcessGroups& groups, Stream& stream, const ParameterStore& store,
@@ -238,7 +241,7 @@ std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& 
       continue;
     }
     read_all(groups, stream, store, *checkpoint);
-    if (groups.rank == 0) set_aside(files, request.run, request.generation, damaged);
+    if (groups.rank == 0) set_aside(files, request, damaged);
     const CheckpointManifest& m = checkpoint->manifest().facts();
     say(concat(request.heading, path, "; ", layout_text(m, groups.layout), "; next sample ",
                m.next_sample(), "; loss was ", m.loss()));

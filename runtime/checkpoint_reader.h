@@ -38,6 +38,7 @@ struct LoadRequest {
   int64_t generation = 0;                       // of the lease; names damaged ones
   std::function<void(const std::string&)> say;  // rank 0: what was found, for people
   std::string_view heading = "resumed    ";     // how the line of the one that was loaded begins
+  std::function<bool()> may_write = {};  // rank 0: the lease is still ours; empty: always
 };
 
 // The newest checkpoint of the run that holds in every file, loaded by all ranks: any layout reads

@@ -245,6 +245,7 @@ void Lease::renew() {
       write(beats, false);
     } catch (const Error&) {  // a full disk: silence, and perhaps a successor, who is obeyed
     }
+    if (newest_lease(run_) > generation_) lost_ = true;
   }
 }
 

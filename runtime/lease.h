@@ -41,6 +41,8 @@ class Lease {
   void advance();
   // Nobody has taken over. Reads the disk.
   bool ours() const;
+  // Somebody has, as was seen at the latest beat. Reads nothing: for every step.
+  bool lost() const { return lost_; }
 
  private:
   void take();
@@ -58,6 +60,7 @@ class Lease {
   std::mutex mutex_;
   std::condition_variable wake_;
   bool ends_ = false;
+  std::atomic<bool> lost_ = false;
   std::thread heart_;
 };
 
