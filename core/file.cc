@@ -25,6 +25,15 @@ constexpr size_t kBuffered = 1 << 18;  // AtomicFile writes in pieces of this si
   throw Error(concat(path, ": cannot ", what, ": ", std::generic_category().message(reason)));
 }
 
+// The same of a file that is read.
+[[noreturn]] void refuse_reading(const std::string& path, const char* what, int reason) {
+  for (int passing : {EMFILE, ENFILE, ENOMEM, EAGAIN, EACCES, EPERM, ESTALE, ETIMEDOUT})
+    if (reason == passing)
+      throw Unavailable(
+          concat(path, ": cannot ", what, ": ", std::generic_category().message(reason)));
+  refuse(path, what, reason);
+}
+
 class Descriptor {
  public:
   explicit Descriptor(int fd) : fd_(fd) {}
@@ -296,9 +305,9 @@ MappedFile::~MappedFile() {
 
 InputFile::InputFile(std::string path) : path_(std::move(path)) {
   Descriptor file(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW));
-  if (file.get() < 0) refuse(path_, "open", errno);
+  if (file.get() < 0) refuse_reading(path_, "open", errno);
   struct stat about {};
-  if (::fstat(file.get(), &about) != 0) refuse(path_, "read", errno);
+  if (::fstat(file.get(), &about) != 0) refuse_reading(path_, "read", errno);
   check(S_ISREG(about.st_mode), path_, ": expected a regular file");
   bytes_ = int64_t(about.st_size);
   fd_ = file.release();
@@ -313,7 +322,7 @@ void InputFile::read_at(int64_t offset, void* to, size_t bytes) const {
   while (bytes > 0) {
     const ssize_t done = ::pread(fd_, into, bytes, offset);
     if (done < 0 && errno == EINTR) continue;
-    if (done < 0) refuse(path_, "read", errno);
+    if (done < 0) refuse_reading(path_, "read", errno);
     check(done > 0, path_, ": cut off at byte ", offset);
     into += done;
     offset += done;

@@ -6,7 +6,16 @@
 #include <string>
 #include <string_view>
 
+#include "core/error.h"
+
 namespace moemamba {
+
+// A file could not be opened or read for a reason that says nothing about its bytes: no descriptor
+// or memory left, no right to it, a stale handle.
+class Unavailable : public Error {
+ public:
+  using Error::Error;
+};
 
 // A file open for writing. Every failure is an Error that names the path and the system's reason.
 class OutputFile {
@@ -110,7 +119,8 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// A regular file for reading piece by piece; a symlink is not followed.
+// A regular file for reading piece by piece; a symlink is not followed. What it throws is
+// Unavailable where that is so.
 class InputFile {
  public:
   explicit InputFile(std::string path);

@@ -1,12 +1,14 @@
 #include "runtime/checkpoint_digests.h"
 
 #include <algorithm>
+#include <atomic>
 #include <future>
 #include <memory>
-#include <numeric>
+#include <semaphore>
 #include <span>
 #include <thread>
 
+#include "core/device.h"
 #include "core/file.h"
 #include "kernels/sha256.h"
 
@@ -142,6 +144,40 @@ void hash(const std::vector<std::unique_ptr<FileChain>>& files, int chunk) {
   for (FileChain* file : going) file->finish(chunk, blocks);
 }
 
+// Hashes chunks 0, 1, 0, .. as long as read() fills them. One thread of its own reads the next one
+// meanwhile, whatever their number: a thread for each would meet a limit of threads now and then.
+void read_ahead(FunctionRef<bool(int)> read, FunctionRef<void(int)> hash) {
+  std::counting_semaphore<> empty(2), full(0);
+  bool filled[2] = {};
+  std::atomic<bool> given_up = false;
+  std::future<void> reader = std::async(std::launch::async, [&] {
+    for (int chunk = 0;; chunk = 1 - chunk) {
+      empty.acquire();
+      if (given_up) return;
+      try {
+        filled[chunk] = read(chunk);
+      } catch (...) {
+        filled[chunk] = false;
+        full.release();
+        throw;
+      }
+      full.release();
+      if (!filled[chunk]) return;
+    }
+  });
+  try {
+    for (int chunk = 0; full.acquire(), filled[chunk]; chunk = 1 - chunk) {
+      hash(chunk);
+      empty.release();
+    }
+  } catch (...) {
+    given_up = true;
+    empty.release();
+    throw;
+  }
+  reader.get();
+}
+
 struct Wanted {
   const StoredFile* file;
   std::string* digest;
@@ -160,15 +196,12 @@ void digest_together(std::span<const Wanted> wanted, bool beside) {
   const auto read = [&](int chunk) {
     size_t most = 0;
     for (const auto& file : files) most = std::max(most, file->read(chunk));
-    return most;
+    return most > 0;
   };
-  size_t bytes = read(0);
-  for (int chunk = 0; bytes > 0; chunk = 1 - chunk) {
-    std::future<size_t> next = std::async(beside ? std::launch::async : std::launch::deferred,
-                                          [&, chunk] { return read(1 - chunk); });
-    hash(files, chunk);
-    bytes = next.get();
-  }
+  if (beside)
+    read_ahead(read, [&](int chunk) { hash(files, chunk); });
+  else
+    while (read(0)) hash(files, 0);
   for (size_t i = 0; i < files.size(); ++i) *digests[i] = files[i]->hex();
 }
 

@@ -28,11 +28,14 @@ std::optional<int64_t> number(std::string_view text) {
   return whole && !text.empty() && text[0] != '-' ? std::optional(value) : std::nullopt;
 }
 
+// A folder that is not there has none; one that cannot be read is an Error, for it may hold any.
 std::vector<std::string> names_in(const std::string& folder) {
   std::vector<std::string> names;
-  std::error_code error;
+  std::error_code error, missing;
   for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
     names.push_back(at->path().filename().string());
+  check(!error || fs::symlink_status(folder, missing).type() == fs::file_type::not_found, folder,
+        ": cannot be listed: ", error.message());
   std::sort(names.begin(), names.end());
   return names;
 }
@@ -108,10 +111,13 @@ std::vector<CheckpointPlace> list_checkpoints(const std::string& run) {
   const std::string folder = checkpoints_folder(run);
   std::vector<CheckpointPlace> places;
   for (const std::string& name : names_in(folder)) {
+    const std::optional<int64_t> step = step_of_name(name);
+    if (!step) continue;
     const std::string path = join_path(folder, name);
     std::error_code error;
-    if (fs::symlink_status(path, error).type() != fs::file_type::directory) continue;
-    if (const auto step = step_of_name(name)) places.push_back({*step, path});
+    const fs::file_type type = fs::symlink_status(path, error).type();
+    check(type != fs::file_type::none, path, ": cannot be looked at: ", error.message());
+    if (type == fs::file_type::directory) places.push_back({*step, path});
   }
   std::sort(places.begin(), places.end(),
             [](const auto& a, const auto& b) { return a.step > b.step; });

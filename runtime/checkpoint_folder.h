@@ -27,7 +27,7 @@ struct CheckpointPlace {
   std::string path;
 };
 // Newest first; only folders (no symlinks) with exactly such a name. A folder that is missing holds
-// none.
+// none; one that cannot be listed is an Error.
 std::vector<CheckpointPlace> list_checkpoints(const std::string& run);
 // The step, if `name` is a checkpoint's, else nothing.
 std::optional<int64_t> step_of_name(const std::string& name);

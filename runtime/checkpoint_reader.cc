@@ -53,8 +53,10 @@ std::string verdict(ProcessGroups& groups, Stream& stream, const std::string& ow
   return broadcast_blob(*groups.control, stream, worst);
 }
 
+// What is wrong with the checkpoint's files. What says nothing about these (no descriptor, memory
+// or thread left) is no damage: it ends this rank, and so the launch, and nothing is touched.
 template <class Work>
-std::string problem_of(Work&& work) {
+std::string problem_of(const std::string& path, Work&& work) {
   try {
     work();
     return "";
@@ -62,8 +64,12 @@ std::string problem_of(Work&& work) {
     throw;
   } catch (const OtherFormat&) {  // every rank finds the same
     throw;
-  } catch (const std::exception& error) {
+  } catch (const Unavailable&) {
+    throw;
+  } catch (const Error& error) {
     return *error.what() ? error.what() : "unknown";
+  } catch (const std::exception& error) {
+    throw Unavailable(concat(path, ": cannot be read now: ", error.what()));
   }
 }
 
@@ -178,27 +184,31 @@ namespace {
 // All ranks look at the same checkpoint; "" when every one of them found its share whole.
 std::string judge(ProcessGroups& groups, Stream& stream, const std::string& path,
                   std::unique_ptr<Checkpoint>& checkpoint) {
-  const std::string own = problem_of([&] {
+  const std::string own = problem_of(path, [&] {
     checkpoint = std::make_unique<Checkpoint>(path);
     checkpoint->verify_files(groups.rank, groups.layout.ranks());
   });
   return verdict(groups, stream, own);
 }
 
-// Out of the way of the step's next checkpoint, but kept.
-void set_aside(FileSystem& files, const std::string& run, int64_t generation,
+// Out of the way of the step's next checkpoint, but kept. Reading took its time: what is there now
+// may be a successor's.
+void set_aside(FileSystem& files, const LoadRequest& request,
                const std::vector<CheckpointPlace>& damaged) {
-  const std::string folder = checkpoints_folder(run);
-  for (const CheckpointPlace& place : damaged)
-    files.rename(place.path, damaged_place(run, place.step, generation));
-  if (!damaged.empty()) files.sync_folder(folder);
+  for (const CheckpointPlace& place : damaged) {
+    check(!request.may_write || request.may_write(), request.run,
+          ": another launch has taken over this run");
+    files.rename(place.path, damaged_place(request.run, place.step, request.generation));
+  }
+  if (!damaged.empty()) files.sync_folder(checkpoints_folder(request.run));
 }
 
 void read_all(ProcessGroups& groups, Stream& stream, const ParameterStore& store,
               const Checkpoint& checkpoint) {
   const std::string other = checkpoint.differences(store);
   check(other.empty(), checkpoint.path(), ": this checkpoint belongs to another model:", other);
-  const std::string problem = verdict(groups, stream, problem_of([&] { checkpoint.load(store); }));
+  const std::string problem = verdict(
+      groups, stream, problem_of(checkpoint.path(), [&] { checkpoint.load(store); }));
   check(problem.empty(), problem);
 }
 
@@ -231,7 +241,7 @@ std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& 
       continue;
     }
     read_all(groups, stream, store, *checkpoint);
-    if (groups.rank == 0) set_aside(files, request.run, request.generation, damaged);
+    if (groups.rank == 0) set_aside(files, request, damaged);
     const CheckpointManifest& m = checkpoint->manifest().facts();
     say(concat(request.heading, path, "; ", layout_text(m, groups.layout), "; next sample ",
                m.next_sample(), "; loss was ", m.loss()));

@@ -38,13 +38,15 @@ struct LoadRequest {
   int64_t generation = 0;                       // of the lease; names damaged ones
   std::function<void(const std::string&)> say;  // rank 0: what was found, for people
   std::string_view heading = "resumed    ";     // how the line of the one that was loaded begins
+  std::function<bool()> may_write = {};  // rank 0: the lease is still ours; empty: always
 };
 
 // The newest checkpoint of the run that holds in every file, loaded by all ranks: any layout reads
 // any layout's. Returns what its manifest says, without files and tensors. Damaged ones are named
 // and, once a good one is found, renamed. None there: nothing. Some there and none good, or the
 // newest whole one of another model or of a format that this program does not read: an Error, and
-// nothing is touched.
+// nothing is touched. Nor is it where one cannot be read for a reason that is not its own:
+// Unavailable.
 std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& groups,
                                               Stream& stream, const ParameterStore& store,
                                               const LoadRequest& request);

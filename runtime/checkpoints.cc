@@ -47,22 +47,39 @@ std::string Checkpoints::set_aside(const std::string& problem) {
   }
 }
 
-// "" where every rank found on the disk what it wrote; the same on all of them.
+// "" where every rank found on the disk what it wrote; the same on all of them. One that could not
+// be read, for a reason that is not its own, stays where it is.
 std::string Checkpoints::reread() {
   const auto start = Clock::now();
   const std::string path =
       join_path(checkpoints_folder(options_.writer.run), checkpoint_name(facts_.step));
-  std::string own;
+  std::string damage, trouble;
+  const auto told = [&](const std::exception& error) {
+    return concat("rank ", groups_.rank, ": ", error.what());
+  };
   try {
     reread_own_files(path, groups_.rank, groups_.layout.ranks());
-  } catch (const std::exception& error) {
-    own = concat("rank ", groups_.rank, ": ", error.what());
+  } catch (const Unavailable& error) {
+    trouble = told(error);
+  } catch (const Error& error) {
+    damage = told(error);
+  } catch (const std::exception& error) {  // no memory, no thread
+    trouble = told(error);
   }
   Stream stream = Stream::immediate();
+  const auto first_of_ranks = [&](const std::string& own) {
+    std::string first;
+    for (const std::string& of_rank : gather_blobs(*groups_.checkpoint, stream, own))
+      if (first.empty()) first = of_rank;
+    return first;
+  };
+  damage = first_of_ranks(damage);
+  trouble = first_of_ranks(trouble);
   std::string problem;
-  for (const std::string& of_rank : gather_blobs(*groups_.checkpoint, stream, own))
-    if (problem.empty()) problem = of_rank;
-  if (groups_.rank == 0 && !problem.empty()) problem = set_aside(problem);
+  if (groups_.rank == 0 && !damage.empty())
+    problem = set_aside(damage);
+  else if (groups_.rank == 0 && !trouble.empty())
+    problem = concat("it is there, but could not be read again: ", trouble);
   problem = broadcast_blob(*groups_.checkpoint, stream, problem);
   reread_seconds_ = since(start);
   return problem;

@@ -34,10 +34,16 @@ std::string first_line(const std::string& path) {
   return line;
 }
 
+// Containers of one host may share its name and its boot, but not the numbers of processes: whom
+// this one cannot see, it cannot call dead.
 LeaseOwner this_process() {
-  char host[256] = {};
+  char host[256] = {}, numbers[64] = {};
   gethostname(host, sizeof host - 1);
-  return {.host = host, .boot_id = boot_id(), .pid = getpid(), .started = process_start(getpid())};
+  const ssize_t known = readlink("/proc/self/ns/pid", numbers, sizeof numbers - 1);
+  return {.host = host,
+          .boot_id = concat(boot_id(), "/", known > 0 ? numbers : "?"),
+          .pid = getpid(),
+          .started = process_start(getpid())};
 }
 
 std::string path_of(const std::string& run, int64_t generation) {
@@ -244,6 +250,7 @@ void Lease::renew() {
       write(beats, false);
     } catch (const Error&) {  // a full disk: silence, and perhaps a successor, who is obeyed
     }
+    if (newest_lease(run_) > generation_) lost_ = true;
   }
 }
 

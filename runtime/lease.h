@@ -15,7 +15,7 @@ namespace moemamba {
 // Taking over is making the next one exclusively, so of several that try one succeeds. The owner
 // counts upwards in its file while it lives; nobody reads a clock of somebody else's.
 struct LeaseOwner {
-  std::string host, boot_id;
+  std::string host, boot_id;     // the latter with the namespace of its process numbers
   int64_t pid = 0, started = 0;  // the process and its start, in ticks since the boot
   bool released = false;
 };
@@ -43,6 +43,8 @@ class Lease {
   bool ours() const;
   // Another has taken over, for certain: a folder that cannot be read says nothing of that.
   bool replaced() const;
+  // Somebody has, as was seen at the latest beat. Reads nothing: for every step.
+  bool lost() const { return lost_; }
 
  private:
   void take();
@@ -60,6 +62,7 @@ class Lease {
   std::mutex mutex_;
   std::condition_variable wake_;
   bool ends_ = false;
+  std::atomic<bool> lost_ = false;
   std::thread heart_;
 };
 

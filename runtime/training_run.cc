@@ -161,7 +161,8 @@ std::optional<CheckpointManifest> TrainingRun::load(std::string_view heading) {
                            {.run = request_.run,
                             .generation = generation_,
                             .say = [this](const std::string& text) { say(text); },
-                            .heading = heading});
+                            .heading = heading,
+                            .may_write = [this] { return may_write(); }});
   if (!found) return found;
   session.store.values_changed();
   const uint64_t hash = hasher_.take(session.compute);
@@ -194,6 +195,7 @@ void TrainingRun::resume() {
     note("resumed", first_step_, concat("goes on after step ", first_step_));
   }
   if (!speaks()) return;
+  check_may_write();
   write_file(files_, join_path(request_.run, "config.textproto"), request_.resolved_text);
   cut_lines(files_, metrics_path(request_.run), first_step_);
   cut_lines(files_, samples_path(request_.run), first_step_);
@@ -246,6 +248,11 @@ bool TrainingRun::may_write() const {
     std::this_thread::sleep_for(kPause);
   }
   return false;
+}
+
+// What is in the folder is a successor's, if there is one.
+void TrainingRun::check_may_write() const {
+  check(!speaks() || may_write(), request_.run, ": another launch has taken over this run");
 }
 
 TrainResult TrainingRun::go() {

@@ -29,6 +29,7 @@ class TrainingRun {
   void resume();
   std::optional<CheckpointManifest> load(std::string_view heading);
   bool may_write() const;
+  void check_may_write() const;
   void open_reports();
   void open_checkpoints();
   void introduce();

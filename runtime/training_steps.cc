@@ -123,6 +123,7 @@ void TrainingRun::save_checkpoint(int64_t done) {
 
 void TrainingRun::save_weights_of(int64_t step) {
   const InPhase in_phase(groups_.activity, Phase::finishing);
+  check_may_write();
   Session& session = trainer_.session();
   WeightsMetadata metadata = describe_kind(request_.model, tokenizer_);
   metadata["config"] = request_.resolved_text;
@@ -150,6 +151,7 @@ void TrainingRun::after_step(StepRecord& record) {
   const int64_t done = record.step + 1;
   const auto due = [&](int64_t interval) { return interval > 0 && done % interval == 0; };
   const bool last = done == train.steps(), stops = trainer_.stopping() && !last;
+  check(!lease_ || !lease_->lost(), request_.run, ": another launch has taken over this run");
   checkpoints_->announce();
   record.failed_saves = checkpoints_->failed();
   record.skipped_steps = skipped_steps_;

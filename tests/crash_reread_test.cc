@@ -1,6 +1,8 @@
 // The newest checkpoint that was read whole is always kept: a disk that damages what it is given,
 // and says nothing, costs no more than the new ones.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -128,6 +130,46 @@ TEST(Reread, IsWhatKeepsThem) {
   EXPECT_EQ(save_all(c).failed, 0);
   EXPECT_EQ(steps_there(c.run), (std::vector<int64_t>{5, 4}));
   EXPECT_EQ(loaded_step(c.run), -1) << "not noticed: saves that nobody reads again";
+}
+
+// No descriptor is left when it is to be read again: that fails, but is no damage.
+TEST(Reread, LeavesInItsPlaceWhatCannotBeReadForAnotherReason) {
+  MemoryFolder folder("crash-reread");
+  const std::string run = folder / "run";
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  rlimit few = limit;
+  const int next = dup(0);
+  close(next);
+  few.rlim_cur = rlim_t(next);
+  std::vector<std::string> said;
+  in_world(RankLayout(1, 1, kStateExperts), [&](ProcessGroups& groups) {
+    StateHolder holder(groups);
+    SeamFiles files;
+    bool published = false;
+    files.after = [&](const FileCall& call) {
+      if (published && call.what == Call::sync_folder) setrlimit(RLIMIT_NOFILE, &few);
+      published = publishes(call);
+    };
+    Checkpoints checkpoints(files, groups, holder.store,
+                            {.writer = {.run = run, .generation = 1, .may_write = {}},
+                             .asynchronous = false,
+                             .retention = {},
+                             .say = [&](const std::string& text) {
+                               setrlimit(RLIMIT_NOFILE, &limit);
+                               said.push_back(text);
+                             }});
+    holder.fill(1);
+    checkpoints.save(facts_of(1));
+    EXPECT_EQ(checkpoints.failed(), 1);
+  });
+  setrlimit(RLIMIT_NOFILE, &limit);
+  ASSERT_EQ(said.size(), 1u);
+  EXPECT_NE(said[0].find("it is there, but could not be read again: rank 0: "), std::string::npos)
+      << said[0];
+  EXPECT_NE(said[0].find("Too many open files"), std::string::npos) << said[0];
+  EXPECT_EQ(steps_there(run), (std::vector<int64_t>{1}));
+  EXPECT_EQ(loaded_step(run), 1);
 }
 
 // Whichever file it is, and on whatever number of ranks: each reads its own.

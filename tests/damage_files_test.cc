@@ -2,6 +2,7 @@
 // is left nothing is touched.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -325,6 +326,81 @@ TEST(Damage, OfTheNewestMakesTheNextOlderOneBeTaken) {
   EXPECT_GE(runs, 5);
   std::printf("of them to their end: %d\n", runs);
   report_cases("P11, P12 newest 1 to 4 of 4 damaged", cases);
+}
+
+// A scratch disk that is not mounted, and the like: the run does not begin anew.
+TEST(Damage, AFolderThatCannotBeListedIsNoEmptyOne) {
+  TemporaryFolder folder;
+  SmallRun run = tiny_run(folder / "run");
+  run.launch_steps = 4;
+  launch(run);
+  run.launch_steps = 0;
+  const fs::path all = checkpoints_folder(run.folder);
+  fs::rename(all, folder / "scratch");
+  const std::pair<const char*, std::function<void()>> kCases[] = {
+      {"a dangling symlink", [&] { fs::create_directory_symlink(folder / "gone", all); }},
+      {"a file", [&] { std::ofstream(all) << "scratch"; }},
+      {"a folder that is not ours",
+       [&] {
+         fs::create_directory(all);
+         fs::permissions(all, fs::perms::none);
+       }}};
+  int cases = 0;
+  for (const auto& [name, change] : kCases) {
+    change();
+    if (fs::is_directory(all) && ::access(all.c_str(), R_OK) == 0) {
+      std::printf("skipped: %s, for root may read it\n", name);
+    } else {
+      const std::string metrics = read_file(run.folder + "/metrics.jsonl");
+      const std::string why = message_of([&] { launch(run); });
+      EXPECT_NE(why.find("checkpoints: cannot be listed: "), std::string::npos) << name << why;
+      EXPECT_EQ(read_file(run.folder + "/metrics.jsonl"), metrics) << name;
+      EXPECT_FALSE(file_exists(run.folder + "/weights.tmp"));
+      ++cases;
+    }
+    fs::remove(all);
+  }
+  fs::rename(folder / "scratch", all);
+  launch(run);
+  EXPECT_EQ(newest_manifest(run.folder).step(), 8);
+  report_cases("P12 folders that cannot be listed", cases);
+}
+
+// A launch that may open no more files finds no damage: it ends, and nothing is renamed.
+TEST(Damage, IsNotWhatALaunchWithoutDescriptorsFinds) {
+  TemporaryFolder folder;
+  const SmallRun run = tiny_run(folder / "run");
+  launch(run);
+  const auto before = tree_of(run.folder);
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  const int next = dup(0);
+  close(next);
+  int refused = 0, found = 0;
+  for (int more = 0; more < 12; ++more) {
+    rlimit few = limit;
+    few.rlim_cur = rlim_t(next + more);
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+    std::string said, why;
+    std::optional<CheckpointManifest> newest;
+    try {
+      newest = find_newest(run, &said);
+    } catch (const Error& error) {
+      why = error.what();
+    }
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    EXPECT_TRUE(tree_of(run.folder) == before) << more << " files: renamed\n" << said;
+    if (newest) {
+      EXPECT_EQ(newest->step(), 8) << said;
+      ++found;
+    } else {
+      EXPECT_NE(why.find("Too many open files"), std::string::npos) << why;
+      ++refused;
+    }
+  }
+  EXPECT_GE(refused, 2);
+  EXPECT_GE(found, 1);
+  report_cases("P11 launches without descriptors", refused);
 }
 
 TEST(Damage, OtherPeoplesFilesAreHarmlessAndStay) {

@@ -52,9 +52,14 @@ TEST_F(HostsTest, MpirunStartsADaemonOnEachOther) {
     EXPECT_EQ(count(result.out, "h0 " + *this / "hosts/tmp-h0 "), 2) << result.out;
     EXPECT_EQ(count(result.out, "h1 " + *this / "hosts/tmp-h1 nothing"), 2) << result.out;
   });
-  for (int i = 0; i < 600 && hosts.processes(1, "orted").empty(); ++i)
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  EXPECT_EQ(hosts.processes(1, "orted").size(), 1u);
+  // A child of the daemon has its name until it becomes one of the job's processes.
+  const auto daemon_and_ranks = [&] {
+    return hosts.processes(1, "orted").size() == 1 && hosts.processes(1, "sleep").size() == 2;
+  };
+  bool up = false;
+  for (int i = 0; i < 600 && !up; ++i, std::this_thread::sleep_for(std::chrono::milliseconds(50)))
+    up = daemon_and_ranks();
+  EXPECT_TRUE(up);
   EXPECT_EQ(hosts.processes(0, "orted").size(), 0u);
   EXPECT_EQ(hosts.processes(0, "mpirun").size(), 1u);
   put("go", "");

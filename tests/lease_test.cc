@@ -3,8 +3,10 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -19,6 +21,7 @@
 #include "tests/support/checkpoint_cases.h"
 #include "tests/support/in_world.h"
 #include "tests/support/seam_files.h"
+#include "tests/support/small_run.h"
 #include "tests/support/soak.h"
 #include "tests/support/temporary_folder.h"
 
@@ -206,6 +209,43 @@ TEST(Lease, OfADeadProcessOrAReleasedOneIsFollowedAtOnce) {
     }
   }
   std::printf("P16: 10 dead owners and 10 released ones followed at once\n");
+}
+
+// Two containers of a host with one name, as MPI and NCCL like them: the owner's number is another
+// process's here, or none's. It lives nevertheless, and its beats say so.
+TEST(Lease, OfALivingOwnerAmongOtherProcessNumbersIsNotFollowed) {
+  MemoryFolder folder("lease");
+  SharedBoard shared;
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (unshare(CLONE_NEWPID | CLONE_NEWNS) != 0) _exit(77);
+    const pid_t owner = fork();  // number 1 among those of its own
+    if (owner == 0) {
+      if (mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
+          mount("proc", "/proc", "proc", 0, nullptr) != 0)
+        _exit(77);
+      Lease lease(plain_disk(), folder / "run", Lease::Options{});
+      shared.board->ready = 1;
+      for (int i = 0; i < 2000 && !shared.board->go; ++i) nap(5);
+      shared.board->winners = lease.ours();
+      _exit(0);
+    }
+    int status = 0;
+    waitpid(owner, &status, 0);
+    _exit(WEXITSTATUS(status));
+  }
+  int status = 0;
+  while (shared.board->ready == 0 && waitpid(child, &status, WNOHANG) == 0) nap(5);
+  if (shared.board->ready == 0)
+    GTEST_SKIP() << "no right to a namespace of process numbers: exit code " << WEXITSTATUS(status);
+  EXPECT_NE(message_of([&] { Lease second(plain_disk(), folder / "run", Lease::Options{}); })
+                .find("process 1 on "),
+            std::string::npos);
+  shared.board->go = 1;
+  waitpid(child, &status, 0);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+  EXPECT_EQ(shared.board->winners, 1) << "a second launch has followed";
 }
 
 // A zombie is dead too: mpirun reaps late.
@@ -458,6 +498,55 @@ TEST(Lease, ThatWasLostLeavesNoHalfThoughItsSuccessorDiesBeforeItSaves) {
   EXPECT_GT(published, 0);
   std::printf("P17: %lld owners stopped amid links whose successor died, %lld had committed\n",
               static_cast<long long>(cases), static_cast<long long>(published));
+}
+
+// What the folder looks like to an owner that has a successor.
+void follow(const std::string& run) {
+  std::ofstream(join_path(run, "lease/00000009")) << "elsewhere boot 1 1 0 5\n";
+}
+
+// Reading takes minutes; what is under a damaged one's name then may be the successor's.
+TEST(Lease, ThatWasLostWhileLoadingLeavesDamagedOnesAlone) {
+  MemoryFolder folder("lease-load");
+  const std::string run = folder / "run";
+  for (int64_t step : {1, 2}) EXPECT_EQ(save({.run = run, .step = step})[0], "");
+  flip_bit(list_checkpoints(run)[0].path + "/model-00001-of-00002.safetensors", 999);
+  Lease lease(plain_disk(), run, {});
+  in_world(RankLayout(1, 1, kStateExperts), [&](ProcessGroups& groups) {
+    StateHolder holder(groups);
+    Stream stream = Stream::immediate();
+    const std::string why = message_of([&] {
+      load_newest(plain_disk(), groups, stream, holder.store,
+                  {.run = run,
+                   .generation = 1,
+                   .say = [&](const std::string&) { follow(run); },  // of the damaged one
+                   .may_write = [&] { return lease.ours(); }});
+    });
+    EXPECT_NE(why.find("another launch has taken over this run"), std::string::npos) << why;
+  });
+  EXPECT_EQ(list_checkpoints(run).size(), 2u) << "set aside by a stale owner";
+}
+
+// Seen by a beat between steps, or by nobody until the run's end.
+TEST(Lease, ThatWasLostEndsTheRunBeforeItWritesMore) {
+  for (bool at_the_end : {false, true}) {
+    SCOPED_TRACE(at_the_end ? "at the end" : "between steps");
+    TemporaryFolder folder;
+    SmallRun run{.folder = folder / "run", .ranks = 2, .expert = 2, .steps = 8};
+    run.before_step = [&](int rank, int64_t step) {
+      if (rank != 0 || step != (at_the_end ? 7 : 3)) return;
+      follow(run.folder);
+      if (!at_the_end) nap(700);
+    };
+    run.change = [&](int, TrainRequest& request) {
+      request.checkpoint.set_lease_seconds(at_the_end ? 60 : 1);
+    };
+    const std::string why = message_of([&] { launch(run); });
+    EXPECT_NE(why.find("another launch has taken over this run"), std::string::npos) << why;
+    EXPECT_LE(steps_of(run.folder).size(), at_the_end ? 8u : 3u);
+    EXPECT_FALSE(file_exists(run.folder + "/weights"));
+    EXPECT_TRUE(list_checkpoints(run.folder).empty());
+  }
 }
 
 }  // namespace

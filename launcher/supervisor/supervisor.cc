@@ -219,16 +219,18 @@ bool Supervisor::go_on_with(const JobState& before) {
 }
 
 // Those of a run that is to be overwritten say nothing of the one that takes its place.
+// What cannot be read leaves the last known: the ranks will say what is wrong with it.
 void Supervisor::look_at_checkpoints() {
-  view_.saved_step = -1;
-  if (file_exists(overwriting_mark(run_))) return view_.run_id.clear();
-  const auto checkpoints = list_checkpoints(run_);
-  if (checkpoints.empty()) return;
-  view_.saved_step = checkpoints.front().step;
-  if (!view_.run_id.empty()) return;
+  if (file_exists(overwriting_mark(run_))) {
+    view_.saved_step = -1;
+    return view_.run_id.clear();
+  }
   try {
+    const auto checkpoints = list_checkpoints(run_);
+    view_.saved_step = checkpoints.empty() ? -1 : checkpoints.front().step;
+    if (checkpoints.empty() || !view_.run_id.empty()) return;
     view_.run_id = Checkpoint(checkpoints.front().path).manifest().facts().run_id();
-  } catch (const std::exception&) {  // the ranks will say what is wrong with it
+  } catch (const std::exception&) {
   }
 }
 
