@@ -63,6 +63,9 @@ ssize_t write(int fd, const void* data, size_t bytes) {
 int fsync(int fd) {
   return fails() ? -1 : int(syscall(SYS_fsync, fd));
 }
+int ftruncate(int fd, off_t bytes) noexcept {
+  return fails() ? -1 : int(syscall(SYS_ftruncate, fd, bytes));
+}
 int open(const char* path, int flags, ...) {
   if ((flags & O_ACCMODE) != O_RDONLY && fails()) return -1;
   return int(syscall(SYS_openat, AT_FDCWD, path, flags, 0666));

@@ -1,7 +1,9 @@
 #include "core/file.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <csignal>
 #include <cstdlib>
 #include <vector>
 
@@ -111,6 +113,31 @@ TEST(File, IsTheSamePastThePageCacheOrNot) {
   expect_direct_files_are_the_same(folder.path());
   const MemoryFolder memory("file-test");  // where there is nothing else but the cache
   expect_direct_files_are_the_same(memory.path());
+}
+
+// The end of a file past the page cache is a whole block for a moment, which there is no room for.
+TEST(File, EndsWhereItMayNotBeLonger) {
+  const TemporaryFolder folder;
+  const Aligned memory;
+  PosixFileSystem files;
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  for (size_t rest : {size_t{1}, size_t{512}, size_t{3072}}) {
+    const size_t bytes = 2 * kDirectBlock + rest;
+    const rlimit just{bytes, before.rlim_max};
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &just), 0);
+    const std::string path = folder / concat(rest);
+    const auto file = files.open(path, OpenMode::create_direct);
+    file->write(memory.data, bytes);
+    file->sync();
+    EXPECT_NE(message_of([&] { file->write("x", 1); }).find(path + ": cannot write"),
+              std::string::npos);
+    file->close();
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &before), 0);
+    EXPECT_TRUE(read_file(path) == std::string_view(memory.data, bytes)) << rest;
+  }
+  std::signal(SIGXFSZ, handler);
 }
 
 TEST(File, SaysWhichFileAndWhy) {
