@@ -81,22 +81,23 @@ class SpokenFor : public ProgramTest {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   }
   // A rank of the attempt at hand, once that is `attempt`, of another machine.
-  std::unique_ptr<ControlPeer> join(int64_t attempt, int rank, const std::string& host) {
+  std::unique_ptr<ControlPeer> join(int64_t attempt, int rank, const std::string& host,
+                                    int ranks = 2) {
     std::optional<JobState> state;
     EXPECT_TRUE(wait_until([&] {
       state = read_job_state(in_run("supervisor"));
       return state && state->running && state->attempt == attempt;
     })) << said();
     job_ = state ? state->job : "";
-    return come(rank, host);
+    return come(rank, host, ranks);
   }
-  std::unique_ptr<ControlPeer> come(int rank, const std::string& host) {
+  std::unique_ptr<ControlPeer> come(int rank, const std::string& host, int ranks = 2) {
     const std::string address = read_file(in_run("supervisor/address"));
     auto peer = std::make_unique<ControlPeer>(address.substr(0, address.find('\n')));
     Hello hello;
     hello.set_job(job_);
     hello.set_rank(rank);
-    hello.set_ranks(2);
+    hello.set_ranks(ranks);
     hello.set_host(host);
     hello.set_pid(100 + rank);
     hello.set_pid_started(1);
@@ -176,6 +177,33 @@ TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
   const auto state = read_job_state(in_run("supervisor"));
   ASSERT_TRUE(state);
   EXPECT_EQ(state->memory.failures, (std::map<std::string, int64_t>{{"node1", 1}})) << said();
+  kill(launcher, SIGKILL);
+  end_of(launcher);
+}
+
+// A machine that is cut off: the next attempt is without it, the one after that tries it again.
+TEST_F(SpokenFor, AMachineThatDoesNotAnswerIsLeftOutOfOneAttempt) {
+  put("hosts", "node0 slots=1\nnode1 slots=1\n");
+  const pid_t launcher = start(words() +
+                               "--launch.hostfile=hosts --launch.control_address=127.0.0.1 "
+                               "--launch.min_ranks=1 --launch.lost_seconds=1 "
+                               "--launch.fence_seconds=2 --launch.backoff_seconds=0");
+  {
+    auto one = join(1, 0, "node0"), cut_off = join(1, 1, "node1");
+    ControlWord beat;
+    beat.mutable_heartbeat()->set_number(1);
+    ASSERT_TRUE(wait_until([&] {
+      one->send(beat);
+      return events_of("lost") == 1;
+    })) << said();
+    one.reset();
+    one = join(2, 0, "node0", 1);
+    EXPECT_EQ(content(in_run("supervisor/hosts")), "node0 slots=1\n");
+    EXPECT_EQ(events_of("host_left_out"), 1) << said();
+    EXPECT_EQ(count(said(), "node1 is left out of the next attempt"), 1) << said();
+  }
+  auto one = join(3, 0, "node0"), other = join(3, 1, "node1");
+  EXPECT_EQ(content(in_run("supervisor/hosts")), "node0 slots=1\nnode1 slots=1\n");
   kill(launcher, SIGKILL);
   end_of(launcher);
 }

@@ -263,7 +263,7 @@ void Supervisor::reset_view(int ranks, int expert) {
   view_.state = RunState::starting;
   view_.of_ranks.assign(size_t(ranks), {});
   for (int rank = 0; rank < ranks; ++rank) view_.of_ranks[size_t(rank)].rank = rank;
-  view_.hosts_left_out = recovery_->memory().left_out;
+  view_.hosts_left_out = recovery_->left_out();
   links_.clear();
   links_.resize(size_t(ranks));
   watch_ = std::make_unique<Watch>(limits_of(launch_), ranks);
@@ -285,7 +285,7 @@ std::vector<std::string> Supervisor::command_of_attempt() {
     command.words.push_back("--overwrite=false");  // done
   const std::vector<HostSlots> hosts = recovery_->hosts();
   if (!request_.srun_options.empty()) {
-    command.hosts_left_out = recovery_->memory().left_out;
+    command.hosts_left_out = recovery_->left_out();
     if (!command.hosts_left_out.empty()) command.hosts = int(hosts.size());
     command.options.insert(command.options.begin(), request_.srun_options.begin(),
                            request_.srun_options.end());
