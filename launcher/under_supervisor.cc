@@ -114,6 +114,9 @@ bool run_with_goodbye(Agent* agent, FunctionRef<bool()> work) {
   } catch (const PeerLost& error) {
     say(Goodbye::LOST, error.what());
     throw;
+  } catch (const RunEnds& error) {
+    say(Goodbye::FINAL, error.what());
+    throw;
   } catch (const std::exception& error) {
     say(Goodbye::FAILED, error.what());
     throw;

@@ -25,7 +25,8 @@ AttemptEnd lost_at(int64_t step, int64_t saved, std::vector<std::string> hosts =
 }
 
 TEST(Recovery, EndsWithTheExitCodeOfEachEnd) {
-  const std::pair<Kind, int> cases[] = {{Kind::done, 0}, {Kind::stopped, 75}, {Kind::settings, 2}};
+  const std::pair<Kind, int> cases[] = {
+      {Kind::done, 0}, {Kind::stopped, 75}, {Kind::settings, 2}, {Kind::gave_up, 1}};
   for (const auto& [kind, code] : cases) {
     Recovery recovery(options_of(2), {});
     const Verdict verdict = recovery.after({.kind = kind});

@@ -245,6 +245,16 @@ TEST_F(Supervised, ACrashLoopIsReportedInsteadOfRepeated) {
   EXPECT_EQ(list_checkpoints(run()).front().step, 20);
 }
 
+// The settings say so: another attempt would meet the same.
+TEST_F(Supervised, AStepThatIsNotFiniteEndsTheRunOnceWhereItIsToStop) {
+  const pid_t launcher = start("launch --drill 'nan rank=1 step=25 times=always'" + words(60) +
+                               "--train.on_nonfinite=STOP");
+  EXPECT_EQ(end_of(launcher), 1) << story();
+  EXPECT_EQ(events_of("failed"), 2) << story();  // the attempt, and with it the run
+  EXPECT_EQ(events_of("restarting"), 0) << story();
+  EXPECT_GE(count(said(), "train.on_nonfinite=STOP ends the run here"), 1) << story();
+}
+
 TEST_F(Supervised, ASignalSavesAndTheSameCommandGoesOn) {
   const std::pair<int, int> cases[] = {{SIGTERM, 75}, {SIGUSR1, 75}, {SIGINT, 130}};
   int64_t before = -1;

@@ -127,6 +127,8 @@ Verdict Recovery::after(const AttemptEnd& end) {
     case Kind::settings:
       if (memory_.trained) break;  // they were right before: a GPU is gone, a file cannot be read
       return {.restarts = false, .exit_code = kExitSettings, .text = end.text};
+    case Kind::gave_up:
+      return give_up(end.text);
     case Kind::failed:
     case Kind::lost:
     case Kind::not_begun:

@@ -23,6 +23,7 @@ struct AttemptEnd {
     done,       // after the last step
     stopped,    // as asked
     settings,   // wrong ones; of a run that has trained with them: an error of the machine
+    gave_up,    // as its settings say; another attempt would meet the same
     failed,     // an error that a rank has named
     lost,       // ranks died, hang or fell silent
     not_begun,  // ended before all ranks had come

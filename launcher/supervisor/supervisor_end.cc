@@ -64,6 +64,9 @@ void Supervisor::judge() {
                         .rank = rank,
                         .event = "failed",
                         .text = rank >= 0 ? text_of(rank) : "wrong settings; which, see above"});
+  if (const int rank = said(Goodbye::FINAL); rank >= 0)
+    return end_attempt(
+        {.kind = Kind::gave_up, .rank = rank, .event = "failed", .text = text_of(rank)});
   if (const int rank = said(Goodbye::FAILED); rank >= 0)
     return end_attempt(
         {.kind = Kind::failed, .rank = rank, .event = "failed", .text = text_of(rank)});
