@@ -418,5 +418,36 @@ TEST(Leftovers, OfTheJobAtHandAreRemovedAndNothingElse) {
   fs::remove(foreign);
 }
 
+// The attempt after it has no process of it to ask.
+TEST(Leftovers, AreKnownToTheNextAttemptByTheirFile) {
+  namespace fs = std::filesystem;
+  TemporaryFolder folder;
+  const std::string one = folder / "ompi.here.0/pid.123", two = folder / "ompi.here.0/pid.124";
+  const std::string odd = folder / "elsewhere";
+  const uint32_t job = 0xfd000000u + uint32_t(getpid());
+  char name[300];
+  std::snprintf(name, sizeof name, "vader_segment.%s.%u.%x.", this_host().c_str(),
+                unsigned(getuid()), job);
+  const std::string segment = concat("/dev/shm/", name, "3");
+  for (const std::string& path : {one, two, odd}) fs::create_directories(path);
+  std::ofstream(segment) << "x";
+  const std::string file = folder.put("leftovers", one + "\n" + two + "\n" + name + "\n" + odd +
+                                                       "\nompi.x/../pid\n\nvader_segment.\n");
+  Leftovers first, own, again;
+  first.learn_from_file(file);
+  own.learn_from_file(folder.put("own", two + "\n"));
+  PosixFileSystem files;
+  first.save(files, folder / "again");
+  again.learn_from_file(folder / "again");
+  again.learn_from_file(folder / "missing");
+  again.spare(own);
+  again.remove();
+  EXPECT_FALSE(fs::exists(one));
+  EXPECT_TRUE(fs::exists(two));
+  EXPECT_TRUE(fs::exists(odd));
+  EXPECT_FALSE(fs::exists(segment));
+  fs::remove(segment);
+}
+
 }  // namespace
 }  // namespace moemamba
