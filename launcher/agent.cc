@@ -20,6 +20,7 @@
 #include <optional>
 #include <thread>
 
+#include "core/digest.h"
 #include "core/error.h"
 #include "launcher/agent_outbox.h"
 #include "launcher/agent_parts.h"
@@ -286,7 +287,8 @@ void Agent::Inner::look_around() {
 void Agent::Inner::connect(const tcp::endpoint& endpoint) {
   at_ = At::connecting;
   heard_ = boot_seconds();
-  reader_ = ControlReader();
+  reader_ = ControlReader(kMostGreetingBytes);
+  hello_.clear_nonce();
   socket_ = tcp::socket(context_);
   socket_.async_connect(endpoint, guarded([this](const error_code& error) {
                           if (error) return drop();
@@ -331,7 +333,10 @@ void Agent::Inner::read() {
                           }));
 }
 
+// Who has not proven to be the supervisor is not obeyed: when that died, anybody may listen at its
+// address.
 void Agent::Inner::take(const ControlWord& word) {
+  if (at_ != At::in && !word.has_challenge() && !word.has_welcome()) return;
   heard_ = boot_seconds();
   switch (word.word_case()) {
     case ControlWord::kChallenge:
@@ -355,6 +360,8 @@ void Agent::Inner::take(const ControlWord& word) {
 
 void Agent::Inner::greet(const Challenge& challenge) {
   check_challenge(challenge);
+  check(at_ == At::greeting && !hello_.has_nonce(), "the supervisor challenges this rank twice");
+  hello_.set_nonce(random_bytes(kNonceBytes));
   ControlWord word;
   *word.mutable_hello() = hello_;
   word.mutable_hello()->set_proof(
@@ -366,6 +373,8 @@ void Agent::Inner::greet(const Challenge& challenge) {
 
 void Agent::Inner::welcome(const Welcome& word) {
   if (at_ != At::greeting) return;
+  check_welcome(word, secret_, hello_);
+  reader_.allow(kMostControlBytes);
   at_ = At::in;
   alive_ = std::max(alive_, beat_);
   generation = word.generation();

@@ -9,6 +9,7 @@ namespace moemamba {
 class EventsFile {
  public:
   explicit EventsFile(const std::string& run);
+  const std::string& path() const { return path_; }
 
   struct Event {
     double wall_seconds = 0;  // since 1970

@@ -54,6 +54,11 @@ void place(const LaunchConfig& launch, LaunchRequest& request) {
     request.hosts = std::move(allocation->hosts);
     request.srun_options = allocation->srun_options;
     slots = allocation->ranks;
+    if (slots < 1 && request.ranks == 0)
+      throw BadSettings(
+          "--ranks: this is a Slurm job that says neither SLURM_NTASKS nor SLURM_TASKS_PER_NODE; "
+          "ask Slurm for --ntasks=N or --ntasks-per-node=N, or give --ranks=N for ranks of this "
+          "machine alone");
   }
   if (slots > 0 && request.ranks > slots)
     throw BadSettings(concat("--ranks=", request.ranks, ": the machines take ", slots,

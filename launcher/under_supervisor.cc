@@ -1,5 +1,7 @@
 #include "launcher/under_supervisor.h"
 
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 
@@ -7,6 +9,8 @@
 #include "core/schema.h"
 #include "launcher/launch.h"
 #include "launcher/process_sweep.h"
+#include "launcher/supervisor/hosts.h"
+#include "launcher/supervisor/leftovers.h"
 #include "runtime/session.h"
 
 namespace moemamba {
@@ -31,11 +35,29 @@ std::string gpu_name(const RunConfig& config) {
   return size_t(own) < gpus.size() ? concat(gpus[size_t(own)].name, " (", own, ")") : "";
 }
 
+// Open MPI's names on this machine, of the attempt at hand: the next one removes what they leave
+// here, where no supervisor sees to it.
+std::string leftovers_file() {
+  return join_path(variable(kSupervisorVariable), "leftovers-" + this_host());
+}
+
+void keep_leftovers(const Leftovers& leftovers) {
+  PosixFileSystem files;
+  try {
+    leftovers.save(files, leftovers_file());
+  } catch (const Error&) {  // a full disk: then they stay
+  }
+}
+
 void sweep_earlier_attempts() {
   const std::string key = variable(kRunKeyVariable), job = variable(kJobVariable);
   if (key.empty() || started_local_rank() != 0) return;
   const ProcessMark mark{.has = {concat(kRunKeyVariable, "=", key)},
                          .lacks = {concat(kJobVariable, "=", job)}};
+  Leftovers own, earlier;
+  own.learn_from_rank(getpid());
+  earlier.learn_from_file(leftovers_file());
+  for (const FoundProcess& process : marked_processes(mark)) earlier.learn_from_rank(process.pid);
   const Swept swept = sweep_processes(mark, kSweep);
   if (!swept.killed.empty())
     std::fprintf(stderr, "moemamba: rank %d: ended what an earlier attempt has left: %s\n",
@@ -43,6 +65,10 @@ void sweep_earlier_attempts() {
   if (!swept.left.empty())
     std::fprintf(stderr, "moemamba: rank %d: still there, with SIGKILL: %s; going on beside it\n",
                  started_rank(), describe(swept.left).c_str());
+  earlier.spare(own);
+  if (swept.left.empty()) earlier.remove();
+  earlier.learn_from_rank(getpid());
+  keep_leftovers(earlier);
 }
 
 // What is used of the GPU, by anybody, now and then.
@@ -113,6 +139,9 @@ bool run_with_goodbye(Agent* agent, FunctionRef<bool()> work) {
     throw;
   } catch (const PeerLost& error) {
     say(Goodbye::LOST, error.what());
+    throw;
+  } catch (const RunEnds& error) {
+    say(Goodbye::FINAL, error.what());
     throw;
   } catch (const std::exception& error) {
     say(Goodbye::FAILED, error.what());

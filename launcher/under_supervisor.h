@@ -13,7 +13,8 @@ namespace moemamba {
 // A rank of `train` that moemamba launch has started.
 
 // Its agent, once the supervisor has taken this rank in; what earlier attempts have left on this
-// machine is gone then (its first rank sees to it, before MPI starts). Null: there is no
+// machine, processes and Open MPI's files, is gone then (its first rank sees to it, before MPI
+// starts). Null: there is no
 // supervisor. stop: as Agent's.
 std::unique_ptr<Agent> join_supervisor(const RunConfig& config, std::function<void()> stop);
 

@@ -104,6 +104,19 @@ void check_hello(const Hello& hello, std::string_view secret, std::string_view n
   check(equal_in_constant_time(hello.proof(),
                                control_proof(secret, nonce, hello.job(), hello.rank())),
         "who says to be rank ", hello.rank(), " does not know the secret of this run");
+  check(hello.nonce().size() == kNonceBytes, "the nonce of rank ", hello.rank(), " has ",
+        hello.nonce().size(), " bytes, expected ", kNonceBytes);
+}
+
+std::string supervisor_proof(std::string_view secret, const Hello& hello) {
+  return hmac_sha256(secret,
+                     concat("supervisor\n", hello.nonce(), "\n", hello.job(), "\n", hello.rank()));
+}
+
+void check_welcome(const Welcome& welcome, std::string_view secret, const Hello& hello) {
+  check(equal_in_constant_time(welcome.proof(), supervisor_proof(secret, hello)),
+        "who listens at the supervisor's address does not know the secret of this run; nothing "
+        "that it says is obeyed");
 }
 
 void check_challenge(const Challenge& challenge) {

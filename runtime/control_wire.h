@@ -10,9 +10,10 @@
 namespace moemamba {
 
 // Ranks and the supervisor of their run: how words of control.proto become bytes and back, and how
-// a rank proves that it belongs to the run. Nothing here knows of sockets.
+// a rank and a supervisor prove to each other that they belong to the run. Nothing here knows of
+// sockets.
 
-constexpr uint32_t kControlProtocol = 1;
+constexpr uint32_t kControlProtocol = 2;
 constexpr size_t kMostControlBytes = 65536;  // of a word
 constexpr size_t kMostGreetingBytes = 1024;  // of a word from whom nothing is known yet
 constexpr size_t kMostChoices = 8192;        // of ExpertLoad
@@ -50,6 +51,10 @@ std::string control_proof(std::string_view secret, std::string_view nonce, std::
 void check_hello(const Hello& hello, std::string_view secret, std::string_view nonce);
 // An Error unless the challenge is of this protocol.
 void check_challenge(const Challenge& challenge);
+// Welcome.proof, in answer to a Hello. No proof of a rank is one of a supervisor.
+std::string supervisor_proof(std::string_view secret, const Hello& hello);
+// An Error unless its proof is right for this Hello.
+void check_welcome(const Welcome& welcome, std::string_view secret, const Hello& hello);
 
 // The secret in `folder` (<run>/supervisor), made where there is none; the folder is then made as
 // well, for this user alone. Of several that make one at a time, all get the same.

@@ -160,6 +160,17 @@ int64_t JsonReader::integer() {
   return int64_t(value);
 }
 
+double JsonReader::number() {
+  if (peek() != '-' && !is_digit(peek())) refuse("a number");
+  const size_t begin = at_;
+  take_number();
+  double value = 0;
+  if (std::from_chars(text_.data() + begin, text_.data() + at_, value).ec == std::errc())
+    return value;
+  at_ = begin;
+  refuse("a number that a double takes");
+}
+
 void JsonReader::take_number() {
   const auto digits = [&] {
     const size_t begin = at_;

@@ -23,6 +23,7 @@ class JsonReader {
   void list(FunctionRef<void()> element);
   std::string_view string();  // between its quotes, escapes as they stand
   int64_t integer();          // from 0 to 2^62 - 1
+  double number();            // any number
   void skip();                // any value
   void end();                 // nothing comes any more
 

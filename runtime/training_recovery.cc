@@ -109,12 +109,15 @@ void TrainingRun::leave_out(int64_t k, const std::string& what) {
   const bool stops = request_.train.on_nonfinite() == TrainConfig::STOP;
   const bool many = ++skipped_in_a_row_ >= kMostSkipped;
   if (stops || many) checkpoints_->finish();  // a save that is on its way is worth waiting for
-  check(!stops, place_of(k), ": ", tried, "; train.on_nonfinite=STOP ends the run here. Look at ",
-        "these samples, try a lower train.lr or train.grad_clip, or leave the samples out: ",
-        "--train.on_nonfinite=SKIP");
-  check(!many, "steps ", k - kMostSkipped + 2, " to ", k + 1, ": loss or gradient is not finite (",
-        "in the last one: ", what, "); no parameter was changed by them. Try a lower train.lr or ",
-        "a lower train.grad_clip");
+  if (stops)
+    throw RunEnds(concat(place_of(k), ": ", tried, "; train.on_nonfinite=STOP ends the run here. ",
+                         "Look at these samples, try a lower train.lr or train.grad_clip, or ",
+                         "leave the samples out: --train.on_nonfinite=SKIP"));
+  if (many)
+    throw RunEnds(concat("steps ", k - kMostSkipped + 2, " to ", k + 1,
+                         ": loss or gradient is not finite (in the last one: ", what,
+                         "); no parameter was changed by them. Try a lower train.lr or a lower ",
+                         "train.grad_clip"));
   ++skipped_steps_;
   tell("skipped", k, concat(place_of(k), ": ", tried, "; left out, no parameter is changed by it"));
 }

@@ -136,6 +136,7 @@ class Server {
     welcome.mutable_welcome()->set_generation(generation);
     welcome.mutable_welcome()->set_fence_seconds(fence_seconds);
     welcome.mutable_welcome()->set_heartbeat_seconds(heartbeat_seconds);
+    welcome.mutable_welcome()->set_proof(supervisor_proof(secret, hello));
     peer.say(welcome);
     return peer;
   }
@@ -290,6 +291,39 @@ TEST(Agent, DoesNotTakeASupervisorOfAnotherProtocol) {
   }
   Peer peer = scene.server.admit();
   agent.wait_welcome();
+}
+
+// The port of a supervisor that died is free for anybody.
+TEST(Agent, ObeysNobodyWhoDoesNotKnowTheSecret) {
+  Scene scene;
+  scene.server.secret = std::string(kSecretBytes, 'x');
+  Agent::Options options = scene.options();
+  options.fence_seconds = 4;
+  Agent agent(options);
+  const auto begin = Clock::now();
+  for (int i = 0; i < 3; ++i) {  // it hangs up on each
+    Peer peer = scene.server.accept();
+    peer.order(Order::STOP);
+    peer.order(Order::END);
+    peer.pulse(0, 9);
+    ControlWord word;
+    *word.mutable_challenge() = make_challenge();
+    peer.say(word);
+    const auto answer = peer.hear();
+    ASSERT_TRUE(answer && answer->has_hello());
+    peer.order(Order::STOP);
+    peer.order(Order::END);
+    peer.pulse(0, 9);
+    word.mutable_welcome()->set_generation(9);
+    word.mutable_welcome()->set_fence_seconds(600);
+    word.mutable_welcome()->set_proof(supervisor_proof(scene.server.secret, answer->hello()));
+    peer.say(word);
+    EXPECT_FALSE(peer.hear());
+  }
+  EXPECT_EQ(scene.stops, 0);
+  EXPECT_EQ(agent.generation(), 0);
+  EXPECT_TRUE(soon([&] { return scene.exit_code == 75; }));  // by its fence alone
+  EXPECT_GE(Clock::now() - begin, milliseconds(3900));
 }
 
 TEST(Agent, EndsItsProcessWhereNobodyAnswers) {

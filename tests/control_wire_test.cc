@@ -44,6 +44,7 @@ Hello hello_of(int32_t rank, std::string_view secret, std::string_view nonce) {
   hello.set_rank(rank);
   hello.set_ranks(4);
   hello.set_proof(control_proof(secret, nonce, hello.job(), rank));
+  hello.set_nonce(std::string(kNonceBytes, 'r'));
   return hello;
 }
 
@@ -204,13 +205,38 @@ TEST(ControlWire, TakesAHelloWithItsProofAlone) {
   EXPECT_NE(hello_problem(other, secret, nonce).find("secret"), std::string::npos);
   other = good;
   other.set_protocol(kControlProtocol + 1);
-  EXPECT_NE(hello_problem(other, secret, nonce).find("protocol 2"), std::string::npos);
+  EXPECT_NE(hello_problem(other, secret, nonce).find("protocol 3"), std::string::npos);
   other = good;
   other.set_rank(4);
   EXPECT_NE(hello_problem(other, secret, nonce).find("rank and ranks"), std::string::npos);
   other = good;
   other.set_job("../etc");
   EXPECT_NE(hello_problem(other, secret, nonce).find("32 hex digits"), std::string::npos);
+  other = good;
+  other.set_nonce("short");
+  EXPECT_NE(hello_problem(other, secret, nonce).find("5 bytes"), std::string::npos);
+}
+
+TEST(ControlWire, TakesAWelcomeOfWhoKnowsTheSecretAlone) {
+  const std::string secret(32, 's'), nonce(32, 'n');
+  const Hello hello = hello_of(3, secret, nonce);
+  EXPECT_EQ(supervisor_proof(secret, hello),
+            hmac_sha256(secret, concat("supervisor\n", hello.nonce(), "\n", hello.job(), "\n3")));
+  Welcome welcome;
+  welcome.set_generation(7);
+  welcome.set_proof(supervisor_proof(secret, hello));
+  check_welcome(welcome, secret, hello);
+  Hello other = hello;
+  other.set_nonce(std::string(kNonceBytes, 'q'));  // of another connection
+  for (const std::string& proof :
+       {std::string(), hello.proof(), supervisor_proof(std::string(32, 't'), hello),
+        supervisor_proof(secret, hello_of(2, secret, nonce)), supervisor_proof(secret, other),
+        control_proof(secret, hello.nonce(), hello.job(), hello.rank())}) {
+    welcome.set_proof(proof);
+    EXPECT_NE(
+        message_of([&] { check_welcome(welcome, secret, hello); }).find("does not know the secret"),
+        std::string::npos);
+  }
 }
 
 TEST(ControlWire, ChallengesAreFreshAndOfOneProtocol) {

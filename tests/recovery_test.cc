@@ -25,7 +25,8 @@ AttemptEnd lost_at(int64_t step, int64_t saved, std::vector<std::string> hosts =
 }
 
 TEST(Recovery, EndsWithTheExitCodeOfEachEnd) {
-  const std::pair<Kind, int> cases[] = {{Kind::done, 0}, {Kind::stopped, 75}, {Kind::settings, 2}};
+  const std::pair<Kind, int> cases[] = {
+      {Kind::done, 0}, {Kind::stopped, 75}, {Kind::settings, 2}, {Kind::gave_up, 1}};
   for (const auto& [kind, code] : cases) {
     Recovery recovery(options_of(2), {});
     const Verdict verdict = recovery.after({.kind = kind});
@@ -183,14 +184,85 @@ TEST(Recovery, LeavesOutAHostThatFailedTwice) {
   EXPECT_EQ(recovery.ranks(), 2);
 }
 
-TEST(Recovery, LeavesOutAHostThatDoesNotAnswerAtOnce) {
+TEST(Recovery, ForgetsTheFailuresOfAHostWithANewCheckpoint) {
+  Recovery::Options options = options_of(4, 1, {{"a", 2}, {"b", 2}});
+  options.limits.set_min_ranks(1);
+  Recovery recovery(options, {});
+  for (int64_t i = 0; i < 5; ++i)  // a month apart
+    EXPECT_TRUE(recovery.after(lost_at(10 * i + 5, 10 * i, {"b"})).left_out_now.empty()) << i;
+  EXPECT_EQ(recovery.after(lost_at(46, 40, {"b"})).left_out_now, std::vector<std::string>{"b"});
+}
+
+// A switch that starts again must not halve a run of a week.
+TEST(Recovery, TriesAHostThatDoesNotAnswerAgain) {
+  Recovery::Options options = options_of(3, 1, {{"a", 2}, {"b", 1}});
+  options.limits.set_min_ranks(1);
+  const std::vector<std::string> b{"b"};
+  AttemptEnd silent = lost_at(5, 0, {"b"});
+  silent.unreachable = {"b"};
+  silent.trained = true;
+  const AttemptEnd not_begun{.kind = Kind::not_begun, .saved_step = 0, .text = "no route to b"};
+  for (const bool answers : {true, false}) {
+    Recovery recovery(options, {});
+    const Verdict first = recovery.after(silent);
+    EXPECT_TRUE(first.left_out_now.empty());
+    EXPECT_EQ(first.away_now, b);
+    EXPECT_EQ(recovery.left_out(), b);
+    EXPECT_EQ(recovery.ranks(), 2);
+    // Another supervisor knows of it.
+    const std::string text = memory_json(recovery.memory());
+    RecoveryMemory memory;
+    JsonReader json(text, "memory");
+    read_memory(json, memory);
+    EXPECT_EQ(Recovery(options, memory).ranks(), 2);
+    // The next restart tries it, whatever it is for.
+    EXPECT_TRUE(recovery.after(lost_at(7, 0, {"a"})).away_now.empty());
+    EXPECT_EQ(recovery.ranks(), 3);
+    if (answers) {
+      EXPECT_TRUE(recovery.after(lost_at(9, 0)).away_now.empty());
+      EXPECT_EQ(recovery.ranks(), 3);
+    } else {
+      EXPECT_EQ(recovery.after(not_begun).left_out_now, b);  // it has failed twice
+      EXPECT_EQ(recovery.ranks(), 2);
+      recovery.after(lost_at(9, 0));
+      EXPECT_EQ(recovery.ranks(), 2);
+    }
+  }
+}
+
+TEST(Recovery, AnAttemptThatDoesNotBeginWithoutAHostEitherClearsIt) {
   Recovery::Options options = options_of(3, 1, {{"a", 2}, {"b", 1}});
   options.limits.set_min_ranks(1);
   Recovery recovery(options, {});
-  AttemptEnd end = lost_at(5, 0, {"b"});
-  end.unreachable = {"b"};
-  EXPECT_EQ(recovery.after(end).left_out_now, std::vector<std::string>{"b"});
-  EXPECT_EQ(recovery.ranks(), 2);
+  AttemptEnd silent = lost_at(5, 0, {"b"});
+  silent.unreachable = {"b"};
+  silent.trained = true;
+  recovery.after(silent);
+  const AttemptEnd full{.kind = Kind::not_begun, .saved_step = 0, .text = "no space left"};
+  for (int i = 0; i < 6; ++i) {
+    const Verdict verdict = recovery.after(full);
+    EXPECT_TRUE(verdict.restarts && verdict.left_out_now.empty()) << i;
+    EXPECT_EQ(recovery.ranks(), i % 2 == 0 ? 3 : 2) << i;
+  }
+}
+
+TEST(Recovery, KnowsOfTheHostsOfItsListAlone) {
+  RecoveryMemory memory;
+  memory.left_out = {"b", "gone"};
+  memory.away = {"gone too"};
+  struct Case {
+    std::vector<HostSlots> hosts;
+    std::vector<std::string> left_out;
+  };
+  for (const auto& [hosts, left_out] : {Case{{{"a", 2}, {"b", 2}}, {"b"}},
+                                        {{{"a", 2}, {"c", 2}}, {}},
+                                        {{{"b", 2}}, {}},
+                                        {{}, {}}}) {
+    Recovery::Options options = options_of(2, 1, hosts);
+    Recovery recovery(options, memory);
+    EXPECT_EQ(recovery.left_out(), left_out);
+    EXPECT_EQ(recovery.ranks(), 2);
+  }
 }
 
 TEST(Recovery, GoesOnWithoutAHostWhoseProcessesDoNotDieOrLeavesTheRunToOthers) {

@@ -1,6 +1,7 @@
 #include "launcher/supervisor/status_server.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <chrono>
 #include <fstream>
@@ -215,9 +216,29 @@ LaunchConfig config(const std::string& address, const std::string& token_file) {
   return launch;
 }
 
+std::string put_token(const TemporaryFolder& folder, const std::string& text) {
+  const std::string file = folder.put("token", text);
+  EXPECT_EQ(chmod(file.c_str(), 0600), 0);
+  return file;
+}
+
+TEST(StatusOptions, RefuseATokenThatOthersMayRead) {
+  TemporaryFolder folder;
+  const std::string file = put_token(folder, "0123456789abcdef\n");
+  for (const mode_t mode : {0644, 0640, 0620, 0601}) {
+    ASSERT_EQ(chmod(file.c_str(), mode), 0);
+    const std::string said = message_of([&] { status_options(config("127.0.0.1", file), "run"); });
+    EXPECT_NE(said.find("chmod 600 " + file), std::string::npos) << said;
+  }
+  for (const mode_t mode : {0600, 0400}) {
+    ASSERT_EQ(chmod(file.c_str(), mode), 0);
+    EXPECT_EQ(status_options(config("127.0.0.1", file), "run").token, "0123456789abcdef");
+  }
+}
+
 TEST(StatusOptions, WantATokenForWhatOthersCanReach) {
   TemporaryFolder folder;
-  const std::string file = folder.put("token", "0123456789abcdef\n");
+  const std::string file = put_token(folder, "0123456789abcdef\n");
   for (const char* own : {"127.0.0.1", "::1"})
     EXPECT_EQ(status_options(config(own, ""), "run").token, "");
   for (const char* open : {"0.0.0.0", "::", "10.0.0.1", "127.0.0.2", "::ffff:127.0.0.1"}) {
@@ -242,7 +263,7 @@ TEST(StatusOptions, RefuseAFileThatHoldsNoToken) {
         std::string("0123456789abcdef\n0123456789abcdef"), std::string("0123456789 abcdef"),
         std::string("0123456789abcde&"), std::string("0123456789abcd\xc3\xa4"),
         std::string(1 << 20, 'a')}) {
-    const std::string file = folder.put("token", wrong);
+    const std::string file = put_token(folder, wrong);
     EXPECT_NE(message_of([&] {
                 status_options(config("127.0.0.1", file), "run");
               }).find("openssl rand -hex 16"),

@@ -90,6 +90,42 @@ TEST(Hosts, SlurmsListOfTasksIsRead) {
     EXPECT_TRUE(tasks_per_node(text).empty()) << text;
 }
 
+// Without --ntasks there is no SLURM_NTASKS.
+TEST(Hosts, AnAllocationSaysHowManyRanksItTakes) {
+  namespace fs = std::filesystem;
+  TemporaryFolder folder;
+  for (const auto& [tool, does] : {std::pair("scontrol", "echo n1; echo n2"), {"srun", "exit 0"}})
+    fs::permissions(folder.put(tool, concat("#!/bin/sh\n", does, "\n")), fs::perms::owner_all);
+  struct Case {
+    const char *tasks, *per_node;
+    int ranks;
+    const char* hosts;
+  };
+  for (const Case& c : {Case{"6", "3(x2)", 6, "n1:3 n2:3 "},
+                        {nullptr, "8(x2)", 16, "n1:8 n2:8 "},
+                        {nullptr, "8,4", 12, "n1:8 n2:4 "},
+                        {nullptr, nullptr, 0, ""}}) {
+    const pid_t child = fork();  // for an environment of its own
+    if (child != 0) {
+      int status = -1;
+      waitpid(child, &status, 0);
+      EXPECT_EQ(status, 0) << c.ranks << " ranks";
+      continue;
+    }
+    setenv("PATH", folder.path().c_str(), 1);
+    for (const auto& [name, value] : {std::pair("SLURM_JOB_ID", "7"),
+                                      {"SLURM_NTASKS", c.tasks},
+                                      {"SLURM_TASKS_PER_NODE", c.per_node},
+                                      {"SLURM_JOB_NODELIST", "n[1-2]"}})
+      value ? setenv(name, value, 1) : unsetenv(name);
+    const auto allocation = slurm_allocation();
+    const bool right =
+        allocation && allocation->ranks == c.ranks && slots_text(allocation->hosts) == c.hosts;
+    unsetenv("SLURM_JOB_ID");
+    _exit(right && !slurm_allocation() ? 0 : 1);
+  }
+}
+
 TEST(State, IsReadBackAndOthersAreNone) {
   TemporaryFolder folder;
   PosixFileSystem files;
@@ -105,6 +141,7 @@ TEST(State, IsReadBackAndOthersAreNone) {
                  .ranks = 8,
                  .expert = 4,
                  .steps_lost = 3,
+                 .step_limit_ms = 1500,
                  .command = {"train", "--data.train=a b\n", "8"}};
   state.memory.crashes[12] = 2;
   write_job_state(files, folder.path(), state);
@@ -118,6 +155,7 @@ TEST(State, IsReadBackAndOthersAreNone) {
   EXPECT_EQ(read->started, state.started);
   EXPECT_EQ(read->expert, 4);
   EXPECT_EQ(read->steps_lost, 3);
+  EXPECT_EQ(read->step_limit_ms, 1500);
   EXPECT_EQ(read->command, state.command);
   EXPECT_EQ(read->memory.crashes.at(12), 2);
   const std::string text = read_file(folder / "state.json");
@@ -153,6 +191,32 @@ TEST(Events, AreWholeLinesBehindATornOneAndWaitWhileTheyAreHeld) {
   for (int i = 0; i < 500; ++i) log.note({.kind = "saved", .step = i, .text = ""});
   EXPECT_EQ(view.events.size(), 200u);
   EXPECT_EQ(view.events.back().step, 499);
+}
+
+TEST(Events, OfEarlierSupervisorsAreRecalled) {
+  TemporaryFolder folder;
+  Outlet nowhere(-1);
+  RunView before;
+  EventLog first(folder.path(), before, nowhere, [] { return false; });
+  for (int i = 0; i < 300; ++i)
+    first.note({.kind = "saved", .step = i, .text = std::string(2000, 'x'), .seconds = 0.5});
+  first.note({.kind = "lost", .text = "rank 1 \"has\" died"});
+  folder.put("events.jsonl", read_file(folder / "events.jsonl") + "[1]\n{\"time\":\n{\"tim");
+  RunView view;
+  EventLog(folder.path(), view, nowhere, [] { return false; }).recall();
+  ASSERT_GT(view.events.size(), 100u);  // as many as the end of the file has
+  const EventView &last = view.events.back(), &other = view.events[view.events.size() - 2];
+  EXPECT_EQ(last.kind, "lost");
+  EXPECT_EQ(last.text, "rank 1 \"has\" died");
+  EXPECT_EQ(last.step, -1);
+  EXPECT_EQ(last.wall_seconds, before.events.back().wall_seconds);
+  EXPECT_EQ(other.step, 299);
+  for (int i = 0; i < 300; ++i) first.note({.kind = "saved", .step = i, .text = ""});
+  EventLog(folder.path(), view, nowhere, [] { return false; }).recall();
+  EXPECT_EQ(view.events.size(), 200u);
+  RunView none;
+  EventLog(folder / "missing", none, nowhere, [] { return false; }).recall();
+  EXPECT_TRUE(none.events.empty());
 }
 
 // A terminal that was stopped with Ctrl-S, a pipe that nobody reads.
@@ -352,6 +416,37 @@ TEST(Leftovers, OfTheJobAtHandAreRemovedAndNothingElse) {
   EXPECT_TRUE(fs::exists(foreign));
   fs::remove(own);
   fs::remove(foreign);
+}
+
+// The attempt after it has no process of it to ask.
+TEST(Leftovers, AreKnownToTheNextAttemptByTheirFile) {
+  namespace fs = std::filesystem;
+  TemporaryFolder folder;
+  const std::string one = folder / "ompi.here.0/pid.123", two = folder / "ompi.here.0/pid.124";
+  const std::string odd = folder / "elsewhere";
+  const uint32_t job = 0xfd000000u + uint32_t(getpid());
+  char name[300];
+  std::snprintf(name, sizeof name, "vader_segment.%s.%u.%x.", this_host().c_str(),
+                unsigned(getuid()), job);
+  const std::string segment = concat("/dev/shm/", name, "3");
+  for (const std::string& path : {one, two, odd}) fs::create_directories(path);
+  std::ofstream(segment) << "x";
+  const std::string file = folder.put("leftovers", one + "\n" + two + "\n" + name + "\n" + odd +
+                                                       "\nompi.x/../pid\n\nvader_segment.\n");
+  Leftovers first, own, again;
+  first.learn_from_file(file);
+  own.learn_from_file(folder.put("own", two + "\n"));
+  PosixFileSystem files;
+  first.save(files, folder / "again");
+  again.learn_from_file(folder / "again");
+  again.learn_from_file(folder / "missing");
+  again.spare(own);
+  again.remove();
+  EXPECT_FALSE(fs::exists(one));
+  EXPECT_TRUE(fs::exists(two));
+  EXPECT_TRUE(fs::exists(odd));
+  EXPECT_FALSE(fs::exists(segment));
+  fs::remove(segment);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <memory>
 #include <thread>
 
+#include "core/activity.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "launcher/supervisor/job_state.h"
@@ -81,22 +82,23 @@ class SpokenFor : public ProgramTest {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
   }
   // A rank of the attempt at hand, once that is `attempt`, of another machine.
-  std::unique_ptr<ControlPeer> join(int64_t attempt, int rank, const std::string& host) {
+  std::unique_ptr<ControlPeer> join(int64_t attempt, int rank, const std::string& host,
+                                    int ranks = 2) {
     std::optional<JobState> state;
     EXPECT_TRUE(wait_until([&] {
       state = read_job_state(in_run("supervisor"));
       return state && state->running && state->attempt == attempt;
     })) << said();
     job_ = state ? state->job : "";
-    return come(rank, host);
+    return come(rank, host, ranks);
   }
-  std::unique_ptr<ControlPeer> come(int rank, const std::string& host) {
+  std::unique_ptr<ControlPeer> come(int rank, const std::string& host, int ranks = 2) {
     const std::string address = read_file(in_run("supervisor/address"));
     auto peer = std::make_unique<ControlPeer>(address.substr(0, address.find('\n')));
     Hello hello;
     hello.set_job(job_);
     hello.set_rank(rank);
-    hello.set_ranks(2);
+    hello.set_ranks(ranks);
     hello.set_host(host);
     hello.set_pid(100 + rank);
     hello.set_pid_started(1);
@@ -180,6 +182,33 @@ TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
   end_of(launcher);
 }
 
+// A machine that is cut off: the next attempt is without it, the one after that tries it again.
+TEST_F(SpokenFor, AMachineThatDoesNotAnswerIsLeftOutOfOneAttempt) {
+  put("hosts", "node0 slots=1\nnode1 slots=1\n");
+  const pid_t launcher = start(words() +
+                               "--launch.hostfile=hosts --launch.control_address=127.0.0.1 "
+                               "--launch.min_ranks=1 --launch.lost_seconds=1 "
+                               "--launch.fence_seconds=2 --launch.backoff_seconds=0");
+  {
+    auto one = join(1, 0, "node0"), cut_off = join(1, 1, "node1");
+    ControlWord beat;
+    beat.mutable_heartbeat()->set_number(1);
+    ASSERT_TRUE(wait_until([&] {
+      one->send(beat);
+      return events_of("lost") == 1;
+    })) << said();
+    one.reset();
+    one = join(2, 0, "node0", 1);
+    EXPECT_EQ(content(in_run("supervisor/hosts")), "node0 slots=1\n");
+    EXPECT_EQ(events_of("host_left_out"), 1) << said();
+    EXPECT_EQ(count(said(), "node1 is left out of the next attempt"), 1) << said();
+  }
+  auto one = join(3, 0, "node0"), other = join(3, 1, "node1");
+  EXPECT_EQ(content(in_run("supervisor/hosts")), "node0 slots=1\nnode1 slots=1\n");
+  kill(launcher, SIGKILL);
+  end_of(launcher);
+}
+
 // A link that was out for a moment: the order to end went into a dead connection.
 TEST_F(SpokenFor, ARankThatComesBackWhileItsAttemptEndsIsToldToEnd) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=30");
@@ -222,6 +251,69 @@ TEST_F(SpokenFor, ABrokenConnectionOfARankThatWasSilentIsNotItsEnd) {
   EXPECT_LT(since(begin), 3.5);
   kill(launcher, SIGKILL);
   end_of(launcher);
+}
+
+// A wrong wait of minutes, an old port that somebody has taken, and a page without a past.
+TEST_F(SpokenFor, ASupervisorThatTakesOverKnowsWhatWasBefore) {
+  boost::asio::io_context context;
+  using boost::asio::ip::tcp;
+  const tcp::endpoint any(boost::asio::ip::address_v4::loopback(), 0);
+  auto taken = std::make_unique<tcp::acceptor>(context, any);
+  const tcp::endpoint place = taken->local_endpoint();
+  taken.reset();
+  const std::string command = words() +
+                              "--launch.hang_seconds=2 --launch.lost_seconds=20 "
+                              "--launch.fence_seconds=60 --launch.status_port=" +
+                              concat(place.port());
+  const pid_t first = start(command);
+  ControlWord beat, step;
+  beat.mutable_heartbeat()->set_number(1);
+  beat.mutable_heartbeat()->set_phase(int32_t(Phase::forward));
+  step.mutable_step()->set_step(5);
+  step.mutable_step()->set_seconds(0.01);
+  {
+    auto one = join(1, 0, "node0"), other = join(1, 1, "node1");
+    for (const auto& peer : {one.get(), other.get()}) peer->send(step);
+    ASSERT_TRUE(wait_until([&] {
+      const auto state = read_job_state(in_run("supervisor"));
+      return state && state->step_limit_ms == 2000;
+    })) << said();
+    kill(first, SIGKILL);
+    EXPECT_EQ(end_of(first), -SIGKILL);
+  }
+  taken = std::make_unique<tcp::acceptor>(context, place);
+  const pid_t second = start(command);
+  ASSERT_TRUE(wait_until([&] { return events_of("taken_over") == 1; })) << said();
+  auto one = come(0, "node0"), other = come(1, "node1");
+  const auto begin = Clock::now();
+  for (const auto& peer : {one.get(), other.get()}) peer->send(beat);
+  std::string url;
+  ASSERT_TRUE(wait_until([&] { return !(url = content(in_run("supervisor/status_url"))).empty(); }))
+      << said();
+  EXPECT_EQ(count(said(), concat("cannot listen on 127.0.0.1 port ", place.port())), 1) << said();
+  const std::string shown =
+      http_body(http_get(std::stoi(url.substr(url.rfind(':') + 1)), "/api/status"));
+  EXPECT_EQ(count(shown, "attempt 1: its first step has ended"), 1) << shown;
+  EXPECT_TRUE(wait_until([&] { return events_of("hang") == 1; })) << said();
+  EXPECT_GT(since(begin), 1.5);
+  EXPECT_LT(since(begin), 20);
+  kill(second, SIGKILL);
+  end_of(second);
+}
+
+TEST_F(SpokenFor, ARankThatItsSettingsHaveEndedIsNotStartedAgain) {
+  const pid_t launcher = start(words() + "--launch.fence_seconds=30");
+  {
+    auto one = join(1, 0, "node0"), other = join(1, 1, "node1");
+    ControlWord word;
+    word.mutable_goodbye()->set_reason(Goodbye::FINAL);
+    word.mutable_goodbye()->set_text("step 5 is not finite");
+    one->send(word);
+    const auto end = other->next();
+    ASSERT_TRUE(end && end->has_order()) << said();
+  }
+  EXPECT_EQ(end_of(launcher), 1) << said();
+  EXPECT_EQ(starts(), 1) << said();
 }
 
 // What cannot be proven gone in time is left to its fence.

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <thread>
 
+#include "launcher/supervisor/hosts.h"
 #include "runtime/checkpoint_folder.h"
 #include "tests/support/program.h"
 #include "tests/support/small_run.h"
@@ -205,6 +206,27 @@ TEST_F(Supervised, RanksOfASupervisorThatNobodyFollowsEndThemselves) {
   EXPECT_EQ(end_of(again), 75) << story();
 }
 
+// On machines where no supervisor is: only their first ranks see to it.
+TEST_F(Supervised, TheFirstRankOfAMachineRemovesWhatOpenMpiHasLeftThere) {
+  const std::string supervisor = join_path(run(), "supervisor");
+  const std::string session = *this / "ompi.here.0/pid.123", host = this_host();
+  fs::create_directories(supervisor);
+  fs::permissions(supervisor, fs::perms::owner_all);
+  fs::create_directories(session);
+  const std::string segment = concat("vader_segment.", host, ".", getuid(), ".fc", getpid(), ".");
+  const std::string file = put("run/supervisor/leftovers-" + host, session + "\n" + segment + "\n");
+  PosixFileSystem files;
+  write_file(files, "/dev/shm/" + segment + "1", "x");
+  EXPECT_EQ(end_of(start("launch" + words(5))), 0) << story();
+  EXPECT_FALSE(file_exists(session));
+  EXPECT_FALSE(file_exists("/dev/shm/" + segment + "1"));
+  files.remove("/dev/shm/" + segment + "1");
+  // And says where its own are.
+  EXPECT_EQ(count(content(file), "/ompi."), 1) << content(file);
+  EXPECT_EQ(count(content(file), "vader_segment." + host + "."), 1) << content(file);
+  EXPECT_EQ(count(content(file), session), 0) << content(file);
+}
+
 TEST_F(Supervised, ARankThatIsStoppedIsFoundAndNamed) {
   constexpr int64_t kSteps = 200;
   const CheckpointManifest wanted = undisturbed(kSteps);
@@ -243,6 +265,16 @@ TEST_F(Supervised, ACrashLoopIsReportedInsteadOfRepeated) {
   EXPECT_EQ(events_of("restarting"), 2) << story();
   EXPECT_EQ(count(said(), "a crash loop: 3 failures at step "), 1) << story();
   EXPECT_EQ(list_checkpoints(run()).front().step, 20);
+}
+
+// The settings say so: another attempt would meet the same.
+TEST_F(Supervised, AStepThatIsNotFiniteEndsTheRunOnceWhereItIsToStop) {
+  const pid_t launcher = start("launch --drill 'nan rank=1 step=25 times=always'" + words(60) +
+                               "--train.on_nonfinite=STOP");
+  EXPECT_EQ(end_of(launcher), 1) << story();
+  EXPECT_EQ(events_of("failed"), 2) << story();  // the attempt, and with it the run
+  EXPECT_EQ(events_of("restarting"), 0) << story();
+  EXPECT_GE(count(said(), "train.on_nonfinite=STOP ends the run here"), 1) << story();
 }
 
 TEST_F(Supervised, ASignalSavesAndTheSameCommandGoesOn) {

@@ -176,6 +176,25 @@ TEST(Watch, TheFirstStepMayTakeAsLongAsTheStart) {
   EXPECT_TRUE(trouble);
 }
 
+// Of an attempt that another supervisor has begun no step has been heard of yet.
+TEST(Watch, FindsAHangOfAnAttemptThatWasTakenOver) {
+  EXPECT_EQ(Watch(limits(), 2).step_limit(), 0);
+  EXPECT_EQ(training(2).watch.step_limit(), 10);
+  EXPECT_EQ(training(2, 30).watch.step_limit(), 150);
+  for (const double limit : {10, 150}) {
+    Scene scene(2);
+    scene.watch.go_on(limit);
+    EXPECT_EQ(scene.watch.step_limit(), limit);
+    for (int r = 0; r < 2; ++r) scene.rank(r).heard = scene.rank(r).progressed = scene.now;
+    std::optional<Trouble> trouble;
+    const double seconds = scene.until_trouble(2000, trouble);
+    EXPECT_GT(seconds, limit);
+    EXPECT_LE(seconds, limit + 2 * kBeat);
+    scene.step(0.1);  // what is heard from now on counts
+    EXPECT_EQ(scene.watch.step_limit(), 10);
+  }
+}
+
 TEST(Watch, ARankThatNeverComesIsNamed) {
   Scene scene(3);
   scene.view.started = scene.now;

@@ -126,6 +126,7 @@ class ControlServer::Connection : public std::enable_shared_from_this<Connection
     answer.mutable_welcome()->set_generation(server_->generation_);
     answer.mutable_welcome()->set_fence_seconds(server_->options_.fence_seconds);
     answer.mutable_welcome()->set_heartbeat_seconds(server_->options_.heartbeat_seconds);
+    answer.mutable_welcome()->set_proof(supervisor_proof(server_->options_.secret, hello));
     send(answer);
     if (server_ && server_->events_.joined) server_->events_.joined(hello, peer());
   }

@@ -16,6 +16,8 @@ class EventLog {
   // about to be emptied for a new run.
   EventLog(std::string run, RunView& view, Outlet& terminal, std::function<bool()> hold);
 
+  void recall();  // what the file has of earlier supervisors, into the view
+
   struct Event {
     std::string kind;
     int64_t step = -1;

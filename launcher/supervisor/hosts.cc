@@ -8,6 +8,7 @@
 #include <charconv>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <sstream>
 
 #include "core/error.h"
@@ -120,11 +121,12 @@ std::optional<Allocation> slurm_allocation() {
     const char* value = std::getenv(name);
     return std::string(value ? value : "");
   };
-  const std::string tasks = variable("SLURM_NTASKS");
-  if (variable("SLURM_JOB_ID").empty() || tasks.empty()) return std::nullopt;
-  Allocation allocation{.ranks = std::atoi(tasks.c_str())};
-  const auto end = std::chrono::steady_clock::now() + kSlurmPatience;
+  if (variable("SLURM_JOB_ID").empty()) return std::nullopt;
   const std::vector<int> slots = tasks_per_node(variable("SLURM_TASKS_PER_NODE"));
+  Allocation allocation{.ranks = std::atoi(variable("SLURM_NTASKS").c_str())};
+  if (allocation.ranks < 1) allocation.ranks = std::accumulate(slots.begin(), slots.end(), 0);
+  if (allocation.ranks < 1) return allocation;
+  const auto end = std::chrono::steady_clock::now() + kSlurmPatience;
   std::istringstream names(
       output_of({"scontrol", "show", "hostnames", variable("SLURM_JOB_NODELIST")}, end));
   for (std::string name; std::getline(names, name);)

@@ -21,7 +21,7 @@ std::string hostfile_text(const std::vector<HostSlots>& hosts);
 
 // What Slurm has given to this job.
 struct Allocation {
-  int ranks = 1;                 // --ntasks
+  int ranks = 0;                 // --ntasks, or what its machines take; 0: it was not told
   std::vector<HostSlots> hosts;  // empty: Slurm's tools did not say which
   // Of srun, so that the ranks find each other and a step need not wait until the one before is
   // wholly gone. Empty: it cannot start such ranks.

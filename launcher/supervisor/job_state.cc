@@ -23,15 +23,16 @@ void write_job_state(FileSystem& files, const std::string& folder, const JobStat
   const auto field = [](const char* name, const auto& value) {
     return concat(",\"", name, "\":", value);
   };
-  write_file(files, path_in(folder),
-             concat("{\"version\":", kVersion, field("running", int(state.running)),
-                    field("resumes", int(state.resumes)), field("job", json_text(state.job)),
-                    field("attempt", state.attempt), field("host", json_text(state.host)),
-                    field("boot_id", json_text(state.boot_id)), field("pid", state.pid),
-                    field("started", state.started), field("ranks", state.ranks),
-                    field("expert", state.expert), field("steps_lost", state.steps_lost),
-                    field("command", "[" + command + "]"),
-                    field("memory", memory_json(state.memory)), "}\n"));
+  write_file(
+      files, path_in(folder),
+      concat("{\"version\":", kVersion, field("running", int(state.running)),
+             field("resumes", int(state.resumes)), field("job", json_text(state.job)),
+             field("attempt", state.attempt), field("host", json_text(state.host)),
+             field("boot_id", json_text(state.boot_id)), field("pid", state.pid),
+             field("started", state.started), field("ranks", state.ranks),
+             field("expert", state.expert), field("steps_lost", state.steps_lost),
+             field("step_limit_ms", state.step_limit_ms), field("command", "[" + command + "]"),
+             field("memory", memory_json(state.memory)), "}\n"));
 }
 
 std::optional<JobState> read_job_state(const std::string& folder) {
@@ -68,6 +69,8 @@ std::optional<JobState> read_job_state(const std::string& folder) {
         state.expert = int(json.integer());
       else if (key == "steps_lost")
         state.steps_lost = json.integer();
+      else if (key == "step_limit_ms")
+        state.step_limit_ms = json.integer();
       else if (key == "command")
         json.list([&] { state.command.push_back(string()); });
       else if (key == "memory")

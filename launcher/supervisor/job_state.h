@@ -20,6 +20,7 @@ struct JobState {
   int64_t pid = 0, started = 0;  // of mpirun
   int ranks = 0, expert = 1;
   int64_t steps_lost = 0;
+  int64_t step_limit_ms = 0;         // without progress in a step, for a hang; 0: none has ended
   std::vector<std::string> command;  // of every rank, and how many were asked for
   RecoveryMemory memory;
 };

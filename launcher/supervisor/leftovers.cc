@@ -39,6 +39,13 @@ bool is_session(const fs::path& path) {
          path.lexically_normal() == path;
 }
 
+// Of all ranks of one job of this user: behind it the rank's number comes.
+bool is_segment(const std::string& name) {
+  const std::string own = concat("vader_segment.", host_name(), ".", getuid(), ".");
+  return name.rfind(own, 0) == 0 && name.size() > own.size() + 1 && name.back() == '.' &&
+         name.find('/') == std::string::npos;
+}
+
 bool is_own(const fs::path& path) {
   struct stat facts {};
   return lstat(path.c_str(), &facts) == 0 && facts.st_uid == getuid();
@@ -69,6 +76,26 @@ void Leftovers::learn_from_launcher(pid_t pid) {
     folders_.insert(concat(base, "/ompi.", host_name(), ".", getuid(), "/pid.", pid));
     return;
   }
+}
+
+void Leftovers::save(FileSystem& files, const std::string& file) const {
+  std::string text;
+  for (const auto* names : {&folders_, &segments_})
+    for (const std::string& name : *names) text += name + "\n";
+  write_file(files, file, text);
+}
+
+void Leftovers::learn_from_file(const std::string& file) {
+  std::ifstream lines(file);
+  for (std::string line; std::getline(lines, line);) {
+    if (is_session(line)) folders_.insert(line);
+    if (is_segment(line)) segments_.insert(line);
+  }
+}
+
+void Leftovers::spare(const Leftovers& others) {
+  for (const std::string& folder : others.folders_) folders_.erase(folder);
+  for (const std::string& segment : others.segments_) segments_.erase(segment);
 }
 
 void Leftovers::remove() {

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
+#include <utility>
 
 #include "core/error.h"
 #include "launcher/launch.h"
@@ -25,14 +27,39 @@ bool contains(const std::vector<std::string>& list, const std::string& name) {
 
 Recovery::Recovery(Options options, RecoveryMemory memory)
     : options_(std::move(options)), memory_(std::move(memory)) {
-  layout_ = layout_without(memory_.left_out);
-  check(layout_.ranks > 0, "no machine is left to start ranks on");
+  forget_hosts_that_are_not_listed();
+  layout_ = layout_without(left_out());
+}
+
+// The memory may be of a launch with another list of hosts. Where too few of them would be left, it
+// is of no use.
+void Recovery::forget_hosts_that_are_not_listed() {
+  const auto is_listed = [this](const std::string& name) {
+    return std::ranges::any_of(options_.hosts,
+                               [&](const HostSlots& host) { return host.name == name; });
+  };
+  for (auto* names : {&memory_.left_out, &memory_.away, &memory_.back})
+    std::erase_if(*names, [&](const std::string& name) { return !is_listed(name); });
+  if (layout_without(left_out()).ranks < least_ranks()) {
+    memory_.left_out.clear();
+    memory_.away.clear();
+  }
+}
+
+std::vector<std::string> Recovery::left_out() const {
+  std::vector<std::string> names = memory_.left_out;
+  names.insert(names.end(), memory_.away.begin(), memory_.away.end());
+  return names;
+}
+
+int Recovery::least_ranks() const {
+  return options_.limits.min_ranks() > 0 ? options_.limits.min_ranks() : options_.ranks;
 }
 
 std::vector<HostSlots> Recovery::hosts() const {
   std::vector<HostSlots> hosts;
   for (const HostSlots& host : options_.hosts)
-    if (!contains(memory_.left_out, host.name)) hosts.push_back(host);
+    if (!contains(left_out(), host.name)) hosts.push_back(host);
   return hosts;
 }
 
@@ -48,18 +75,41 @@ Recovery::Layout Recovery::layout_without(const std::vector<std::string>& left_o
   return {most / expert * expert, expert};
 }
 
+bool Recovery::may_go_without(const std::string& host) const {
+  std::vector<std::string> without = left_out();
+  without.push_back(host);
+  return layout_without(without).ranks >= least_ranks();
+}
+
 // False: the run cannot go on without it.
 bool Recovery::leave_out(const std::string& host, Verdict& verdict) {
   if (contains(memory_.left_out, host)) return true;
-  std::vector<std::string> without = memory_.left_out;
-  without.push_back(host);
-  const Layout layout = layout_without(without);
-  const int least = options_.limits.min_ranks() > 0 ? options_.limits.min_ranks() : options_.ranks;
-  if (layout.ranks < std::max(1, least)) return false;
-  memory_.left_out = std::move(without);
-  layout_ = layout;
+  if (!may_go_without(host)) return false;
+  memory_.left_out.push_back(host);
   verdict.left_out_now.push_back(host);
   return true;
+}
+
+// Of the next attempt. Of one that does not begin, the hosts that it tries again are blamed; where
+// the one without them does not begin either it was not they.
+void Recovery::choose_hosts(const AttemptEnd& end, Verdict& verdict) {
+  const bool begun = end.kind != AttemptEnd::Kind::not_begun;
+  std::set<std::string> silent(end.unreachable.begin(), end.unreachable.end());
+  if (!begun) silent.insert(memory_.back.begin(), memory_.back.end());
+  std::set<std::string> failed(end.hosts.begin(), end.hosts.end());
+  failed.insert(silent.begin(), silent.end());
+  if (!begun)
+    for (const std::string& host : memory_.away)
+      if (--memory_.failures[host] <= 0) memory_.failures.erase(host);
+  memory_.back = std::exchange(memory_.away, {});
+  for (const std::string& host : failed)
+    if (++memory_.failures[host] >= options_.limits.host_failures()) leave_out(host, verdict);
+  for (const std::string& host : silent) {
+    if (contains(memory_.left_out, host) || !may_go_without(host)) continue;
+    memory_.away.push_back(host);
+    verdict.away_now.push_back(host);
+  }
+  layout_ = layout_without(left_out());
 }
 
 Verdict Recovery::give_up(const std::string& text) const {
@@ -77,6 +127,8 @@ Verdict Recovery::after(const AttemptEnd& end) {
     case Kind::settings:
       if (memory_.trained) break;  // they were right before: a GPU is gone, a file cannot be read
       return {.restarts = false, .exit_code = kExitSettings, .text = end.text};
+    case Kind::gave_up:
+      return give_up(end.text);
     case Kind::failed:
     case Kind::lost:
     case Kind::not_begun:
@@ -86,6 +138,7 @@ Verdict Recovery::after(const AttemptEnd& end) {
     memory_.best_saved = end.saved_step;
     memory_.without_progress = 0;
     memory_.crashes.clear();
+    memory_.failures.clear();
   }
   return restart(end);
 }
@@ -123,10 +176,7 @@ Verdict Recovery::restart(const AttemptEnd& end) {
                           " (launch.max_restarts)"));
   Verdict verdict{.restarts = true, .text = end.text};
   if (!end.stuck.empty()) verdict.left_out_now.push_back(end.stuck_host);
-  for (const std::string& host : end.hosts) ++memory_.failures[host];
-  for (const std::string& host : end.unreachable) leave_out(host, verdict);
-  for (const std::string& host : end.hosts)
-    if (memory_.failures[host] >= options_.limits.host_failures()) leave_out(host, verdict);
+  choose_hosts(end, verdict);
   if (memory_.without_progress > 0)
     verdict.pause = std::min(kLongestPause, options_.limits.backoff_seconds() *
                                                 std::pow(2, double(memory_.without_progress - 1)));
@@ -147,7 +197,7 @@ Verdict Recovery::wait_for_machines(const AttemptEnd& end) {
                                ? "; launch.min_ranks lets a run go on without a machine"
                                : "")};
   Verdict verdict{.restarts = true, .text = end.text};
-  for (const std::string& host : end.unreachable) leave_out(host, verdict);
+  choose_hosts(end, verdict);
   verdict.pause =
       std::min(kLongestPause, std::max(kShortestPause, options_.limits.backoff_seconds()) *
                                   std::pow(2, double(std::min<int64_t>(memory_.in_vain, 30))));
@@ -158,21 +208,28 @@ Verdict Recovery::wait_for_machines(const AttemptEnd& end) {
 }
 
 std::string memory_json(const RecoveryMemory& memory) {
-  std::string crashes, failures, left_out;
+  std::string crashes, failures;
+  const auto names = [](const std::vector<std::string>& hosts) {
+    std::string text;
+    for (const std::string& host : hosts) text += (text.empty() ? "" : ",") + json_text(host);
+    return text;
+  };
   for (const auto& [step, count] : memory.crashes)
     crashes += concat(crashes.empty() ? "" : ",", "[", step + 1, ",", count, "]");
   for (const auto& [host, count] : memory.failures)
     failures += concat(failures.empty() ? "" : ",", json_text(host), ":", count);
-  for (const std::string& host : memory.left_out)
-    left_out += concat(left_out.empty() ? "" : ",", json_text(host));
   return concat(
       "{\"restarts\":", memory.restarts, ",\"without_progress\":", memory.without_progress,
       ",\"checkpoints\":", memory.best_saved + 1, ",\"trained\":", int(memory.trained),
       ",\"in_vain\":", memory.in_vain, ",\"waited\":", int64_t(memory.waited), ",\"crashes\":[",
-      crashes, "],\"failures\":{", failures, "},\"left_out\":[", left_out, "]}");
+      crashes, "],\"failures\":{", failures, "},\"left_out\":[", names(memory.left_out),
+      "],\"away\":[", names(memory.away), "],\"back\":[", names(memory.back), "]}");
 }
 
 void read_memory(JsonReader& json, RecoveryMemory& memory) {
+  const auto read_names = [&](std::vector<std::string>& names) {
+    json.list([&] { names.push_back(unescaped(json.string())); });
+  };
   json.object([&](std::string_view key) {
     if (key == "restarts") {
       memory.restarts = json.integer();
@@ -196,7 +253,11 @@ void read_memory(JsonReader& json, RecoveryMemory& memory) {
       json.object(
           [&](std::string_view host) { memory.failures[unescaped(host)] = json.integer(); });
     } else if (key == "left_out") {
-      json.list([&] { memory.left_out.push_back(unescaped(json.string())); });
+      read_names(memory.left_out);
+    } else if (key == "away") {
+      read_names(memory.away);
+    } else if (key == "back") {
+      read_names(memory.back);
     } else {
       json.skip();
     }

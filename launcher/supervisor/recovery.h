@@ -8,6 +8,9 @@
 namespace moemamba {
 
 // What becomes of a run when its ranks have ended. Pure: it starts nothing and reads no clock.
+//
+// A host that fails launch.host_failures times without a new checkpoint in between is left out for
+// good; one that does not answer also of the next attempt, and is tried again by the one after it.
 
 struct HostSlots {
   std::string name;
@@ -20,6 +23,7 @@ struct AttemptEnd {
     done,       // after the last step
     stopped,    // as asked
     settings,   // wrong ones; of a run that has trained with them: an error of the machine
+    gave_up,    // as its settings say; another attempt would meet the same
     failed,     // an error that a rank has named
     lost,       // ranks died, hang or fell silent
     not_begun,  // ended before all ranks had come
@@ -44,8 +48,10 @@ struct RecoveryMemory {
   int64_t in_vain = 0;                      // attempts, the latest, whose ranks never came
   double waited = 0;                        // seconds of pauses before these
   std::map<int64_t, int64_t> crashes;       // failures since then by the step at hand, or -1
-  std::map<std::string, int64_t> failures;  // of ranks, by host
-  std::vector<std::string> left_out;        // hosts
+  std::map<std::string, int64_t> failures;  // since then, by host; also: it did not answer
+  std::vector<std::string> left_out;        // hosts, for good
+  std::vector<std::string> away;            // and those that the attempt at hand alone is without
+  std::vector<std::string> back;            // that it tries again: the one before was without them
 };
 
 struct Verdict {
@@ -53,6 +59,7 @@ struct Verdict {
   int exit_code = 0;                      // where it does not
   double pause = 0;                       // seconds before the restart
   std::vector<std::string> left_out_now;  // hosts, for good
+  std::vector<std::string> away_now;      // hosts, of the next attempt alone
   bool crash_loop = false;
   std::string text;  // why; one sentence
 };
@@ -72,7 +79,8 @@ class Recovery {
   // `expert`; where not one fits, expert falls to its largest divisor that does.
   int ranks() const { return layout_.ranks; }
   int expert() const { return layout_.expert; }
-  std::vector<HostSlots> hosts() const;  // without those left out
+  std::vector<HostSlots> hosts() const;       // without those left out
+  std::vector<std::string> left_out() const;  // for good, and of this attempt
   const RecoveryMemory& memory() const { return memory_; }
 
  private:
@@ -80,7 +88,11 @@ class Recovery {
     int ranks = 0, expert = 1;
   };
   Layout layout_without(const std::vector<std::string>& left_out) const;
+  int least_ranks() const;
+  bool may_go_without(const std::string& host) const;
   bool leave_out(const std::string& host, Verdict& verdict);
+  void forget_hosts_that_are_not_listed();
+  void choose_hosts(const AttemptEnd& end, Verdict& verdict);
   Verdict restart(const AttemptEnd& end);
   Verdict wait_for_machines(const AttemptEnd& end);
   Verdict give_up(const std::string& text) const;

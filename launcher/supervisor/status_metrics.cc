@@ -79,7 +79,8 @@ void put_run(MetricsOut& out, const RunView& view, const RunRecords::State& reco
   if (progress.eta_seconds >= 0)
     out.gauge("eta_seconds", "Until the last step at the present speed.", progress.eta_seconds);
   out.gauge("ranks", "Ranks of the present attempt.", view.ranks);
-  out.gauge("hosts_left_out", "Hosts that failed too often.", double(view.hosts_left_out.size()));
+  out.gauge("hosts_left_out", "Hosts that failed too often, or did not answer.",
+            double(view.hosts_left_out.size()));
   out.counter("restarts_total", "Attempts after the first.", view.restarts);
   out.counter("steps_lost_total", "Steps taken again because of restarts.",
               double(view.steps_lost));

@@ -1,4 +1,7 @@
+#include <sys/stat.h>
+
 #include <boost/asio/ip/address.hpp>
+#include <cstdio>
 
 #include "core/file.h"
 #include "core/schema.h"
@@ -10,6 +13,17 @@ namespace {
 
 constexpr size_t kFewestTokenBytes = 16, kMostTokenBytes = 256;
 
+// As the run's secret: who can read it can read the run.
+void check_is_private(const std::string& path) {
+  struct stat facts {};
+  if (stat(path.c_str(), &facts) != 0 || (facts.st_mode & 077) == 0) return;
+  char mode[8];
+  std::snprintf(mode, sizeof mode, "%04o", unsigned(facts.st_mode & 07777));
+  throw BadSettings(concat("launch.status_token_file: ", path, ": has mode ", mode,
+                           ", so that others may read the token; expected 0600: make a new one ",
+                           "and chmod 600 ", path));
+}
+
 // What the file holds. What it may consist of needs no escapes in an address.
 std::string token_of(const std::string& path) {
   std::string token;
@@ -18,6 +32,7 @@ std::string token_of(const std::string& path) {
   } catch (const Error& error) {
     throw BadSettings(concat("launch.status_token_file: ", error.what()));
   }
+  check_is_private(path);
   while (!token.empty() && (token.back() == '\n' || token.back() == '\r')) token.pop_back();
   const bool fits = token.find_first_not_of(
                         "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~") ==

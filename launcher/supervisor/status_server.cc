@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "core/error.h"
+#include "core/schema.h"
 #include "launcher/supervisor/status_answers.h"
 
 namespace moemamba {
@@ -242,8 +243,10 @@ void StatusServer::State::listen() {
   acceptor.open(endpoint.protocol());
   acceptor.set_option(tcp::acceptor::reuse_address(true), error);
   acceptor.bind(endpoint, error);
-  check(!error, "cannot listen on ", options.address, " port ", options.port, ": ", error.message(),
-        "; choose another launch.status_port, or 0 for any that is free");
+  if (error)
+    throw BadSettings(concat("cannot listen on ", options.address, " port ", options.port, ": ",
+                             error.message(),
+                             "; choose another launch.status_port, or 0 for any that is free"));
   acceptor.listen(asio::socket_base::max_listen_connections, error);
   check(!error, "cannot listen on ", options.address, " port ", options.port, ": ",
         error.message());

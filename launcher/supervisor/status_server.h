@@ -27,7 +27,7 @@ StatusOptions status_options(const LaunchConfig& launch, const std::string& run)
 // only reads. Answers are made on the context's thread, files are read on one of its own.
 class StatusServer {
  public:
-  // now: seconds as in RunView. An Error where it cannot listen. The context, the view and what
+  // now: seconds as in RunView. BadSettings where it cannot listen. The context, the view and what
   // `now` needs must outlive it.
   StatusServer(boost::asio::io_context& context, StatusOptions options, const RunView& view,
                std::function<double()> now);

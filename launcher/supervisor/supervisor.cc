@@ -118,7 +118,6 @@ void Supervisor::open() {
           .refused = [this](const std::string&) { ++view_.refused_connections; }});
   write_file(files_, join_path(folder_, "address"), server_->address() + "\n");
 
-  open_status();
   const RunConfig& config = request_.config;
   view_.run = run_;
   view_.steps = config.train().steps();
@@ -133,7 +132,9 @@ void Supervisor::open() {
                                                            .expert = config.parallel().expert(),
                                                            .hosts = request_.hosts},
                                          same ? before->memory : RecoveryMemory{});
-  if (before && before->running && go_on_with(*before)) return;
+  if (!file_exists(overwriting_mark(run_))) events_.recall();
+  if (before && before->running && go_on_with(*before)) return open_status(/*needed=*/false);
+  open_status(/*needed=*/true);
   check(!request_.fresh || !holds_run(run_), taken_text(run_, "--fresh wants an empty folder"));
   mark_overwriting(before);
   look_at_checkpoints();
@@ -152,13 +153,30 @@ void Supervisor::open() {
   kill_all([this] { begin_attempt(); });  // what an earlier supervisor may have left
 }
 
-void Supervisor::open_status() {
+// Not needed: by a job that runs. Where its port is taken another one will do, and it goes on
+// without any page rather than not at all.
+void Supervisor::open_status(bool needed) {
   const std::string file = join_path(folder_, "status_url");
   files_.remove(file);
   if (launch_.status_address().empty()) return;
-  status_ = std::make_unique<StatusServer>(context_, status_options(launch_, run_), view_,
-                                           [this] { return now(); });
-  write_file(files_, file, status_->url() + "\n");
+  StatusOptions options = status_options(launch_, run_);
+  for (const int port : {options.port, 0}) {
+    options.port = port;
+    try {
+      status_ = std::make_unique<StatusServer>(context_, options, view_, [this] { return now(); });
+      break;
+    } catch (const Error& error) {
+      if (needed) throw;
+      outlet_.say(concat("moemamba: ", error.what()));
+    }
+  }
+  if (!status_) return outlet_.say("moemamba: the job goes on, and there is no page of it");
+  try {
+    write_file(files_, file, status_->url() + "\n");
+  } catch (const Error& error) {
+    if (needed) throw;
+    outlet_.say(concat("moemamba: ", error.what()));
+  }
   outlet_.say("moemamba: the run can be watched at " + status_->url());
 }
 
@@ -184,6 +202,7 @@ void Supervisor::mark_overwriting(const std::optional<JobState>& before) {
         ": this very command has begun the run; going on with it, not overwriting it again"));
   } else {
     write_file(files_, mark, "");
+    view_.events.clear();
   }
 }
 
@@ -199,6 +218,7 @@ bool Supervisor::go_on_with(const JobState& before) {
   reset_view(before.ranks, before.expert);
   view_.job = before.job;
   adopted_ = true;
+  watch_->go_on(double(before.step_limit_ms) / 1e3);
   server_->expect(before.job, before.ranks, lease_->generation());
   leftovers_.learn_from_launcher(before.pid);
   log_.open(join_path(folder_, concat("ranks-", before.attempt, ".log")), /*from_end=*/true);
@@ -263,7 +283,7 @@ void Supervisor::reset_view(int ranks, int expert) {
   view_.state = RunState::starting;
   view_.of_ranks.assign(size_t(ranks), {});
   for (int rank = 0; rank < ranks; ++rank) view_.of_ranks[size_t(rank)].rank = rank;
-  view_.hosts_left_out = recovery_->memory().left_out;
+  view_.hosts_left_out = recovery_->left_out();
   links_.clear();
   links_.resize(size_t(ranks));
   watch_ = std::make_unique<Watch>(limits_of(launch_), ranks);
@@ -285,7 +305,7 @@ std::vector<std::string> Supervisor::command_of_attempt() {
     command.words.push_back("--overwrite=false");  // done
   const std::vector<HostSlots> hosts = recovery_->hosts();
   if (!request_.srun_options.empty()) {
-    command.hosts_left_out = recovery_->memory().left_out;
+    command.hosts_left_out = recovery_->left_out();
     if (!command.hosts_left_out.empty()) command.hosts = int(hosts.size());
     command.options.insert(command.options.begin(), request_.srun_options.begin(),
                            request_.srun_options.end());
@@ -343,6 +363,7 @@ void Supervisor::remember(bool running) {
   state_.ranks = view_.ranks;
   state_.expert = view_.expert_ranks;
   state_.steps_lost = view_.steps_lost;
+  state_.step_limit_ms = watch_ ? int64_t(watch_->step_limit() * 1e3) : 0;
   state_.memory = recovery_->memory();
   state_.command = command_words();
   try {

@@ -59,7 +59,7 @@ class Supervisor {
 
   // supervisor.cc: beginning, and the rounds of a timer.
   void open();
-  void open_status();
+  void open_status(bool needed);
   bool go_on_with(const JobState& before);
   void mark_overwriting(const std::optional<JobState>& before);
   std::vector<std::string> command_words() const;  // of the ranks, and how many are asked for

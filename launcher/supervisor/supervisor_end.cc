@@ -64,6 +64,9 @@ void Supervisor::judge() {
                         .rank = rank,
                         .event = "failed",
                         .text = rank >= 0 ? text_of(rank) : "wrong settings; which, see above"});
+  if (const int rank = said(Goodbye::FINAL); rank >= 0)
+    return end_attempt(
+        {.kind = Kind::gave_up, .rank = rank, .event = "failed", .text = text_of(rank)});
   if (const int rank = said(Goodbye::FAILED); rank >= 0)
     return end_attempt(
         {.kind = Kind::failed, .rank = rank, .event = "failed", .text = text_of(rank)});
@@ -256,7 +259,8 @@ std::vector<std::string> Supervisor::hosts_at_fault() const {
     const auto& goodbye = links_[size_t(rank.rank)].goodbye;
     if (goodbye && (goodbye->reason() == Goodbye::FAILED || goodbye->reason() == Goodbye::SETTINGS))
       failed.insert(listed_host(rank.rank));
-    else if (rank.rank == fault_.rank || rank.state == RankState::silent)
+    else if (!rank.host.empty() &&  // else it never came, and where to is mpirun's business
+             (rank.rank == fault_.rank || rank.state == RankState::silent))
       hosts.insert(listed_host(rank.rank));
   }
   if (failed.size() == 1) hosts.merge(failed);
@@ -313,6 +317,11 @@ void Supervisor::restart(const Verdict& verdict) {
     events_.say(
         {.kind = "host_left_out",
          .text = concat(host, " is left out from now on; ", recovery_->ranks(), " ranks go on")});
+  for (const std::string& host : verdict.away_now)
+    events_.say({.kind = "host_left_out",
+                 .text = concat(host, " is left out of the next attempt, for it does not answer; ",
+                                recovery_->ranks(), " ranks go on. The restart after that tries ",
+                                "it again")});
   view_.state_text =
       concat("restart ", view_.restarts, ": ", recovery_->ranks(),
              recovery_->ranks() == 1 ? " rank" : " ranks", " from ", place_to_go_on(),

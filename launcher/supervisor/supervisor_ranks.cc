@@ -126,6 +126,11 @@ void Supervisor::stepped(int rank, const StepReport& report) {
   }
   for (const auto& [slow, text] : watch_->stepped(view_, rank, report.step(), report.tokens()))
     events_.say({.kind = "straggler", .step = report.step(), .text = text});
+  // A supervisor that takes the job over hears of no step before the next one has ended.
+  const auto limit_ms = int64_t(watch_->step_limit() * 1e3);
+  if (doing_ == Doing::running &&
+      (limit_ms > 2 * state_.step_limit_ms || 2 * limit_ms < state_.step_limit_ms))
+    remember(true);
 }
 
 void Supervisor::event(const RunEvent& event) {
@@ -173,7 +178,8 @@ void Supervisor::gone(int rank) {
   view.state = RankState::ended;
   if (doing_ != Doing::running || !was_there) {
     if (doing_ == Doing::running && link.goodbye &&
-        (link.goodbye->reason() == Goodbye::FAILED || link.goodbye->reason() == Goodbye::SETTINGS))
+        (link.goodbye->reason() == Goodbye::FAILED || link.goodbye->reason() == Goodbye::FINAL ||
+         link.goodbye->reason() == Goodbye::SETTINGS))
       judge();
     return;
   }
@@ -197,6 +203,7 @@ void Supervisor::goodbye(int rank, const Goodbye& word) {
         patience = kLauncherEnds;
       break;
     case Goodbye::FAILED:
+    case Goodbye::FINAL:
     case Goodbye::SETTINGS:
       patience = kPatience;
       break;

@@ -80,8 +80,13 @@ double Watch::limit_of(const RankView& rank) const {
     default:
       break;
   }
-  if (rank.step < 0) return std::max(limits_.hang, limits_.start);  // its first step
-  return std::max(limits_.hang, kSlowestFactor * slowest_);
+  if (rank.step < 0 && known_limit_ == 0)
+    return std::max(limits_.hang, limits_.start);  // its first step
+  return std::max(limits_.hang, step_limit());
+}
+
+double Watch::step_limit() const {
+  return steps_.empty() ? known_limit_ : std::max(limits_.hang, kSlowestFactor * slowest_);
 }
 
 std::optional<Trouble> Watch::look(RunView& view, double now) {

@@ -33,6 +33,10 @@ class Watch {
   // stragglers by it, with one sentence each.
   std::vector<std::pair<int, std::string>> stepped(RunView& view, int rank, int64_t step,
                                                    int64_t tokens);
+  // The attempt was begun by another supervisor, whose step_limit() that was.
+  void go_on(double step_limit) { known_limit_ = step_limit; }
+  // Seconds without progress that a step may take; 0: none has ended yet.
+  double step_limit() const;
   // Marks ranks as silent or hanging; the first trouble there is. To be called a few times a
   // second: where it was not, this process was held up itself, and nobody is judged before the
   // ranks had time to be heard again.
@@ -50,6 +54,7 @@ class Watch {
   double looked_ = -1, not_before_ = 0;
   std::deque<double> steps_;  // seconds of the latest hundred
   double slowest_ = 0;        // of them
+  double known_limit_ = 0;    // while there are none: of those before; 0: there were none
   // Of steps that not all ranks have ended: busy seconds of each per token; negative: not ended.
   std::map<int64_t, std::vector<double>> pace_;
   std::vector<int64_t> slow_steps_;  // in a row, of each rank

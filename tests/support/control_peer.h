@@ -37,18 +37,21 @@ class ControlPeer {
       reader_.feed({bytes, got});
     }
   }
-  // Answers the challenge; returns the Welcome, or nothing where it was refused.
+  // Answers the challenge; returns the Welcome, or nothing where it was refused. An Error where the
+  // server does not know the secret.
   std::optional<Welcome> greet(Hello hello, const std::string& secret) {
     const auto challenge = next();
     if (!challenge || !challenge->has_challenge()) return std::nullopt;
     hello.set_protocol(kControlProtocol);
     hello.set_proof(
         control_proof(secret, challenge->challenge().nonce(), hello.job(), hello.rank()));
+    hello.set_nonce(make_challenge().nonce());
     ControlWord word;
     *word.mutable_hello() = hello;
     send(word);
     const auto answer = next();
     if (!answer || !answer->has_welcome()) return std::nullopt;
+    check_welcome(answer->welcome(), secret, hello);
     return answer->welcome();
   }
 
