@@ -258,7 +258,7 @@ TEST_F(Supervised, ARankThatHangsIsFoundAndNamedWithItsStack) {
 
 // What ends everything at one step is not repeated for ever.
 TEST_F(Supervised, ACrashLoopIsReportedInsteadOfRepeated) {
-  const pid_t launcher = start("launch --drill 'crash rank=1 step=25 times=always'" +
+  const pid_t launcher = start("launch --drill 'crash rank=1 step=39 times=always'" +
                                words(1'000'000'000) + "--launch.crash_loop=3");
   EXPECT_EQ(end_of(launcher), 1) << story();
   EXPECT_EQ(events_of("crash_loop"), 1) << story();
