@@ -264,7 +264,7 @@ TEST_F(Supervised, ACrashLoopIsReportedInsteadOfRepeated) {
   EXPECT_EQ(events_of("crash_loop"), 1) << story();
   EXPECT_EQ(events_of("restarting"), 2) << story();
   EXPECT_EQ(count(said(), "a crash loop: 3 failures at step "), 1) << story();
-  EXPECT_EQ(list_checkpoints(run()).front().step, 20);
+  EXPECT_EQ(list_checkpoints(run()).front().step, 30);
 }
 
 // The settings say so: another attempt would meet the same.
