@@ -211,6 +211,9 @@ int Tokenizer::vocabulary() const {
 int32_t Tokenizer::end_of_document() const {
   return impl_->end_of_document;
 }
+const std::string& Tokenizer::content() const {
+  return impl_->content;
+}
 std::string Tokenizer::digest() const {
   return impl_->digest;
 }

@@ -35,7 +35,8 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view text) const;
   std::string decode(std::span<const int32_t> ids) const;  // end_of_document becomes nothing
   std::string description() const;                         // "bpe, vocabulary 4096"
-  std::string digest() const;                              // sha256 of the saved file
+  const std::string& content() const;                      // of the saved file
+  std::string digest() const;                              // its sha256
 
  private:
   struct Impl;

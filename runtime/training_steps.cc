@@ -115,9 +115,9 @@ void TrainingRun::save_checkpoint(int64_t done) {
                         .metadata = describe_kind(request_.model, tokenizer_),
                         .extra_files = {}};
   facts.metadata["config"] = request_.resolved_text;
-  const std::string tokenizer = join_path(request_.run, "tokenizer.model");
+  // From memory: where the run's file cannot be read, that must not end the training.
   if (speaks() && tokenizer_ && tokenizer_->kind() == TokenizerKind::bpe)
-    facts.extra_files.emplace_back("tokenizer.model", read_file(tokenizer));
+    facts.extra_files.emplace_back("tokenizer.model", tokenizer_->content());
   trainer_.hold_state(checkpoints_->save(std::move(facts), &trainer_.session().compute));
 }
 
