@@ -124,6 +124,13 @@ std::vector<CheckpointPlace> list_checkpoints(const std::string& run) {
   return places;
 }
 
+std::vector<std::string> list_damaged(const std::string& run) {
+  std::vector<std::string> names = names_in(checkpoints_folder(run));
+  std::erase_if(names, [](const auto& name) { return kind_of_name(name) != NameKind::damaged; });
+  std::reverse(names.begin(), names.end());
+  return names;
+}
+
 NameKind kind_of_name(const std::string& name) {
   const std::string prefix = name.substr(0, name.find('.'));
   if (step_of_name(name)) return NameKind::checkpoint;

@@ -29,6 +29,8 @@ struct CheckpointPlace {
 // Newest first; only folders (no symlinks) with exactly such a name. A folder that is missing holds
 // none; one that cannot be listed is an Error.
 std::vector<CheckpointPlace> list_checkpoints(const std::string& run);
+// Names of those that did not hold and were set aside, the newest first.
+std::vector<std::string> list_damaged(const std::string& run);
 // The step, if `name` is a checkpoint's, else nothing.
 std::optional<int64_t> step_of_name(const std::string& name);
 
