@@ -42,6 +42,8 @@ class Checkpoints {
   void announce();
   int64_t failed() const { return failed_; }  // in all, as far as announced
   int64_t newest() const { return newest_; }  // step of the latest good one, likewise; or -1
+  // Why the latest save failed, likewise; "": it did not.
+  const std::string& problem() const { return problem_; }
   double blocked_seconds() const { return blocked_; }  // of the latest save()
 
  private:

@@ -2,8 +2,8 @@
 // does with what they have left.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <filesystem>
-#include <mutex>
 
 #include "runtime/token_files.h"
 #include "runtime/tokenizer.h"
@@ -61,6 +61,100 @@ TEST(ARun, OfWhichOnlyDamagedCheckpointsAreLeftIsNotBegunAnew) {
   fs::rename(join_path(all, damaged_name(2, 3)), join_path(all, checkpoint_name(2)));
   launch(run);
   EXPECT_EQ(newest_manifest(run.folder).step(), 8);
+}
+
+// A disk that refuses attempts to save `step`, so many of them.
+class RefusesAttempts : public SeamFiles {
+ public:
+  RefusesAttempts(int64_t step, int times) : times_(times) {
+    before = [this, name = checkpoint_name(step) + ".tmp-"](FileCall& call) {
+      const bool attempt =
+          call.what == Call::make_folder && call.path.find(name) != std::string::npos;
+      check(!attempt || times_-- <= 0, call.path, ": no space left (injected)");
+      return true;
+    };
+  }
+
+ private:
+  std::atomic<int> times_;  // only rank 0 makes the folder
+};
+
+std::string error_of(const SmallRun& run, std::string& said) {
+  std::string error;
+  testing::internal::CaptureStderr();
+  try {
+    launch(run);
+  } catch (const Error& thrown) {
+    error = thrown.what();
+  }
+  said = testing::internal::GetCapturedStderr();
+  return error;
+}
+
+// Of a run's end, and of one that is asked to stop.
+TEST(TheLastSave, IsTriedOnceMoreWhenItFails) {
+  for (int64_t end : {6, 4})
+    for (bool asynchronous : {true, false}) {
+      TemporaryFolder folder;
+      RefusesAttempts disk(end, 1);
+      const SmallRun run{.folder = folder / "run",
+                         .ranks = 2,
+                         .steps = 6,
+                         .asynchronous = asynchronous,
+                         .launch_steps = end < 6 ? end : 0,
+                         .files = &disk};
+      std::string said;
+      EXPECT_EQ(error_of(run, said), "");
+      EXPECT_NE(said.find(concat("NOT saved  after step ", end)), std::string::npos) << said;
+      EXPECT_EQ(newest_manifest(run.folder).step(), end);
+    }
+}
+
+TEST(TheLastSave, ThatFailsTwiceIsSaidWithTheStepFromWhichTheRunGoesOn) {
+  TemporaryFolder folder;
+  SmallRun whole{.folder = folder / "whole", .ranks = 2, .steps = 6, .save_interval = 2};
+  launch(whole);
+  for (int64_t end : {6, 5, 4}) {
+    SCOPED_TRACE(concat("at step ", end));
+    RefusesAttempts disk(end, 2);
+    SmallRun run = whole;
+    run.folder = folder / concat("run", end);
+    run.launch_steps = end < 6 ? end : 0;
+    run.files = &disk;
+    const int64_t before = end > 4 ? 4 : 2;
+    std::string said;
+    const std::string error = error_of(run, said);
+    const std::string& told = end == 6 ? error : said;
+    EXPECT_NE(told.find(concat("step ", end, " of 6 could not be saved, twice: ")),
+              std::string::npos)
+        << told;
+    EXPECT_NE(
+        told.find(concat("the same command goes on after step ", before, end == 6 ? "" : ";")),
+        std::string::npos)
+        << told;
+    EXPECT_EQ(error.empty(), end < 6) << error;
+    EXPECT_EQ(newest_manifest(run.folder).step(), before);
+    run.launch_steps = 0;
+    run.files = nullptr;
+    launch(run);
+    EXPECT_EQ(steps_of(run.folder), steps_of(whole.folder));
+    EXPECT_EQ(newest_manifest(run.folder).state_hash(), newest_manifest(whole.folder).state_hash());
+  }
+}
+
+// Then the weights are all that there is.
+TEST(TheLastSave, ThatFailsTwiceWithoutAnEarlierOneEndsTheRunWithAnError) {
+  for (int64_t end : {6, 4}) {
+    TemporaryFolder folder;
+    RefusesAttempts disk(end, 2);
+    const SmallRun run{
+        .folder = folder / "run", .steps = 6, .launch_steps = end < 6 ? end : 0, .files = &disk};
+    std::string said;
+    const std::string error = error_of(run, said);
+    EXPECT_NE(error.find(concat("--init-from=", run.folder, "/weights")), std::string::npos)
+        << error;
+    EXPECT_TRUE(file_exists(run.folder + "/weights/model.safetensors"));
+  }
 }
 
 }  // namespace
