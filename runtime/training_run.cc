@@ -76,7 +76,7 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
     Session& session = trainer_.session();
     const FoundWeights found = find_weights(request.init_from, groups, session.host);
     load_weights(found.path, session.store, groups);
-    check_same_kind(request.init_from, request.model, tokenizer_);
+    check_same_kind(found.path, request.model, tokenizer_);
     say("weights    " + describe(found));
   }
   barrier(*groups.control, trainer_.session().host);

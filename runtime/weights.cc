@@ -190,19 +190,32 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
   together(groups, stream, finish, clean);
 }
 
-FoundWeights find_weights(const std::string& path) {
+namespace {
+
+enum class Look { at_sizes, at_every_byte };
+
+std::string whole_checkpoint(const std::string& path, Look look) {
+  const Checkpoint checkpoint(path);
+  if (look == Look::at_every_byte) checkpoint.verify_files();
+  return checkpoint.path();
+}
+
+FoundWeights newest_weights(const std::string& path, Look look) {
   const std::string inner = whole_weights(join_path(path, "weights"));
   const bool exported = fs::is_directory(inner);
   FoundWeights found{.path = exported ? inner : path};
-  if (exported)
-    found.step = step_in(open_weights(inner).front().metadata());
+  if (look == Look::at_every_byte && file_exists(join_path(path, kManifestName)))
+    whole_checkpoint(path, look);
+  if (exported) found.step = step_in(open_weights(inner).front().metadata());
   if (exported && found.step < 0) return found;  // not ours: whoever put them there wants them
   std::string problem;
   for (const CheckpointPlace& place : list_checkpoints(path)) {
     if (place.step <= found.step) break;
     try {
-      return {.path = Checkpoint(place.path).path(), .step = place.step};
+      return {.path = whole_checkpoint(place.path, look), .step = place.step};
     } catch (const OtherFormat&) {
+      throw;
+    } catch (const Unavailable&) {  // says nothing about the checkpoint
       throw;
     } catch (const Error& error) {
       if (problem.empty()) problem = error.what();
@@ -210,6 +223,12 @@ FoundWeights find_weights(const std::string& path) {
   }
   check(exported || problem.empty(), path, ": none of its checkpoints can be used: ", problem);
   return found;
+}
+
+}  // namespace
+
+FoundWeights find_weights(const std::string& path) {
+  return newest_weights(path, Look::at_sizes);
 }
 
 std::string describe(const FoundWeights& found) {
@@ -220,7 +239,7 @@ FoundWeights find_weights(const std::string& path, ProcessGroups& groups, Stream
   std::string answer;  // "+STEP PATH", or why there is none
   if (groups.rank == 0) {
     try {
-      const FoundWeights found = find_weights(path);
+      const FoundWeights found = newest_weights(path, Look::at_every_byte);
       answer = concat("+", found.step, " ", found.path);
     } catch (const std::exception& error) {
       answer = error.what();

@@ -27,7 +27,10 @@ struct FoundWeights {
 };
 FoundWeights find_weights(const std::string& path);
 std::string describe(const FoundWeights& found);  // for people
-// The same on all ranks, though the run may be saving meanwhile: rank 0 looks.
+// For use: every byte of a checkpoint is read against its digest before, and one that does not hold
+// is passed over like the others, or, where `path` is its own folder, an Error. Weights that were
+// exported have no digests. The same on all ranks, though the run may be saving meanwhile: rank 0
+// looks.
 FoundWeights find_weights(const std::string& path, ProcessGroups& groups, Stream& stream);
 
 // path: such a folder, a run's folder, or one .safetensors file. Names that are missing, left over

@@ -208,7 +208,7 @@ TEST_F(BadInput, WeightsOfAnotherShape) {
   expect_refused(train + "--init-from=text.txt", 1, {"damaged, or no safetensors file"});
   expect_refused("$moemamba evaluate --run first", 1, {"no token file to evaluate on"});
   expect_refused(train + "--init-from=first --model.top_k=2", 1,
-                 {"first: these weights belong to another kind of model:\n"
+                 {"first/weights: these weights belong to another kind of model:\n"
                   "  model.top_k: 1 there, 2 here\n"});
   EXPECT_EQ(shell(train + "--init-from=first").code, 0);
 }

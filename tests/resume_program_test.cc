@@ -6,6 +6,7 @@
 
 #include "runtime/checkpoint_parts.h"
 #include "runtime/state_hash.h"
+#include "tests/support/checkpoint_cases.h"
 #include "tests/support/program.h"
 #include "tests/support/small_run.h"
 
@@ -115,8 +116,8 @@ TEST_F(Resume, WhatUsesARunTakesItsNewestWeightsAndSaysWhich) {
   ASSERT_EQ(shell(train + small_training(4)).code, 0);
   const auto expect_taken = [&](const std::string& taken) {
     for (const char* ranks : {"", " --ranks 2"})
-      for (const char* use : {"evaluate --data.validation=tokens/validation",
-                              "generate --prompt The --tokens 20"}) {
+      for (const char* use :
+           {"evaluate --data.validation=tokens/validation", "generate --prompt The --tokens 20"}) {
         const std::string words = std::string("$moemamba ") + use + ranks + " --run run";
         const Result result = shell(words);
         EXPECT_EQ(result.code, 0) << result.err;
@@ -142,7 +143,19 @@ TEST_F(Resume, WhatUsesARunTakesItsNewestWeightsAndSaysWhich) {
   const Result begun = shell("$moemamba train --init-from=run" + small_training(1) + "--run=other");
   EXPECT_EQ(begun.code, 0) << begun.err;
   EXPECT_EQ(count(begun.err, "weights    " + text(places[0]) + "\n"), 1) << begun.err;
-  // One that is visibly damaged is passed over; where all are, the weights are what is left.
+  // One that is damaged is passed over, were it by one bit; where all are, the weights are left.
+  const std::string shard = places[0].path + "/model-00001-of-00001.safetensors";
+  flip_bit(shard, int64_t(fs::file_size(shard)) * 8 - 1);
+  expect_taken(text(places[1]));
+  for (const char* use : {"train --init-from=", "generate --run run --weights "}) {
+    const std::string path = "run/checkpoints/" + checkpoint_name(places[0].step);
+    const Result refused =
+        shell("$moemamba " + (use + path) +
+              (use[0] == 't' ? small_training(1) + "--run=third" : std::string()));
+    EXPECT_EQ(refused.code, 1) << refused.err;
+    EXPECT_GE(count(refused.err, path + "/model-00001-of-00001.safetensors: damaged: "), 1)
+        << refused.err;
+  }
   fs::remove(places[0].path + "/" + kManifestName);
   expect_taken(text(places[1]));
   for (const CheckpointPlace& place : places) fs::resize_file(place.path + "/" + kIndexName, 1);
