@@ -180,6 +180,11 @@ Event Checkpoints::save(CheckpointFacts facts, Stream* compute) {
   return staged;
 }
 
+void Checkpoints::loaded(int64_t step) {
+  check(!running_, "checkpoints: loaded step ", step, " amid the save of step ", facts_.step);
+  newest_ = options_.retention.always = step;
+}
+
 void Checkpoints::finish() {
   const InPhase in_phase(groups_.activity, Phase::saving);
   conclude();

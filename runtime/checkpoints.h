@@ -22,7 +22,7 @@ class Checkpoints {
     CheckpointWriter::Options writer;
     bool asynchronous = true;
     bool verify = true;      // read each one again
-    Retention retention;     // always: the newest that was read whole, at first the one loaded
+    Retention retention;     // always: the newest that was read whole; see loaded()
     int64_t max_failed = 3;  // saves in a row
     // Rank 0, from the caller's thread: what became of a save. `warn`: of one that failed; empty:
     // as the others.
@@ -37,11 +37,15 @@ class Checkpoints {
   // training may go on, which must not change the state before the event is past.
   Event save(CheckpointFacts facts, Stream* compute = nullptr);
   void finish();  // no save is on its way any more
+  // The state is that of this step's checkpoint, which was read whole: it is the newest good one,
+  // and stays until another one was. REQUIRES: no save is on its way.
+  void loaded(int64_t step);
   // Says what became of the latest save, if it has ended. Between any steps, on this rank alone: it
   // waits for nobody.
   void announce();
   int64_t failed() const { return failed_; }  // in all, as far as announced
-  int64_t newest() const { return newest_; }  // step of the latest good one, likewise; or -1
+  // Step of the latest good one, saved or loaded, likewise; or -1.
+  int64_t newest() const { return newest_; }
   // Why the latest save failed, likewise; "": it did not.
   const std::string& problem() const { return problem_; }
   double blocked_seconds() const { return blocked_; }  // of the latest save()

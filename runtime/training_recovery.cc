@@ -72,7 +72,7 @@ bool TrainingRun::replay(StepRecord& record, const std::string& what) {
 std::optional<int64_t> TrainingRun::place_to_go_back_to() {
   if (skipped_in_a_row_ > 0) return std::nullopt;
   checkpoints_->finish();  // from here on all ranks know of the same saves
-  const int64_t newest = std::max(loaded_step_, checkpoints_->newest());
+  const int64_t newest = checkpoints_->newest();
   if (newest < 0 || roll_backs_[newest] >= kMostRollBacks) return std::nullopt;
   return newest;
 }

@@ -170,6 +170,7 @@ std::optional<CheckpointManifest> TrainingRun::load(std::string_view heading) {
         state_hash_text(hash), ", what was saved ", state_hash_text(found->state_hash()),
         "; please report this");
   loaded_step_ = found->step();
+  if (checkpoints_) checkpoints_->loaded(loaded_step_);
   last_loss_ = found->loss();
   chain_.resume(found->chain());
   return found;
@@ -235,15 +236,14 @@ void TrainingRun::open_checkpoints() {
       .writer = {.run = request_.run, .generation = generation_, .may_write = {}},
       .asynchronous = config.asynchronous(),
       .verify = config.verify(),
-      .retention = {.keep_last = config.keep_last(),
-                    .keep_every = config.keep_every(),
-                    .always = loaded_step_},
+      .retention = {.keep_last = config.keep_last(), .keep_every = config.keep_every()},
       .max_failed = config.max_failed_saves(),
       .say = [this](const std::string& text) { say(text); },
       .warn = [this](const std::string& text) { warn(text); },
       .on_end = [this](const Checkpoints::Ended& save) { note_save(save); }};
   if (speaks()) options.writer.may_write = [this] { return may_write(); };
   checkpoints_.emplace(files_, groups_, trainer_.session().store, std::move(options));
+  if (loaded_step_ >= 0) checkpoints_->loaded(loaded_step_);
 }
 
 // On rank 0: this launch still has the lease, or its supervisor has.

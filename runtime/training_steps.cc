@@ -1,5 +1,4 @@
 // What a training run says and writes around its steps.
-#include <algorithm>
 #include <cstdio>
 #include <limits>
 
@@ -175,21 +174,22 @@ void TrainingRun::after_step(StepRecord& record) {
 // The state of step `done` is in a checkpoint, or on its way there.
 void TrainingRun::end_after(int64_t done) {
   const int64_t steps = request_.train.steps();
-  const auto newest = [&] { return std::max(loaded_step_, checkpoints_->newest()); };
   checkpoints_->finish();
-  if (newest() != done) {  // no later save makes good what a disk refused for a moment
+  // No later save makes good what a disk refused for a moment.
+  if (checkpoints_->newest() != done) {
     save_checkpoint(done);
     checkpoints_->finish();
   }
   save_weights_of(done);
-  const bool saved = newest() == done, goes_on = newest() >= 0;
+  const int64_t newest = checkpoints_->newest();
+  const bool saved = newest == done, goes_on = newest >= 0;
   const std::string weights = join_path(request_.run, "weights"),
                     failed = concat("step ", done, " of ", steps,
                                     " could not be saved, twice: ", checkpoints_->problem());
   check(saved || (done < steps && goes_on), request_.run, ": ", failed, "; the weights are in ",
         weights, "; ",
         goes_on ? concat("once the disk takes a checkpoint, the same command goes on after step ",
-                         newest())
+                         newest)
                 : concat("there is no checkpoint to go on from, but another --run can begin with ",
                          "--init-from=", weights));
   if (done == steps) return;
@@ -197,7 +197,7 @@ void TrainingRun::end_after(int64_t done) {
   if (saved)
     say(concat(text, "the same command goes on with it; the weights are in ", weights));
   else
-    warn(concat(text, failed, "; the same command goes on after step ", newest(),
+    warn(concat(text, failed, "; the same command goes on after step ", newest,
                 "; the weights are in ", weights));
 }
 

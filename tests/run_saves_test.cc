@@ -63,6 +63,23 @@ TEST(ARun, OfWhichOnlyDamagedCheckpointsAreLeftIsNotBegunAnew) {
   EXPECT_EQ(newest_manifest(run.folder).step(), 8);
 }
 
+// Without reading saves again, what was read whole is what a roll-back has loaded.
+TEST(ARollBack, MakesItsCheckpointTheOneThatStays) {
+  TemporaryFolder folder;
+  SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 8, .save_interval = 2};
+  run.keep_last = 1;
+  run.launch_steps = 2;
+  launch(run);  // which the next launch begins from
+  run.launch_steps = 0;
+  run.change = [](int, TrainRequest& request) { request.checkpoint.set_verify(false); };
+  std::atomic<int> bad = 2;  // the step, and its replay
+  run.spoil = [&](int rank, int64_t step) { return rank == 1 && step == 4 && bad-- > 0; };
+  launch(run);
+  std::vector<int64_t> steps;
+  for (const CheckpointPlace& place : list_checkpoints(run.folder)) steps.push_back(place.step);
+  EXPECT_EQ(steps, (std::vector<int64_t>{8, 4}));
+}
+
 // A disk that refuses attempts to save `step`, so many of them.
 class RefusesAttempts : public SeamFiles {
  public:
