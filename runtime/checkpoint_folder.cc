@@ -63,8 +63,16 @@ std::string discard(FileSystem& files, const std::string& folder, const std::str
   return trash;
 }
 
-void bury(FileSystem& files, const std::string& folder, const std::string& name) {
-  const std::string trash = discard(files, folder, name);
+// Asks only behind the rename whether this launch may: if it still has the lease then, nobody who
+// takes it later has seen the name; else a successor may have, between our decision and the rename.
+void bury(FileSystem& files, const std::string& folder, const std::string& name,
+          const std::function<bool()>& may_write) {
+  const std::string trash = discard(files, folder, name), place = join_path(folder, name);
+  if (may_write && !may_write()) {
+    // An ordinary rename of a folder fails too where one with anything in it has that name.
+    if (!files.rename_new(trash, place)) files.rename(trash, place);
+    throw Error(concat(place, ": is not deleted: another launch has taken over this run"));
+  }
   files.sync_folder(folder);
   remove_tree(files, trash);
 }
@@ -155,11 +163,11 @@ std::vector<CheckpointPlace> superseded(const std::string& run, const Retention&
 }
 
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
-                     const Retention& retention) {
+                     const Retention& retention, const std::function<bool()>& may_write) {
   const std::string folder = checkpoints_folder(run);
-  fence_attempts(files, run, generation + 1);  // first: halves would count as kept
+  fence_attempts(files, run, generation + 1, may_write);  // first: halves would count as kept
   for (const CheckpointPlace& place : superseded(run, retention))
-    bury(files, folder, checkpoint_name(place.step));
+    bury(files, folder, checkpoint_name(place.step), may_write);
   for (const std::string& name : names_in(folder))
     if (name.rfind(kTrash, 0) == 0) remove_tree(files, join_path(folder, name));
 }
@@ -171,7 +179,8 @@ bool is_half_published(const std::string& run, int64_t step) {
          fs::symlink_status(place / kManifestName, error).type() == fs::file_type::not_found;
 }
 
-void fence_attempts(FileSystem& files, const std::string& run, int64_t generation) {
+void fence_attempts(FileSystem& files, const std::string& run, int64_t generation,
+                    const std::function<bool()>& may_write) {
   const std::string folder = checkpoints_folder(run);
   std::set<int64_t> steps;
   std::vector<std::string> trash;
@@ -190,7 +199,7 @@ void fence_attempts(FileSystem& files, const std::string& run, int64_t generatio
   // Only now, for their owners may have been about to make them; and before the attempts are
   // deleted, for by these it is known what they are.
   for (int64_t step : steps)
-    if (is_half_published(run, step)) bury(files, folder, checkpoint_name(step));
+    if (is_half_published(run, step)) bury(files, folder, checkpoint_name(step), may_write);
   for (const std::string& attempt : trash) remove_tree(files, attempt);
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -46,16 +47,19 @@ struct Retention {
 std::vector<CheckpointPlace> superseded(const std::string& run, const Retention& retention);
 // Deletes the others: each is renamed first, so that what is half deleted looks like nothing. Also
 // attempts, but those of later generations, and older trash. Never touches a name it cannot read.
+// `may_write`: the lease is still ours; empty: always. What was renamed when it no longer was gets
+// its name back, and that is an Error: a successor may count on it.
 // REQUIRES: no save of `generation` is on its way.
 void collect_garbage(FileSystem& files, const std::string& run, int64_t generation,
-                     const Retention& retention);
+                     const Retention& retention, const std::function<bool()>& may_write = {});
 // A folder of that step's name without a manifest. Where its attempt is there too, it was being
 // published by links.
 bool is_half_published(const std::string& run, int64_t step);
 // Moves away attempts of generations before `generation`, and then what they had published by
 // halves. Without its attempt a stale owner can publish nothing more, not even a half: all that it
-// renames and links comes out of that folder.
-void fence_attempts(FileSystem& files, const std::string& run, int64_t generation);
+// renames and links comes out of that folder. `may_write` as above.
+void fence_attempts(FileSystem& files, const std::string& run, int64_t generation,
+                    const std::function<bool()>& may_write = {});
 // Something about the time and the process that no other attempt has.
 uint64_t fresh_nonce();
 

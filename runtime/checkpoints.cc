@@ -95,7 +95,8 @@ void Checkpoints::tidy() {
     if (options_.verify) options_.retention.always = facts_.step;
     write_file(files_, join_path(checkpoints_folder(run), "LATEST"),
                checkpoint_name(facts_.step) + "\n");
-    collect_garbage(files_, run, options_.writer.generation, options_.retention);
+    collect_garbage(files_, run, options_.writer.generation, options_.retention,
+                    options_.writer.may_write);
   } catch (const std::exception& error) {
     untidy_ = error.what();
   }

@@ -147,7 +147,7 @@ Lease::Lease(FileSystem& files, std::string run, const Options& options)
 }
 
 void Lease::fence() {
-  fence_attempts(files_, run_, generation_);
+  fence_attempts(files_, run_, generation_, [this] { return ours(); });
   drop_older();
 }
 

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include "tests/support/checkpoint_cases.h"
@@ -226,6 +227,66 @@ TEST(Reread, LeavesAllToASuccessor) {
   EXPECT_NE(saved.said.back().find("another launch has taken over"), std::string::npos)
       << saved.said.back();
   EXPECT_EQ(steps_there(c.run), (std::vector<int64_t>{3, 2, 1}));
+}
+
+// An owner that stands still amid its clean-up, at call `at` of it, and has a successor when it
+// goes on: what that one has seen is still there, whole. Returns whether there was such a call.
+bool stale_amid_its_clean_up(int64_t at, bool renames_new, int64_t& given_back) {
+  MemoryFolder folder("crash-reread");
+  const std::string run = folder / "run", all = checkpoints_folder(run);
+  for (int64_t step : {1, 2, 3, 4}) EXPECT_EQ(save({.run = run, .step = step})[0], "");
+  // Step 5, too, as a stale owner has left it when it published by links.
+  const std::string half = join_path(all, checkpoint_name(5)),
+                    attempt = join_path(all, attempt_name(5, 1, 7));
+  EXPECT_EQ(save({.run = run, .step = 5})[0], "");
+  fs::create_directory(attempt);
+  const std::string manifest = join_path(half, kManifestName), content = read_file(manifest);
+  fs::remove(manifest);
+  bool ours = true;
+  std::vector<CheckpointPlace> seen;
+  std::string last;
+  int64_t calls = 0;
+  SeamFiles files;
+  files.renames_new = renames_new;
+  files.before = [&](FileCall& call) {
+    if (calls++ != at) return true;
+    ours = false;
+    last = call.path;
+    // Between two looks at it the half becomes a checkpoint: the successor's, of the same step.
+    if (call.path == half) std::ofstream(manifest, std::ios::binary) << content;
+    seen = list_checkpoints(run);
+    return true;
+  };
+  std::string why;
+  try {
+    collect_garbage(files, run, 1, {.keep_last = 1}, [&] { return ours; });
+  } catch (const Error& error) {
+    why = error.what();
+  }
+  if (ours) return false;
+  for (const CheckpointPlace& place : seen) {
+    EXPECT_TRUE(file_exists(place.path)) << "deleted at " << last << ": " << place.path;
+    if (!file_exists(place.path) || is_half_published(run, place.step)) continue;
+    EXPECT_NO_THROW(Checkpoint(place.path).verify_files()) << place.path;
+  }
+  given_back +=
+      why.find("is not deleted: another launch has taken over this run") != std::string::npos;
+  return true;
+}
+
+TEST(CleaningUp, ByAStaleOwnerLeavesWhatItsSuccessorHasSeen) {
+  for (bool renames_new : {true, false}) {
+    int64_t cases = 0, given_back = 0;
+    for (int64_t at = 0; at < 300 && !HasFailure(); ++at, ++cases) {
+      SCOPED_TRACE(concat("call ", at, renames_new ? "" : ", by links"));
+      if (!stale_amid_its_clean_up(at, renames_new, given_back)) break;
+    }
+    EXPECT_GT(cases, 30);
+    EXPECT_GT(given_back, 2);
+    report_cases(concat("P17 owners that went stale amid their clean-up",
+                        renames_new ? "" : ", without such a rename"),
+                 cases);
+  }
 }
 
 // The loader has set the same step aside under this generation: the name is taken.
