@@ -258,6 +258,19 @@ void write_file(FileSystem& files, const std::string& path, std::string_view con
   file.commit();
 }
 
+void make_lasting_folders(FileSystem& files, const std::string& path) {
+  std::vector<std::string> extended;  // folders that get a new entry
+  for (std::string at = path; !file_exists(at) && at != folder_of(at); at = folder_of(at))
+    extended.push_back(folder_of(at));
+  files.make_folders(path);
+  for (const std::string& folder : extended) {
+    try {
+      files.sync_folder(folder);
+    } catch (const Error&) {  // then it lasts when the system gets to it
+    }
+  }
+}
+
 void remove_tree(FileSystem& files, const std::string& folder) {
   std::error_code missing;
   const auto type = std::filesystem::symlink_status(folder, missing).type();

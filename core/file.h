@@ -92,6 +92,10 @@ class AtomicFile {
 // A folder with all that is in it; missing is fine. Of symlinks the link goes, not its target.
 void remove_tree(FileSystem& files, const std::string& folder);
 
+// A folder with its parents, of which a power cut then leaves those that were made, as far as the
+// system lets us: one above may not be ours to open.
+void make_lasting_folders(FileSystem& files, const std::string& path);
+
 void write_file(FileSystem& files, const std::string& path, std::string_view content);  // atomic
 std::string read_file(const std::string& path);
 bool file_exists(const std::string& path);

@@ -132,7 +132,7 @@ std::string describe(const LeaseOwner& owner) {
 
 Lease::Lease(FileSystem& files, std::string run, const Options& options)
     : files_(files), run_(std::move(run)), options_(options) {
-  files.make_folders(join_path(run_, kFolder));
+  make_lasting_folders(files, join_path(run_, kFolder));
   const int64_t newest = newest_lease(run_);
   if (newest > 0) wait_for_end(run_, newest, options_);
   generation_ = newest + 1;

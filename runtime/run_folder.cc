@@ -82,7 +82,7 @@ std::string claim_run_folder(FileSystem& files, const std::string& folder,
     give_up(files, folder);
   }
   if (is_given_up(folder)) empty_folder(files, folder);
-  files.make_folders(folder);
+  make_lasting_folders(files, folder);
   write_file(files, join_path(folder, kConfigName), config_text);
   try {
     files.sync_folder(folder_of(folder));  // a power cut leaves the folder itself

@@ -2,6 +2,7 @@
 // does with what they have left.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <filesystem>
 
@@ -38,6 +39,25 @@ TEST(ASave, NeedsNoFileOfTheTokenizer) {
   EXPECT_EQ(newest_manifest(run.folder).step(), 4);
   const std::string kept = list_checkpoints(run.folder).front().path + "/tokenizer.model";
   EXPECT_EQ(read_file(kept), bpe.content());
+}
+
+// Or a power cut may take the first run of a fresh checkout with all its checkpoints.
+TEST(ANewRun, SyncsEveryFolderThatGotANewOne) {
+  TemporaryFolder folder;
+  SeamFiles files;
+  std::vector<std::string> synced;
+  files.before = [&](FileCall& call) {
+    if (call.what == Call::sync_folder) synced.push_back(call.path);
+    return true;
+  };
+  const SmallRun run{.folder = folder / "runs/of/mine", .steps = 1, .files = &files};
+  launch(run);
+  for (const std::string& above : {folder.path(), folder / "runs", folder / "runs/of"})
+    EXPECT_GE(std::ranges::count(synced, above), 1) << above;
+  synced.clear();
+  launch({.folder = folder / "runs/of/others", .steps = 1, .files = &files});
+  EXPECT_EQ(std::ranges::count(synced, folder / "runs"), 0) << "it was there before";
+  EXPECT_GE(std::ranges::count(synced, folder / "runs/of"), 1);
 }
 
 // As they are where a save was read again, did not hold, and the rank died before the next one.
