@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <map>
@@ -171,6 +172,11 @@ int reshard_run(const InspectOptions& options) {
   else
     reshard(files, from, request);
   const CheckpointManifest& m = from.manifest().facts();
+  if (options.json)
+    return print(reshard_json(from, {.output = request.output,
+                                     .ranks = request.layout.ranks(),
+                                     .expert_ranks = request.layout.expert_size(),
+                                     .weights_only = options.weights_only}));
   return print(options.weights_only
                    ? concat(request.output, ": weights of step ", m.step(), "\n")
                    : concat(request.output, ": step ", m.step(), ", ", m.ranks(), " ranks -> ",
@@ -199,21 +205,28 @@ Lease::Options lease_options(const std::string& run) {
 
 int prune(const InspectOptions& options) {
   if (!holds_run(options.run)) throw BadSettings(concat(options.run, ": no run is there"));
+  Pruned pruned{.run = options.run, .dry_run = options.dry_run, .deleted = {}, .kept = {}};
   if (list_checkpoints(options.run).empty())
-    return print(concat(options.run, ": no checkpoints\n"));
+    return print(options.json ? prune_json(pruned) : concat(options.run, ": no checkpoints\n"));
   PosixFileSystem files;
   std::optional<Lease> lease;
   if (!options.dry_run) lease.emplace(files, options.run, lease_options(options.run));
   const Retention retention{.keep_last = options.keep_last,
                             .keep_every = options.keep_every,
                             .always = newest_good_step(options.run)};
-  const std::vector<CheckpointPlace> others = superseded(options.run, retention);
-  if (lease) collect_garbage(files, options.run, lease->generation(), retention);
-  for (const CheckpointPlace& place : others)
+  pruned.deleted = superseded(options.run, retention);
+  if (lease)
+    collect_garbage(files, options.run, lease->generation(), retention,
+                    [&] { return lease->ours(); });
+  const auto is_deleted = [&](const CheckpointPlace& place) {
+    return std::ranges::count(pruned.deleted, place.step, &CheckpointPlace::step) > 0;
+  };
+  for (const CheckpointPlace& place : list_checkpoints(options.run))
+    if (!options.dry_run || !is_deleted(place)) pruned.kept.push_back(place);
+  if (options.json) return print(prune_json(pruned));
+  for (const CheckpointPlace& place : pruned.deleted)
     print(concat(options.dry_run ? "would delete " : "deleted ", place.path, "\n"));
-  return print(
-      concat(list_checkpoints(options.run).size() - (options.dry_run ? others.size() : size_t{0}),
-             options.dry_run ? " would stay\n" : " stay\n"));
+  return print(concat(pruned.kept.size(), options.dry_run ? " would stay\n" : " stay\n"));
 }
 
 using Act = int (*)(const InspectOptions&);
@@ -277,6 +290,7 @@ void add_changes(CLI::App& app, InspectOptions& options) {
       ->check(CLI::Range(1, 4096).description(""));
   reshard->add_flag("--weights-only", options.weights_only,
                     "Instead: the values alone, in one model.safetensors");
+  add_json(*reshard, options);
   CLI::App* prune = add(app, "prune", "Delete old checkpoints as training does", options);
   prune->add_option("--keep-last", options.keep_last, "Newest checkpoints that stay")
       ->type_name("K")
@@ -288,6 +302,7 @@ void add_changes(CLI::App& app, InspectOptions& options) {
       ->type_name("M")
       ->check(CLI::Range(int64_t{0}, int64_t{1'000'000'000'000}).description(""));
   prune->add_flag("--dry-run", options.dry_run, "Say what would go; change nothing");
+  add_json(*prune, options);
   prune->footer(
       "The newest checkpoint of which every byte holds always stays. A run that somebody works on\n"
       "is left alone (exit code 1).");

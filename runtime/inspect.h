@@ -66,5 +66,17 @@ std::string verify_json(const std::vector<CheckpointVerdict>& verdicts);
 std::string diff_json(const Checkpoint& a, const Checkpoint& b,
                       const CheckpointDifference& difference,
                       const std::vector<FactDifference>& facts, bool equal);
+struct Resharded {
+  std::string output;
+  int ranks = 1, expert_ranks = 1;  // of its layout
+  bool weights_only = false;
+};
+std::string reshard_json(const Checkpoint& from, const Resharded& made);
+struct Pruned {
+  std::string run;
+  bool dry_run = false;                        // then nothing is gone yet
+  std::vector<CheckpointPlace> deleted, kept;  // newest first
+};
+std::string prune_json(const Pruned& pruned);
 
 }  // namespace moemamba

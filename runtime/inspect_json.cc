@@ -43,6 +43,13 @@ Json tensors_json(const Manifest& manifest) {
   return list;
 }
 
+Json places_json(const std::vector<CheckpointPlace>& places) {
+  Json list = Json::array();
+  for (const CheckpointPlace& place : places)
+    list.push_back({{"step", place.step}, {"path", place.path}});
+  return list;
+}
+
 }  // namespace
 
 std::string list_json(const std::string& run, const std::vector<ListedCheckpoint>& list) {
@@ -135,6 +142,27 @@ std::string diff_json(const Checkpoint& a, const Checkpoint& b,
                   {"compared", difference.compared},
                   {"tensors", tensors},
                   {"facts", others}});
+}
+
+std::string reshard_json(const Checkpoint& from, const Resharded& made) {
+  const CheckpointManifest& m = from.manifest().facts();
+  const auto layout = [](int ranks, int expert_ranks) {
+    return Json{{"ranks", ranks}, {"expert_ranks", expert_ranks}};
+  };
+  Json json = {{"output", made.output},
+               {"step", m.step()},
+               {"weights_only", made.weights_only},
+               {"source", from.path()},
+               {"from", layout(m.ranks(), m.expert_ranks())}};
+  if (!made.weights_only) json["to"] = layout(made.ranks, made.expert_ranks);
+  return text_of(json);
+}
+
+std::string prune_json(const Pruned& pruned) {
+  return text_of({{"run", pruned.run},
+                  {"dry_run", pruned.dry_run},
+                  {"deleted", places_json(pruned.deleted)},
+                  {"kept", places_json(pruned.kept)}});
 }
 
 }  // namespace moemamba

@@ -93,6 +93,8 @@ class Examination {
     }
   }
 
+  // On purpose not sha256_of_files(): the kernels that saves and loads share are no witnesses of
+  // each other.
   void check_bytes(const Manifest::File& file) {
     const InputFile there(path_of(file.name()));
     check(there.bytes() == file.bytes(), there.path(), ": ", there.bytes(), " bytes, expected ",

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "core/file.h"
@@ -223,6 +224,18 @@ TEST_F(Inspect, ReshardWritesWeightsAloneAndRefusesWhatCannotBe) {
   Result result = inspected(words + "--ranks 1");  // "made" is there
   EXPECT_EQ(result.code, 1);
   EXPECT_EQ(count(result.err, "is there already"), 1) << result.err;
+  result = inspected("reshard run --output made2 --json --weights-only");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(nlohmann::json::parse(result.out),
+            nlohmann::json::parse(R"({"output": "made2", "step": 6, "weights_only": true,
+                "source": "run/checkpoints/step-00000006",
+                "from": {"ranks": 2, "expert_ranks": 2}})"));
+  result = inspected("reshard run --step 4 --output made3 --ranks 4 --expert 1 --json");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(nlohmann::json::parse(result.out),
+            nlohmann::json::parse(R"({"output": "made3", "step": 4, "weights_only": false,
+                "source": "run/checkpoints/step-00000004",
+                "from": {"ranks": 2, "expert_ranks": 2}, "to": {"ranks": 4, "expert_ranks": 1}})"));
   EXPECT_EQ(inspected("reshard run --output x --ranks 4 --expert 3").code, 2);
   EXPECT_EQ(inspected("reshard run --output x").code, 2);
   EXPECT_EQ(inspected("reshard run --ranks 1").code, 2);
@@ -242,6 +255,27 @@ TEST_F(Inspect, PrunesAsTrainingDoes) {
   EXPECT_EQ(count(result.out, "would delete"), 1) << result.out;
   EXPECT_EQ(count(result.out, "2 would stay"), 1) << result.out;
   EXPECT_TRUE(file_exists(checkpoint(2)));
+  const auto json = [&](const std::string& words) {
+    const Result pruned = inspected("prune run --json " + words);
+    EXPECT_EQ(pruned.code, 0) << pruned.err;
+    return nlohmann::json::parse(pruned.out);
+  };
+  const auto place = [](int step) {
+    return nlohmann::json{{"step", step}, {"path", "run/checkpoints/" + checkpoint_name(step)}};
+  };
+  nlohmann::json expected{{"run", "run"},
+                          {"dry_run", true},
+                          {"deleted", nlohmann::json::array({place(2)})},
+                          {"kept", nlohmann::json::array({place(6), place(4)})}};
+  EXPECT_EQ(json("--keep-last 2 --dry-run"), expected);
+  fs::copy(run(), *this / "whole", fs::copy_options::recursive);
+  expected["dry_run"] = false;
+  EXPECT_EQ(json("--keep-last 2"), expected);
+  EXPECT_FALSE(file_exists(checkpoint(2)));
+  expected["deleted"] = nlohmann::json::array();
+  EXPECT_EQ(json("--keep-last 2"), expected);
+  fs::remove_all(run());
+  fs::rename(*this / "whole", run());
   const std::string shard = join_path(checkpoint(6), "model-00001-of-00002.safetensors");
   damage(shard, read_file(shard).size() - 9);
   result = inspected("prune run --keep-last 1");  // 6 is the newest, 4 the newest that holds
