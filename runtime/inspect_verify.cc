@@ -116,7 +116,7 @@ class Examination {
   // A shard's own header says what the manifest says of it.
   void check_shard(int index) {
     const Manifest::File file = manifest_.files(index);
-    const SafetensorsReader reader(path_of(file.name()));
+    const SafetensorsReader reader(path_of(file.name()), Links::refused);
     const auto& tensors = reader.tensors();
     const int64_t start = file.bytes() - (tensors.empty() ? 0 : tensors.back().end);
     const auto& pieces = of_file_[size_t(index)];

@@ -11,6 +11,7 @@
 
 #include "core/random.h"
 #include "runtime/checkpoint_writer.h"
+#include "runtime/reshard.h"
 #include "runtime/safetensors.h"
 #include "runtime/state_hash.h"
 #include "tests/support/in_world.h"
@@ -370,6 +371,36 @@ TEST(Reshard, AnotherModelIsRefusedAndNothingIsTouched) {
   run.experts = 4;
   EXPECT_NE(message_of([&] { find_newest(run); }).find("experts.3."), std::string::npos);
   EXPECT_TRUE(tree_of(run.folder) == before);
+}
+
+// Whoever puts it there when every byte has been verified.
+TEST(Reshard, FollowsNoSymlinkThatComesIntoAFilesPlace) {
+  TemporaryFolder folder;
+  const ModelSizes sizes = trainer_options({.experts = 3}).sizes;
+  WrappedFiles files;
+  in_world(RankLayout(1, 1, 3), [&](ProcessGroups& groups) {
+    Holder holder(groups, sizes);
+    holder.fill(5);
+    CheckpointWriter writer(files, groups, holder.store, {.run = folder / "run", .generation = 1});
+    writer.stage();
+    CheckpointFacts facts = facts_of(1);
+    facts.extra_files = {{"tokenizer.model", "words"}};
+    EXPECT_EQ(writer.write(facts), "");
+  });
+  const Checkpoint from(list_checkpoints(folder / "run").front().path);
+  const std::string tokenizer = from.path() + "/tokenizer.model";
+  files.before_write = [&](const std::string&) {
+    if (file_exists(folder / "other")) return;
+    fs::remove(tokenizer);
+    fs::create_symlink(folder.put("other", "other words"), tokenizer);
+  };
+  const std::string why = message_of([&] {
+    reshard(
+        files, from,
+        {.output = folder / "made", .layout = RankLayout(2, 1, 3), .sizes = sizes, .config = "x"});
+  });
+  EXPECT_NE(why.find(tokenizer + ": cannot open"), std::string::npos) << why;
+  EXPECT_FALSE(file_exists(folder / "made"));
 }
 
 }  // namespace
