@@ -34,7 +34,8 @@ std::vector<ProcessGroups> make_thread_groups(const RankLayout& layout,
                                               std::chrono::milliseconds deadline) {
   std::vector<ProcessGroups> groups;
   for (int r = 0; r < layout.ranks(); ++r)
-    groups.push_back(ProcessGroups{.layout = layout, .rank = r});
+    groups.push_back(
+        ProcessGroups{.layout = layout, .rank = r, .ranks_of_machine = layout.ranks()});
 
   // Seats the members of one group; the same call for each group of the layout.
   const auto seat = [&](std::unique_ptr<Communicator> ProcessGroups::*field, const char* name,

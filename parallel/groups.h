@@ -9,6 +9,7 @@ namespace moemamba {
 struct ProcessGroups {
   RankLayout layout;
   int rank;                                      // in the world
+  int ranks_of_machine = 1;                      // that share this one's cores, it too
   DeviceKind device = DeviceKind::cpu;           // where `data`, `expert_data`, `expert` work
   std::unique_ptr<Communicator> data;            // all ranks: gradients of dense parameters
   std::unique_ptr<Communicator> expert_data;     // gradients of expert parameters

@@ -163,7 +163,8 @@ ProcessGroups World::make_groups(const RankLayout& layout, std::chrono::millisec
                                  DeviceKind device, int stuck_exit_code) {
   check(layout.ranks() == size_, "the layout has ", layout.ranks(), " ranks, but ", size_,
         " were started");
-  ProcessGroups groups{.layout = layout, .rank = rank_, .device = device};
+  ProcessGroups groups{
+      .layout = layout, .rank = rank_, .ranks_of_machine = node_size_, .device = device};
   const auto make = [&](const char* name, std::vector<int> members) {
     return device == DeviceKind::cuda
                ? make_gpu_group(name, std::move(members), deadline, stuck_exit_code)

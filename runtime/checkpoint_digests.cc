@@ -6,7 +6,6 @@
 #include <memory>
 #include <semaphore>
 #include <span>
-#include <thread>
 
 #include "core/device.h"
 #include "core/file.h"
@@ -246,9 +245,9 @@ std::vector<std::string> sha256_of_files(const std::vector<StoredFile>& files, i
   return digests;
 }
 
-int digest_threads(int ranks) {
-  const int cores = int(std::thread::hardware_concurrency()) / ranks;
-  return std::clamp(can_chain_sha256() ? cores / 2 : cores, 1, 3);
+int digest_threads(int ranks, int cores) {
+  const int own = cores / ranks;
+  return std::clamp(can_chain_sha256() ? own / 2 + 1 : own, 1, 3);
 }
 
 }  // namespace moemamba

@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace moemamba {
@@ -25,9 +26,10 @@ struct StoredFile {
 // one cannot be opened or read.
 std::vector<std::string> sha256_of_files(const std::vector<StoredFile>& files, int threads);
 
-// How many threads for the files of one of so many ranks on a machine. Where each has cores to
-// spare, files are hashed side by side: sooner done. Else several on one core: less work. A core of
-// each rank's is for the disk and the state's hash.
-int digest_threads(int ranks);
+// How many threads for the files of one of so many ranks on a machine of so many cores. Of a rank's
+// three files, two are hashed at once on one core, the third on another: sooner done than all three
+// on one, of which the other core, which writes and takes the state's hash, has less. Each on its
+// own where a core is left for that.
+int digest_threads(int ranks, int cores = int(std::thread::hardware_concurrency()));
 
 }  // namespace moemamba

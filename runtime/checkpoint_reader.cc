@@ -105,10 +105,10 @@ std::optional<Manifest::Tensor> Checkpoint::find(const std::string& tensor) cons
   return manifest_.find(tensor);
 }
 
-void Checkpoint::verify_files(int first, int stride) const {
+void Checkpoint::verify_files(int first, int stride, int sharing) const {
   std::vector<int> files;
   for (int i = first; i < manifest_.files_size(); i += stride) files.push_back(i);
-  verify_files(files, digest_threads(stride));
+  verify_files(files, digest_threads(sharing));
 }
 
 void Checkpoint::verify_files(const std::vector<int>& indices, int threads) const {
@@ -186,7 +186,7 @@ std::string judge(ProcessGroups& groups, Stream& stream, const std::string& path
                   std::unique_ptr<Checkpoint>& checkpoint) {
   const std::string own = problem_of(path, [&] {
     checkpoint = std::make_unique<Checkpoint>(path);
-    checkpoint->verify_files(groups.rank, groups.layout.ranks());
+    checkpoint->verify_files(groups.rank, groups.layout.ranks(), groups.ranks_of_machine);
   });
   return verdict(groups, stream, own);
 }

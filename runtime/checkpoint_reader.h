@@ -17,8 +17,8 @@ class Checkpoint {
   std::optional<Manifest::Tensor> find(const std::string& tensor) const;
 
   // Re-reads files first, first + stride, .. of the manifest's list, or those: sizes and digests.
-  // An Error names the file, or one of them.
-  void verify_files(int first = 0, int stride = 1) const;
+  // An Error names the file, or one of them. `sharing`: ranks that do so at once on this machine.
+  void verify_files(int first = 0, int stride = 1, int sharing = 1) const;
   void verify_files(const std::vector<int>& indices, int threads) const;
   // Every difference between its tensors and what the model of `store` has; "" where there is none.
   std::string differences(const ParameterStore& store) const;

@@ -87,10 +87,9 @@ ShardReport CheckpointWriter::write_state(const CheckpointFacts& facts,
   ShardReport report;
   const int rank = groups_.rank;
   try {
-    write_shards(files_, attempt,
-                 shards_of(staged_, rank, groups_.layout.ranks(), facts.metadata),
+    write_shards(files_, attempt, shards_of(staged_, rank, groups_.layout.ranks(), facts.metadata),
                  {.block_bytes = options_.block_bytes,
-                  .digest_threads = digest_threads(groups_.layout.ranks())},
+                  .digest_threads = digest_threads(groups_.ranks_of_machine)},
                  report);
   } catch (const std::exception& error) {
     report.set_problem(concat("rank ", rank, ": ", error.what()));

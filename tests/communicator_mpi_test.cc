@@ -53,6 +53,7 @@ void use_groups_at_once(World& world) {
     if (world.size() % expert) continue;
     const RankLayout layout(world.size(), expert, 64);
     ProcessGroups groups = world.make_groups(layout, seconds(60));
+    check(groups.ranks_of_machine == world.node_size(), "ranks that share this machine");
     Stream communication = Stream::worker(), compute = Stream::immediate();
     std::vector<int64_t> dense(5000, 1), local(5000, 1);
     std::vector<int64_t> space(5000 * size_t(world.size())), other(space.size());

@@ -114,6 +114,18 @@ TEST(Sha256, OfStoredFilesIsThatOfTheirBytes) {
   }
 }
 
+// By the cores that a rank has, not by how many ranks the job has elsewhere.
+TEST(Sha256, TakesAsManyThreadsAsARankHasCoresFor) {
+  const bool chains = can_chain_sha256();
+  EXPECT_EQ(digest_threads(1, 1), 1);
+  EXPECT_EQ(digest_threads(1, 2), 2);
+  EXPECT_EQ(digest_threads(2, 2), 1);
+  EXPECT_EQ(digest_threads(4, 2), 1);
+  EXPECT_EQ(digest_threads(1, 3), chains ? 2 : 3);
+  EXPECT_EQ(digest_threads(1, 4), 3);
+  EXPECT_EQ(digest_threads(8, 128), 3);
+}
+
 TEST(Sha256, CountsBlocksOnly) {
   Sha256 digest;
   digest.add("abc");
