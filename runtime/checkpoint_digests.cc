@@ -7,7 +7,6 @@
 #include <semaphore>
 #include <span>
 
-#include "core/device.h"
 #include "core/file.h"
 #include "kernels/sha256.h"
 
@@ -83,7 +82,9 @@ void go_on(const std::vector<std::unique_ptr<Chain>>& chains) {
 }
 
 size_t most_at_once() {
-  return can_chain_sha256() ? kSha256Chains : 1;
+  static const bool chains =
+      can_chain_sha256() && agrees_with_openssl([](auto... of) { sha256_blocks(of...); });
+  return chains ? kSha256Chains : 1;
 }
 
 // A file of a disk on its way into its digest, in two chunks: one is read, the other hashed.
@@ -243,6 +244,28 @@ std::vector<std::string> sha256_of_files(const std::vector<StoredFile>& files, i
         }));
   for (auto& share : work) share.get();
   return digests;
+}
+
+bool agrees_with_openssl(Sha256Blocks blocks) {
+  constexpr size_t kBlocks = 2;
+  for (int chains : {2, 3}) {
+    std::string texts[kSha256Chains];
+    Sha256 digests[kSha256Chains];
+    uint32_t* words[kSha256Chains];
+    const uint8_t* data[kSha256Chains];
+    for (int c = 0; c < chains; ++c) {
+      for (size_t i = 0; i < kBlocks * kBlock; ++i)
+        texts[c].push_back(char(167 * i + 59 * size_t(c)));
+      words[c] = digests[c].words();
+      data[c] = reinterpret_cast<const uint8_t*>(texts[c].data());
+    }
+    blocks(chains, words, data, kBlocks);
+    for (int c = 0; c < chains; ++c) {
+      digests[c].count_blocks(kBlocks);
+      if (digests[c].hex() != sha256(texts[c])) return false;
+    }
+  }
+  return true;
 }
 
 int digest_threads(int ranks, int cores) {

@@ -5,6 +5,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/device.h"
+
 namespace moemamba {
 
 // Memory that is the next bytes of a file.
@@ -25,6 +27,13 @@ struct StoredFile {
 // while it hashes, and takes several at once as above: it opens no more than those. An Error where
 // one cannot be opened or read.
 std::vector<std::string> sha256_of_files(const std::vector<StoredFile>& files, int threads);
+
+// Whether `blocks`, a function like sha256_blocks(), gives OpenSSL's digests for two and for three
+// messages. Asked of that one before it is used: what writes a checkpoint and what reads it again
+// share it, so that both would agree on what every other program calls damaged.
+using Sha256Blocks = FunctionRef<void(int chains, uint32_t* const* states,
+                                      const uint8_t* const* data, size_t blocks)>;
+bool agrees_with_openssl(Sha256Blocks blocks);
 
 // How many threads for the files of one of so many ranks on a machine of so many cores. Of a rank's
 // three files, two are hashed at once on one core, the third on another: sooner done than all three

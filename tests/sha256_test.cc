@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "core/random.h"
+#include "kernels/cpu/simd/sha256.h"
 #include "runtime/checkpoint_digests.h"
 #include "tests/support/temporary_folder.h"
 
@@ -43,37 +44,59 @@ TEST(Sha256, OfFilesAtOnceIsThatOfEachAlone) {
   }
 }
 
+void expect_right(int chains, Sha256Kernels::Blocks blocks, const Random& random) {
+  constexpr size_t kBlocks = 1001;
+  const std::string before = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+  uint64_t draw = 0;
+  std::vector<std::string> texts;
+  std::vector<Sha256> digests(kSha256Chains);
+  uint32_t* words[kSha256Chains];
+  const uint8_t* data[kSha256Chains];
+  for (int c = 0; c < chains; ++c) {
+    texts.push_back(random_bytes(random, 64 * kBlocks, draw));
+    digests[size_t(c)].add(before);
+    words[c] = digests[size_t(c)].words();
+  }
+  for (int c = 0; c < chains; ++c)
+    data[c] = reinterpret_cast<const uint8_t*>(texts[size_t(c)].data());
+  blocks(words, data, kBlocks);
+  for (int c = 0; c < chains; ++c) {
+    Sha256& digest = digests[size_t(c)];
+    digest.count_blocks(kBlocks);
+    digest.add("end");
+    EXPECT_EQ(digest.hex(), sha256(before + texts[size_t(c)] + "end")) << chains << " chains";
+  }
+}
+
+// Of every level that this processor can run, not of the one that it takes alone.
 TEST(Sha256, OfManyBlocksInTwoAndThreeChains) {
+  EXPECT_THROW(sha256_blocks(4, nullptr, nullptr, 1), Error);
   if (!can_chain_sha256()) {
     EXPECT_THROW(sha256_blocks(2, nullptr, nullptr, 1), Error);
-    return;
+    GTEST_SKIP() << "no SHA-256 instructions";
   }
   const Random random(2, "sha256");
-  uint64_t draw = 0;
-  for (int chains : {2, 3}) {
-    constexpr size_t kBlocks = 1001;
-    std::vector<std::string> texts;
-    std::vector<Sha256> digests(3);
-    uint32_t* words[3];
-    const uint8_t* data[3];
-    for (int c = 0; c < chains; ++c) {
-      texts.push_back(random_bytes(random, 64 * kBlocks, draw));
-      digests[size_t(c)].add("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef");
-      words[c] = digests[size_t(c)].words();
-    }
-    for (int c = 0; c < chains; ++c)
-      data[c] = reinterpret_cast<const uint8_t*>(texts[size_t(c)].data());
-    sha256_blocks(chains, words, data, kBlocks);
-    for (int c = 0; c < chains; ++c) {
-      Sha256& digest = digests[size_t(c)];
-      digest.count_blocks(kBlocks);
-      digest.add("end");
-      EXPECT_EQ(digest.hex(),
-                sha256("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef" +
-                       texts[size_t(c)] + "end"));
-    }
+  for (SimdLevel level : {SimdLevel::avx2, SimdLevel::avx512}) {
+    if (level > simd_level()) continue;
+    SCOPED_TRACE(name_of(level));
+    expect_right(2, sha256_kernels(level).two, random);
+    expect_right(3, sha256_kernels(level).three, random);
   }
-  EXPECT_THROW(sha256_blocks(4, nullptr, nullptr, 1), Error);
+}
+
+// One that was wrong would write checkpoints that only this program calls whole.
+TEST(Sha256, InChainsIsNotBelievedWhereOpensslSaysOtherwise) {
+  if (!can_chain_sha256()) GTEST_SKIP() << "no SHA-256 instructions";
+  EXPECT_TRUE(agrees_with_openssl([](auto... of) { sha256_blocks(of...); }));
+  for (int wrong_chains : {2, 3})
+    for (int wrong = 0; wrong < wrong_chains; ++wrong) {
+      const auto blocks = [&](int chains, uint32_t* const* states, const uint8_t* const* data,
+                              size_t count) {
+        sha256_blocks(chains, states, data, count);
+        if (chains == wrong_chains) states[wrong][7] ^= 1;
+      };
+      EXPECT_FALSE(agrees_with_openssl(blocks)) << wrong << " of " << wrong_chains;
+    }
 }
 
 // Chunks of 512 KiB, up to three files at once, the larger ones first; threads from 8 MiB on.
