@@ -31,6 +31,7 @@ struct Injection {
   std::atomic<int> error = 0;  // 0: a short write
   std::atomic<bool> sticky = false;
   std::atomic<std::thread::id> subject;  // calls of other threads are real
+  std::atomic<int64_t> direct = 0, refused_direct = 0;  // its writes past the page cache, due ones
   bool concerns() const { return armed && subject.load() == std::this_thread::get_id(); }
 };
 Injection injection;
@@ -54,7 +55,9 @@ bool fails() {
 extern "C" {
 ssize_t write(int fd, const void* data, size_t bytes) {
   if (injection.concerns()) {
-    const bool now = due();
+    const bool now = due(), direct = (fcntl(fd, F_GETFL) & O_DIRECT) != 0;
+    injection.direct += direct;
+    injection.refused_direct += direct && now;
     if (now && injection.error != 0) return errno = injection.error, -1;
     if (now) bytes = (bytes + 1) / 2;
   }
@@ -99,39 +102,51 @@ namespace {
 
 namespace fs = std::filesystem;
 
-void new_run(const std::string& run) {
+void new_run(const std::string& run, StateSize size = StateSize::tiny) {
   fs::remove_all(run);
   fs::create_directories(run);
   write_file(plain_disk(), run + "/config.textproto", "train { steps: 9 }\n");
-  ASSERT_EQ(save({.run = run, .step = 1, .generation = 0})[0], "");
+  ASSERT_EQ(save({.run = run, .step = 1, .generation = 0, .size = size})[0], "");
 }
 
 // A save of step 2 met a fault: one verdict; old or new is there, whole; step 3 can be saved.
-void expect_contained(const std::string& run, const std::vector<std::string>& verdicts) {
+void expect_contained(const std::string& run, const std::vector<std::string>& verdicts,
+                      StateSize size = StateSize::tiny) {
   for (const std::string& verdict : verdicts) EXPECT_EQ(verdict, verdicts[0]);
-  const int64_t found = loaded_step(run, 1);
+  const int64_t found = loaded_step(run, 1, nullptr, size);
   EXPECT_TRUE(found == 2 || (found == 1 && !verdicts[0].empty()))
       << found << " \"" << verdicts[0] << "\"";
-  EXPECT_EQ(save({.run = run, .step = 3, .generation = 1})[0], "");
-  EXPECT_EQ(loaded_step(run, 2), 3);
+  EXPECT_EQ(save({.run = run, .step = 3, .generation = 1, .size = size})[0], "");
+  EXPECT_EQ(loaded_step(run, 2, nullptr, size), 3);
 }
 
 struct Fault {
   const char* name;
   int error;  // 0: a short write
 };
-constexpr Fault kFaults[] = {{"EIO", EIO},     {"ENOSPC", ENOSPC}, {"EDQUOT", EDQUOT},
-                             {"EROFS", EROFS}, {"ESTALE", ESTALE}, {"EINTR", EINTR},
-                             {"short", 0}};
+constexpr Fault kFaults[] = {{"EIO", EIO},       {"ENOSPC", ENOSPC}, {"EDQUOT", EDQUOT},
+                             {"EROFS", EROFS},   {"ESTALE", ESTALE}, {"EINTR", EINTR},
+                             {"EINVAL", EINVAL}, {"EFAULT", EFAULT}, {"short", 0}};
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+bool can_be_direct(const std::string& folder) {
+  const std::string path = folder + "/direct";
+  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_DIRECT, 0600);
+  if (file >= 0) close(file);
+  fs::remove(path);
+  return file >= 0;
+}
+
 // Every system call of one rank's part of a save, each with every error.
 TEST(DiskError, AtAnySystemCallIsContained) {
   MemoryFolder folder("crash-faults");
   const std::string run = folder / "run";
-  int64_t cases = 0, kept = 0;
-  // Whole blocks, and parts of them, which are written through the page cache.
-  for (size_t block : {kDirectBlock, kDirectBlock / 8})
+  int64_t cases = 0, kept = 0, at_values = 0;
+  injection.direct = injection.refused_direct = 0;
+  // Values past the page cache where the file system can do that, and through it, in parts of
+  // blocks.
+  for (const auto& [size, block] :
+       {std::pair(StateSize::large, 8 * kDirectBlock), {StateSize::tiny, kDirectBlock / 8}})
     for (const Fault& fault : kFaults)
       for (int victim : {0, 1})
         for (bool sticky : {false, true}) {
@@ -139,8 +154,9 @@ TEST(DiskError, AtAnySystemCallIsContained) {
           if (sticky && fault.error == EINTR) continue;  // no signal interrupts for ever
           for (int64_t at = 0; at < 400 && !HasFailure(); ++at, ++cases) {
             SCOPED_TRACE(concat(fault.name, " at call ", at, " of rank ", victim,
-                                sticky ? " and all later ones" : ""));
-            new_run(run);
+                                sticky ? " and all later ones" : "",
+                                size == StateSize::large ? ", large" : ""));
+            new_run(run, size);
             injection.calls = 0, injection.at = at, injection.error = fault.error;
             injection.sticky = sticky;
             const auto disks = [&](int rank) -> FileSystem& {
@@ -149,19 +165,27 @@ TEST(DiskError, AtAnySystemCallIsContained) {
               return plain_disk();
             };
             const auto verdicts =
-                save({.run = run, .step = 2, .disks = disks, .block_bytes = block});
+                save({.run = run, .step = 2, .disks = disks, .block_bytes = block, .size = size});
             injection.armed = false;
             const bool reached = injection.calls > at;
             EXPECT_TRUE((reached && fault.error != 0) || verdicts[0].empty()) << verdicts[0];
             if (reached && fault.error == EINTR && verdicts[0].empty()) ++kept;
-            expect_contained(run, verdicts);
+            expect_contained(run, verdicts, size);
+            EXPECT_EQ(shards_on_borders(run), size == StateSize::large ? 6 : 0);
+            if (size == StateSize::large) at_values = injection.refused_direct;
             if (!reached) break;
           }
         }
   EXPECT_GT(cases, 300);
+  if (can_be_direct(folder.path()))
+    EXPECT_GT(at_values, 100) << "of " << injection.direct << " direct writes";
+  else
+    std::printf("skipped: direct writes, which this file system has not\n");
   EXPECT_GT(kept, 0) << "no interrupted write went on";
-  std::printf("P4: %lld faults at system calls (%lld interrupted ones went on)\n",
-              static_cast<long long>(cases), static_cast<long long>(kept));
+  std::printf(
+      "P4: %lld faults at system calls (%lld at direct writes; %lld interrupted ones went on)\n",
+      static_cast<long long>(cases), static_cast<long long>(at_values),
+      static_cast<long long>(kept));
 }
 #endif
 
@@ -430,31 +454,38 @@ TEST(DiskError, OfAFullDiskLetsTrainingGoOnWhateverItsSize) {
   } liar;
   const std::string run = folder / "disk/run";
   int64_t cases = 0, failed_first = 0, saved_first = 0;
-  for (bool lies : {false, true}) {
+  // Of the large one, blocks that go past the page cache: so many at once that few sizes will do.
+  for (auto [size, lies] : {std::pair(StateSize::tiny, false),
+                            {StateSize::tiny, true},
+                            {StateSize::large, false},
+                            {StateSize::large, true}}) {
     int64_t fine = 0;
-    for (int64_t pages = 0; fine < 3; ++pages, ++cases) {
-      ASSERT_LT(pages, 200);
-      SCOPED_TRACE(concat(pages, " pages", lies ? ", unforeseen" : ""));
+    for (int64_t pages = 0; fine < 3; pages += size == StateSize::large ? 7 : 1, ++cases) {
+      ASSERT_LT(pages, 300);
+      SCOPED_TRACE(concat(pages, " pages", lies ? ", unforeseen" : "",
+                          size == StateSize::large ? ", large" : ""));
       disk.resize(8 << 20);
-      new_run(run);
+      new_run(run, size);
       struct statvfs about {};
       ASSERT_EQ(statvfs(run.c_str(), &about), 0);
       disk.resize((int64_t(about.f_blocks - about.f_bfree) + pages) * int64_t(about.f_frsize));
-      const auto verdicts = save({.run = run, .step = 2, .disks = [&](int) -> FileSystem& {
-                                    return lies ? liar : plain_disk();
-                                  }});
+      const auto disks = [&, lies = lies](int) -> FileSystem& {
+        return lies ? liar : plain_disk();
+      };
+      const auto verdicts = save({.run = run, .step = 2, .disks = disks, .size = size});
       verdicts[0].empty() ? ++saved_first, ++fine : ++failed_first;
       EXPECT_TRUE(lies || verdicts[0].empty() ||
                   verdicts[0].find("the disk has") != std::string::npos)
           << verdicts[0];
-      EXPECT_EQ(loaded_step(run, 1), verdicts[0].empty() ? 2 : 1);
+      EXPECT_EQ(loaded_step(run, 1, nullptr, size), verdicts[0].empty() ? 2 : 1);
       disk.resize(8 << 20);
-      expect_contained(run, verdicts);
+      expect_contained(run, verdicts, size);
+      EXPECT_EQ(shards_on_borders(run), size == StateSize::large ? 6 : 0);
       if (HasFailure()) return;
     }
   }
   EXPECT_GT(failed_first, 20);
-  std::printf("P6: %lld sizes of a disk in steps of 4 KiB, %lld too small for the save\n",
+  std::printf("P6: %lld sizes of a disk in steps of 4 and 28 KiB, %lld too small for the save\n",
               static_cast<long long>(cases), static_cast<long long>(failed_first));
 }
 

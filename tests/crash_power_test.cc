@@ -52,9 +52,15 @@ struct Board {
 
 using Dropped = std::function<bool(const FileCall&)>;
 
+struct Writer {
+  uint64_t seed;
+  Dropped dropped = {};
+  StateSize size = StateSize::tiny;
+};
+
 // Saves one step after another, with pauses anywhere, until told to stop.
-void keep_saving(const std::string& run, Board& board, uint64_t seed, const Dropped& dropped) {
-  std::mt19937_64 random(seed);
+void keep_saving(const std::string& run, Board& board, const Writer& writer) {
+  std::mt19937_64 random(writer.seed);
   SeamFiles files;
   std::mutex mutex;
   files.before = [&](FileCall& call) {
@@ -64,11 +70,15 @@ void keep_saving(const std::string& run, Board& board, uint64_t seed, const Drop
       pause = random() % 10 == 0 ? random() % 4000 : 0;
     }
     std::this_thread::sleep_for(std::chrono::microseconds(pause));
-    return !dropped || !dropped(call);
+    return !writer.dropped || !writer.dropped(call);
   };
   for (int64_t step = board.committed + 1; !board.stop; ++step) {
     const std::string verdict =
-        save({.run = run, .step = step, .disks = [&](int) -> FileSystem& { return files; }})[0];
+        save({.run = run,
+              .step = step,
+              .disks = [&](int) -> FileSystem& { return files; },
+              .block_bytes = writer.size == StateSize::large ? 8 * kDirectBlock : kDirectBlock,
+              .size = writer.size})[0];
     if (!verdict.empty()) {
       std::fprintf(stderr, "%s\n", verdict.c_str());
       _exit(2);
@@ -97,7 +107,8 @@ bool copy_at_once(const std::string& image, const std::string& copy) {
   return false;
 }
 
-void cut_power(MemoryFolder& folder, Board& board, pid_t writer, bool stopped, Campaign& campaign) {
+void cut_power(MemoryFolder& folder, Board& board, pid_t writer, bool stopped, StateSize size,
+               Campaign& campaign) {
   if (stopped) {
     kill(writer, SIGSTOP);
     int status = 0;
@@ -118,7 +129,10 @@ void cut_power(MemoryFolder& folder, Board& board, pid_t writer, bool stopped, C
   {
     Ext4 copy(image, folder / "copied");
     EXPECT_TRUE(copy.mounted());
-    if (copy.mounted()) found = loaded_step(folder / "copied/run", 99, &why);
+    if (copy.mounted()) found = loaded_step(folder / "copied/run", 99, &why, size);
+    if (found > 0 && size == StateSize::large) {
+      EXPECT_EQ(shards_on_borders(folder / "copied/run"), 6);
+    }
   }
   fs::remove(image);
   if (found >= committed) return;
@@ -127,14 +141,15 @@ void cut_power(MemoryFolder& folder, Board& board, pid_t writer, bool stopped, C
     campaign.first = concat("step ", committed, " was committed, found ", found, " ", why);
 }
 
-Campaign run_campaign(int64_t images, const Dropped& dropped, bool until_lost) {
+Campaign run_campaign(int64_t images, const Writer& saves, bool until_lost) {
   Campaign campaign;
   MemoryFolder folder("crash-power");
   std::mt19937_64 random(test_seed());
   auto* board =
       new (mmap(nullptr, sizeof(Board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0))
           Board{};
-  EXPECT_TRUE(quietly("truncate -s 8M " + (folder / "image") + " && mkfs.ext4 -q -F " +
+  const std::string bytes = saves.size == StateSize::large ? "16M " : "8M ";
+  EXPECT_TRUE(quietly("truncate -s " + bytes + (folder / "image") + " && mkfs.ext4 -q -F " +
                       (folder / "image")));
   {
     const Ext4 disk(folder / "image", folder / "disk");
@@ -143,12 +158,12 @@ Campaign run_campaign(int64_t images, const Dropped& dropped, bool until_lost) {
     sync();
     std::fflush(nullptr);
     const pid_t writer = fork();
-    if (writer == 0) keep_saving(folder / "disk/run", *board, test_seed(), dropped);
+    if (writer == 0) keep_saving(folder / "disk/run", *board, saves);
     const auto start = std::chrono::steady_clock::now();
     const auto more = [&](int64_t i) {  // 5,000 as far as there is time for them
-      const bool soaks =
-          !until_lost && campaign.images < 5000 &&
-          std::chrono::steady_clock::now() - start < std::chrono::seconds(soak_seconds());
+      const bool soaks = !until_lost && campaign.images < 5000 &&
+                         std::chrono::steady_clock::now() - start <
+                             std::chrono::seconds(soak_seconds() / 2);  // of two
       return ((campaign.images < images && i < 4 * images) || soaks) &&
              !(until_lost && campaign.lost) && !testing::Test::HasFailure();
     };
@@ -156,7 +171,7 @@ Campaign run_campaign(int64_t images, const Dropped& dropped, bool until_lost) {
       std::this_thread::sleep_for(std::chrono::microseconds(random() % 12000));
       // As a user would: never a first image without any checkpoint.
       while (board->committed == 0) std::this_thread::yield();
-      cut_power(folder, *board, writer, i % 4 != 0, campaign);
+      cut_power(folder, *board, writer, i % 4 != 0, saves.size, campaign);
     }
     board->stop = true;
     int status = 0;
@@ -180,12 +195,18 @@ std::string obstacle() {
 
 TEST(PowerCutOfADisk, LosesNothingThatWasCommitted) {
   if (const std::string why = obstacle(); !why.empty()) GTEST_SKIP() << why;
-  const Campaign campaign = run_campaign(50, {}, false);
-  EXPECT_EQ(campaign.lost, 0) << campaign.first;
-  EXPECT_GE(campaign.images, 30);
-  std::printf("P2: %lld images of an ext4 (%lld more changed meanwhile) of %lld saves, seed %llu\n",
-              static_cast<long long>(campaign.images), static_cast<long long>(campaign.unstable),
-              static_cast<long long>(campaign.steps), static_cast<unsigned long long>(test_seed()));
+  for (StateSize size : {StateSize::tiny, StateSize::large}) {
+    const bool large = size == StateSize::large;  // past the page cache
+    const Campaign campaign =
+        run_campaign(large ? 25 : 50, {.seed = test_seed(), .size = size}, false);
+    EXPECT_EQ(campaign.lost, 0) << campaign.first;
+    EXPECT_GE(campaign.images, large ? 15 : 30);
+    std::printf(
+        "P2: %lld images of an ext4 (%lld more changed meanwhile) of %lld %ssaves, seed %llu\n",
+        static_cast<long long>(campaign.images), static_cast<long long>(campaign.unstable),
+        static_cast<long long>(campaign.steps), large ? "direct " : "",
+        static_cast<unsigned long long>(test_seed()));
+  }
 }
 
 // The test of the test: a writer that leaves out a sync loses what it has announced. (Of the
@@ -207,7 +228,7 @@ TEST(PowerCutOfADisk, IsFatalWithoutAnyOneSync) {
        }},
   };
   for (const auto& [name, dropped] : mutations) {
-    const Campaign campaign = run_campaign(200, dropped, true);
+    const Campaign campaign = run_campaign(200, {.seed = test_seed(), .dropped = dropped}, true);
     EXPECT_GT(campaign.lost, 0) << "not noticed: no sync of the " << name;
     std::printf("  without the sync of the %-20s lost at image %3lld: %s\n", name,
                 static_cast<long long>(campaign.images),

@@ -12,6 +12,7 @@
 #include "parallel/gather_blobs.h"
 #include "runtime/lease.h"
 #include "runtime/run_folder.h"
+#include "runtime/safetensors.h"
 #include "runtime/state_hash.h"
 #include "tests/support/in_world.h"
 #include "tests/support/training.h"
@@ -22,12 +23,12 @@ namespace {
 
 namespace fs = std::filesystem;
 
-ModelSizes tiny_sizes() {
+ModelSizes sizes_of(StateSize size) {
   return trainer_options({.experts = kStateExperts,
                           .blocks = 1,
                           .width = 4,
                           .hidden = 3,
-                          .vocabulary = 7,
+                          .vocabulary = size == StateSize::large ? 5000 : 7,
                           .length = 4,
                           .model = "state: 2"})
       .sizes;
@@ -48,8 +49,8 @@ void fill_piece(const StatePiece& piece, uint64_t seed) {
 
 }  // namespace
 
-StateHolder::StateHolder(ProcessGroups& groups)
-    : store(groups), model(tiny_sizes(), store, groups.layout, groups.rank) {
+StateHolder::StateHolder(ProcessGroups& groups, StateSize size)
+    : store(groups), model(sizes_of(size), store, groups.layout, groups.rank) {
   store.allocate();
 }
 
@@ -58,19 +59,19 @@ void StateHolder::fill(uint64_t seed) {
   for (const StatePiece& piece : owned_moments(store)) fill_piece(piece, seed);
 }
 
-uint64_t hash_of_seed(uint64_t seed) {
+uint64_t hash_of_seed(uint64_t seed, StateSize size) {
   static std::mutex mutex;
-  static std::map<uint64_t, uint64_t> known;
+  static std::map<std::pair<uint64_t, StateSize>, uint64_t> known;
   std::lock_guard lock(mutex);
-  if (auto at = known.find(seed); at != known.end()) return at->second;
+  if (auto at = known.find({seed, size}); at != known.end()) return at->second;
   uint64_t hash = 0;
   in_world(RankLayout(1, 1, kStateExperts), [&](ProcessGroups& groups) {
-    StateHolder holder(groups);
+    StateHolder holder(groups, size);
     holder.fill(seed);
     Stream stream = Stream::immediate();
     hash = state_hash(groups, stream, holder.store);
   });
-  return known[seed] = hash;
+  return known[{seed, size}] = hash;
 }
 
 CheckpointFacts facts_of(int64_t step) {
@@ -96,7 +97,7 @@ std::vector<std::string> save(const SaveCase& c) {
   in_world(
       RankLayout(c.ranks, c.expert, kStateExperts),
       [&](ProcessGroups& groups) {
-        StateHolder holder(groups);
+        StateHolder holder(groups, c.size);
         holder.fill(uint64_t(c.step));
         FileSystem& files = c.disks ? c.disks(groups.rank) : plain_disk();
         CheckpointWriter writer(files, groups, holder.store,
@@ -125,10 +126,10 @@ std::vector<std::string> save(const SaveCase& c) {
   return verdicts;
 }
 
-int64_t loaded_step(const std::string& run, int64_t generation, std::string* why) {
+int64_t loaded_step(const std::string& run, int64_t generation, std::string* why, StateSize size) {
   int64_t step = 0;
   in_world(RankLayout(1, 1, kStateExperts), [&](ProcessGroups& groups) {
-    StateHolder holder(groups);
+    StateHolder holder(groups, size);
     Stream stream = Stream::immediate();
     fence_attempts(plain_disk(), run, generation);  // as the lease does before
     try {
@@ -136,7 +137,7 @@ int64_t loaded_step(const std::string& run, int64_t generation, std::string* why
                                      {.run = run, .generation = generation, .say = {}});
       if (!found) return;
       step = found->step();
-      EXPECT_EQ(state_hash(groups, stream, holder.store), hash_of_seed(uint64_t(step)))
+      EXPECT_EQ(state_hash(groups, stream, holder.store), hash_of_seed(uint64_t(step), size))
           << run << ": a mix was loaded as step " << step;
     } catch (const Error& error) {
       if (why) *why = error.what();
@@ -144,6 +145,17 @@ int64_t loaded_step(const std::string& run, int64_t generation, std::string* why
     }
   });
   return step;
+}
+
+int64_t shards_on_borders(const std::string& run) {
+  int64_t count = 0;
+  for (const auto& entry : fs::directory_iterator(list_checkpoints(run).front().path)) {
+    if (entry.path().extension() != ".safetensors") continue;
+    const SafetensorsReader shard(entry.path().string());
+    const int64_t values = shard.tensors().back().end, header = int64_t(entry.file_size()) - values;
+    count += header % int64_t(kDirectBlock) == 0 && values >= int64_t(kDirectBlock);
+  }
+  return count;
 }
 
 LaunchResult launch(const LaunchCase& c) {
