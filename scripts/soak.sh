@@ -86,7 +86,9 @@ costs=$results/costs  # "kill -9 of a rank: found 0.10 next 1.50 lost 12 seed 1"
 # What a test program says of its cases: "cases: PROPERTY: N, seed S" (tests/support/soak.h),
 # "P1, P18: N kills of a launch, ..." or "lengths tried: N ...".
 counts() {  # seed
-  sed -n '/^cases: /{
+  sed -n '/^ranks  */d
+    /^moemamba: /d
+    /^cases: /{
       s///
       s/^\([^|]*\): \([0-9][0-9]*\), seed .*/\1|\2/p
       d
