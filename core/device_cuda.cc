@@ -39,13 +39,21 @@ struct CudaStream : Stream::Impl {
     call(cudaEventRecord(ring[++records % kRing], stream), "cudaEventRecord");
     return records;
   }
-  void host_wait(uint64_t ticket) override { poll(ring[ticket % kRing]); }
+  // Any thread may wait. A new one is on GPU 0, where its first call, whatever it asks, would open
+  // a context: half a GiB there for every rank. So waits say first which GPU they mean.
+  void host_wait(uint64_t ticket) override {
+    use(ordinal);
+    poll(ring[ticket % kRing]);
+  }
   void wait(Impl& other, uint64_t ticket) override {
     if (other.device() != DeviceKind::cuda) return other.host_wait(ticket);
     auto& that = static_cast<CudaStream&>(other);
     call(cudaStreamWaitEvent(stream, that.ring[ticket % kRing], 0), "cudaStreamWaitEvent");
   }
-  void synchronize() override { poll(ring[record() % kRing]); }
+  void synchronize() override {
+    use(ordinal);
+    poll(ring[record() % kRing]);
+  }
 
   // Waits with an eye on the watcher: a lost peer would let a stream wait for ever. Polling from
   // the first microsecond keeps the wait short; the sleep that follows frees the core.

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "core/arena.h"
+#include "core/gpu.h"
 
 namespace moemamba {
 
@@ -104,6 +105,7 @@ class NcclCommunicator final : public Communicator {
   std::vector<int> world_ranks_;
   milliseconds deadline_;
   int exit_code_;
+  int gpu_;       // poll() and abort() come from any thread, and a new one is on GPU 0
   Buffer flags_;  // of barriers and of the first calls
 
   std::mutex mutex_;  // of all below: poll() and abort() come from any thread
@@ -121,6 +123,7 @@ NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> beside,
       world_ranks_(std::move(world_ranks)),
       deadline_(deadline),
       exit_code_(exit_code),
+      gpu_(gpu::used()),
       flags_(DeviceKind::cuda, 2 * beside_->size() * kFlag) {
   for (Pending& pending : calls_) {
     call(cudaEventCreate(&pending.begun), "cudaEventCreate");
@@ -244,6 +247,7 @@ void NcclCommunicator::end(const Stream& stream) {
 }
 
 void NcclCommunicator::poll() {
+  gpu::use(gpu_);
   std::lock_guard lock(mutex_);
   look();
 }
@@ -337,6 +341,7 @@ void NcclCommunicator::lose(PeerLost lost) {
 
 void NcclCommunicator::tear_down() noexcept {
   if (!comm_) return;
+  (void)cudaSetDevice(gpu_);  // what fails here is told already
   const Grace grace(name(), lost_ ? lost_->what() : "its work was given up", kGrace, exit_code_);
   ncclCommAbort(std::exchange(comm_, nullptr));
 }
