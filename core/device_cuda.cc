@@ -149,9 +149,24 @@ void* allocate_pinned(int64_t bytes) {
 
 void release_pinned(void* memory) noexcept { cudaFreeHost(memory); }
 
+// On a stream of its own, and waits for that alone: on others NCCL may wait for a rank that never
+// comes. The largest GPU's memory is written in a tenth of a second.
 void zero_now(void* memory, int64_t bytes) {
-  call(cudaMemset(memory, 0, size_t(bytes)), "cudaMemset");
-  call(cudaDeviceSynchronize(), "cudaMemset");
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::seconds kPatience(60);
+  cudaStream_t stream = nullptr;
+  call(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  const std::shared_ptr<void> owned(
+      stream, [](void* it) { cudaStreamDestroy(static_cast<cudaStream_t>(it)); });
+  call(cudaMemsetAsync(memory, 0, size_t(bytes), stream), "cudaMemsetAsync");
+  const auto start = Clock::now();
+  for (cudaError_t state; (state = cudaStreamQuery(stream)) != cudaSuccess;) {
+    if (state != cudaErrorNotReady) call(state, "cudaMemsetAsync");
+    check(Clock::now() - start < kPatience, "GPU ", used(), " has not zeroed ", bytes,
+          " bytes within ", kPatience.count(), " s: it hangs, or other work holds it; look at ",
+          "nvidia-smi, and start again");
+    std::this_thread::yield();
+  }
 }
 
 std::shared_ptr<void> mark(Stream& stream) {
