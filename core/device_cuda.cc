@@ -81,6 +81,15 @@ struct CudaStream : Stream::Impl {
   uint64_t records = 0;
 };
 
+std::string hexadecimal(const cudaUUID_t& uuid) {
+  std::string text;
+  for (const char c : uuid.bytes) {
+    constexpr const char* kDigits = "0123456789abcdef";
+    text += {kDigits[uint8_t(c) >> 4], kDigits[uint8_t(c) & 15]};
+  }
+  return text;
+}
+
 cudaStream_t native_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.native()); }
 
 }  // namespace
@@ -104,7 +113,8 @@ std::vector<Facts> devices(std::string* why_none) {
     list.push_back({.name = properties.name,
                     .bytes = int64_t(properties.totalGlobalMem),
                     .multiprocessors = properties.multiProcessorCount,
-                    .capability = properties.major * 10 + properties.minor});
+                    .capability = properties.major * 10 + properties.minor,
+                    .uuid = hexadecimal(properties.uuid)});
   }
   return list;
 }
@@ -125,6 +135,10 @@ int used() {
 
 std::string build() {
   return concat("CUDA ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10);
+}
+
+std::string architectures() {
+  return MOEMAMBA_CUDA_ARCHITECTURES;
 }
 
 void* allocate(int64_t bytes) {
