@@ -1,6 +1,7 @@
 #include "launcher/rank.h"
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "core/gpu_architectures.h"
 #include "core/schema.h"
@@ -61,7 +62,8 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work, Activity* 
                           has_routers(config.model()) ? config.model().experts() : 0);
   if (device == DeviceKind::cuda) {
     prepare_nccl_environment();
-    world.choose_gpu(deadline);
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    world.choose_gpu(visible ? visible : "", deadline);
   }
   ProcessGroups groups = world.make_groups(layout, deadline, device, kExitRestart);
   if (activity) groups.tell(activity);

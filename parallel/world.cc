@@ -206,9 +206,8 @@ void World::agree(const Facts& facts, std::chrono::milliseconds deadline) {
 }
 
 // One line a field: a rank that sees no GPU says so here, and not before the others.
-int World::choose_gpu(std::chrono::milliseconds deadline) {
-  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
-  std::string own = hostname_ + '\n' + (visible ? visible : "") + '\n', why;
+int World::choose_gpu(const std::string& visible, std::chrono::milliseconds deadline) {
+  std::string own = hostname_ + '\n' + visible + '\n', why;
   for (const gpu::Facts& gpu : gpu::devices(&why)) own += gpu.uuid + '\n';
   const auto group = make_group("gpus", all_ranks(size_), deadline);
   Stream stream = Stream::immediate();

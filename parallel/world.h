@@ -49,7 +49,8 @@ class World {
                             DeviceKind device = DeviceKind::cpu, int stuck_exit_code = 75);
   // Every rank calls this at the same time: the calling thread uses this rank's GPU from here on,
   // one that no other rank takes; returns which of those that it sees (parallel/gpu_choice.h).
-  int choose_gpu(std::chrono::milliseconds deadline);
+  // visible: CUDA_VISIBLE_DEVICES, for the message where there are too few; "" if it is not set.
+  int choose_gpu(const std::string& visible, std::chrono::milliseconds deadline);
   [[noreturn]] void abort(int exit_code) noexcept;  // ends all ranks
 
  private:
