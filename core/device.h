@@ -86,6 +86,7 @@ class Stream {
   // Called again and again while the host waits for this stream; what it throws ends the wait.
   // Null: nobody. Only for CUDA streams, whose work cannot throw by itself.
   void watch(std::function<void()> watcher);
+  void look() const;  // calls the watcher: for who waits for this stream's work in a way of his own
 
   // F: trivially copyable, at most Task::kBytes; what it points at must outlive it.
   template <class F>

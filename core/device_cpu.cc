@@ -207,6 +207,9 @@ DeviceKind Stream::device() const { return impl_->device(); }
 void* Stream::native() const { return impl_->native(); }
 std::shared_ptr<void>& Stream::attachment() { return impl_->attachment; }
 void Stream::watch(std::function<void()> watcher) { impl_->watcher = std::move(watcher); }
+void Stream::look() const {
+  if (impl_->watcher) impl_->watcher();
+}
 void Stream::enqueue(Task task) { impl_->enqueue(task); }
 
 Event Stream::record() {

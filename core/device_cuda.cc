@@ -39,13 +39,21 @@ struct CudaStream : Stream::Impl {
     call(cudaEventRecord(ring[++records % kRing], stream), "cudaEventRecord");
     return records;
   }
-  void host_wait(uint64_t ticket) override { poll(ring[ticket % kRing]); }
+  // Any thread may wait. A new one is on GPU 0, where its first call, whatever it asks, would open
+  // a context: half a GiB there for every rank. So waits say first which GPU they mean.
+  void host_wait(uint64_t ticket) override {
+    use(ordinal);
+    poll(ring[ticket % kRing]);
+  }
   void wait(Impl& other, uint64_t ticket) override {
     if (other.device() != DeviceKind::cuda) return other.host_wait(ticket);
     auto& that = static_cast<CudaStream&>(other);
     call(cudaStreamWaitEvent(stream, that.ring[ticket % kRing], 0), "cudaStreamWaitEvent");
   }
-  void synchronize() override { poll(ring[record() % kRing]); }
+  void synchronize() override {
+    use(ordinal);
+    poll(ring[record() % kRing]);
+  }
 
   // Waits with an eye on the watcher: a lost peer would let a stream wait for ever. Polling from
   // the first microsecond keeps the wait short; the sleep that follows frees the core.
@@ -73,6 +81,15 @@ struct CudaStream : Stream::Impl {
   uint64_t records = 0;
 };
 
+std::string hexadecimal(const cudaUUID_t& uuid) {
+  std::string text;
+  for (const char c : uuid.bytes) {
+    constexpr const char* kDigits = "0123456789abcdef";
+    text += {kDigits[uint8_t(c) >> 4], kDigits[uint8_t(c) & 15]};
+  }
+  return text;
+}
+
 cudaStream_t native_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.native()); }
 
 }  // namespace
@@ -96,7 +113,8 @@ std::vector<Facts> devices(std::string* why_none) {
     list.push_back({.name = properties.name,
                     .bytes = int64_t(properties.totalGlobalMem),
                     .multiprocessors = properties.multiProcessorCount,
-                    .capability = properties.major * 10 + properties.minor});
+                    .capability = properties.major * 10 + properties.minor,
+                    .uuid = hexadecimal(properties.uuid)});
   }
   return list;
 }
@@ -117,6 +135,10 @@ int used() {
 
 std::string build() {
   return concat("CUDA ", CUDART_VERSION / 1000, ".", CUDART_VERSION % 1000 / 10);
+}
+
+std::string architectures() {
+  return MOEMAMBA_CUDA_ARCHITECTURES;
 }
 
 void* allocate(int64_t bytes) {
@@ -141,9 +163,24 @@ void* allocate_pinned(int64_t bytes) {
 
 void release_pinned(void* memory) noexcept { cudaFreeHost(memory); }
 
+// On a stream of its own, and waits for that alone: on others NCCL may wait for a rank that never
+// comes. The largest GPU's memory is written in a tenth of a second.
 void zero_now(void* memory, int64_t bytes) {
-  call(cudaMemset(memory, 0, size_t(bytes)), "cudaMemset");
-  call(cudaDeviceSynchronize(), "cudaMemset");
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::seconds kPatience(60);
+  cudaStream_t stream = nullptr;
+  call(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  const std::shared_ptr<void> owned(
+      stream, [](void* it) { cudaStreamDestroy(static_cast<cudaStream_t>(it)); });
+  call(cudaMemsetAsync(memory, 0, size_t(bytes), stream), "cudaMemsetAsync");
+  const auto start = Clock::now();
+  for (cudaError_t state; (state = cudaStreamQuery(stream)) != cudaSuccess;) {
+    if (state != cudaErrorNotReady) call(state, "cudaMemsetAsync");
+    check(Clock::now() - start < kPatience, "GPU ", used(), " has not zeroed ", bytes,
+          " bytes within ", kPatience.count(), " s: it hangs, or other work holds it; look at ",
+          "nvidia-smi, and start again");
+    std::this_thread::yield();
+  }
 }
 
 std::shared_ptr<void> mark(Stream& stream) {

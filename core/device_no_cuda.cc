@@ -17,6 +17,9 @@ std::vector<Facts> devices(std::string* why_none) {
 void use(int) { refuse(); }
 int used() { return 0; }
 std::string build() { return "no CUDA"; }
+std::string architectures() {
+  return "";
+}
 int64_t free_bytes() { refuse(); }
 void* allocate(int64_t) { refuse(); }
 void release(void*) noexcept {}

@@ -13,6 +13,7 @@ struct Facts {
   int64_t bytes = 0;    // of its memory
   int multiprocessors = 0;
   int capability = 0;   // 90: compute capability 9.0
+  std::string uuid;     // no other GPU has it; in hexadecimal
 };
 
 // The GPUs that this process sees; none and the reason where there is no driver, no GPU or no CUDA
@@ -22,6 +23,7 @@ std::vector<Facts> devices(std::string* why_none = nullptr);
 void use(int ordinal);
 int used();  // by the calling thread
 std::string build();  // "CUDA 13.0", or "no CUDA"
+std::string architectures();  // that this build has kernels for: "80-real 90a"; "" without CUDA
 
 int64_t free_bytes();  // of the used one's memory, not taken by anybody
 void* allocate(int64_t bytes);         // not zeroed; Error that names bytes and free memory

@@ -10,7 +10,7 @@
 #include <sstream>
 
 #include "core/error.h"
-#include "core/gpu.h"
+#include "core/gpu_architectures.h"
 #include "launcher/ask.h"
 #include "launcher/doctor_checks.h"
 #include "parallel/communicator_nccl.h"
@@ -20,7 +20,6 @@ namespace moemamba {
 namespace {
 
 constexpr double kPatience = 6;
-constexpr int kOldest = 80;  // compute capability 8.0: what the kernels are compiled for
 
 // NVIDIA's cards that the machine has, with a driver or without.
 int count_cards() {
@@ -154,10 +153,11 @@ int probe_gpus() {
                        " multiprocessors, compute capability ", gpu.capability / 10, ".",
                        gpu.capability % 10),
                 ""};
-    if (gpu.capability < kOldest) {
+    if (!gpu::runs_on(gpu::architectures(), gpu.capability)) {
       check.verdict = Health::fail;
-      check.found += "; 8.0 or later is needed";
-      check.mend = "--device=CPU";
+      check.found += concat("; this build has no kernels for it (", gpu::architectures(), ")");
+      check.mend =
+          concat("--device=CPU, or build with -DCMAKE_CUDA_ARCHITECTURES=", gpu.capability);
     }
     report.checks.push_back(check);
   }

@@ -1,8 +1,9 @@
 #include "launcher/rank.h"
 
 #include <cstdio>
+#include <cstdlib>
 
-#include "core/gpu.h"
+#include "core/gpu_architectures.h"
 #include "core/schema.h"
 #include "launcher/build_facts.h"
 #include "launcher/gpu_environment.h"
@@ -23,9 +24,14 @@ Facts facts_of(const RunConfig& config) {
 
 // Where this rank computes. rank 0 says why not on a GPU, where this build could use one. Under a
 // supervisor a GPU that is not there is an error of the machine: others may have theirs.
-DeviceKind device_of(const RunConfig& config, int rank, bool supervised) {
+DeviceKind device_of(const RunConfig& config, const World& world, bool supervised) {
   std::string why;
-  const bool found = config.device() != RunConfig::CPU && !gpu::devices(&why).empty();
+  bool found = false;
+  if (config.device() != RunConfig::CPU) {
+    const std::vector<gpu::Facts> gpus = gpu::devices(&why);
+    if (!gpus.empty()) why = gpu::missing_kernels(gpu::architectures(), gpus, world.node_size());
+    found = why.empty();
+  }
   const bool on_gpu = config.device() == RunConfig::CUDA || found;
   check(!on_gpu || found, "--device=CUDA: no GPU (", why, "); use --device=CPU");
   const bool is_f32 = config.model().compute_dtype() == ModelConfig::F32;
@@ -35,7 +41,7 @@ DeviceKind device_of(const RunConfig& config, int rank, bool supervised) {
   if (!on_gpu && !is_f32)
     throw BadSettings("model.compute_dtype: the CPU computes in F32 only; set that" +
                       (why.empty() ? std::string(", or --device=AUTO") : ": no GPU (" + why + ")"));
-  if (!on_gpu && rank == 0 && !why.empty() && gpu::build() != "no CUDA")
+  if (!on_gpu && world.rank() == 0 && !why.empty() && gpu::build() != "no CUDA")
     std::fprintf(stderr, "moemamba: no GPU (%s): on the CPU\n", why.c_str());
   return on_gpu ? DeviceKind::cuda : DeviceKind::cpu;
 }
@@ -48,7 +54,7 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work, Activity* 
   World world;
   check(world.size() == started_ranks(), started_ranks(), " ranks were started, but MPI knows of ",
         world.size(), "; start them with this Open MPI's mpirun, or with srun --mpi=pmix");
-  const DeviceKind device = device_of(config, world.rank(), activity != nullptr);
+  const DeviceKind device = device_of(config, world, activity != nullptr);
   Facts facts = facts_of(config);
   facts.emplace_back("device found", device == DeviceKind::cuda ? "GPU" : "CPU");
   world.agree(facts, deadline);
@@ -56,7 +62,8 @@ void run_rank(const RunConfig& config, FunctionRef<void(Rank&)> work, Activity* 
                           has_routers(config.model()) ? config.model().experts() : 0);
   if (device == DeviceKind::cuda) {
     prepare_nccl_environment();
-    choose_gpu(world);
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    world.choose_gpu(visible ? visible : "", deadline);
   }
   ProcessGroups groups = world.make_groups(layout, deadline, device, kExitRestart);
   if (activity) groups.tell(activity);

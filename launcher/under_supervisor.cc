@@ -27,11 +27,11 @@ std::string variable(const char* name) {
   return value ? value : "";
 }
 
-// For people. Which one it is to be is known before it is used.
+// For people, before it is used: as parallel/gpu_choice.h will have it.
 std::string gpu_name(const RunConfig& config) {
   if (config.device() == RunConfig::CPU) return "";
   const std::vector<gpu::Facts> gpus = gpu::devices();
-  const int own = started_local_rank();
+  const int own = gpus.size() == 1 ? 0 : started_local_rank();
   return size_t(own) < gpus.size() ? concat(gpus[size_t(own)].name, " (", own, ")") : "";
 }
 

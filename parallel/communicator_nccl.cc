@@ -14,6 +14,8 @@
 #include <utility>
 
 #include "core/arena.h"
+#include "core/gpu.h"
+#include "parallel/pending_calls.h"
 
 namespace moemamba {
 
@@ -76,21 +78,19 @@ class NcclCommunicator final : public Communicator {
   void abort(const std::string& why) noexcept override;
 
  private:
-  // A call on its way. It is late when `done` does not follow `begun` within the deadline: what the
-  // stream has to do before does not count. Whoever watches this rank hears of a call when it is
-  // enqueued, and of its end when somebody looks.
-  struct Pending {
+  // Around a call. Whoever watches this rank hears of it when it is enqueued, and of its end when
+  // somebody looks.
+  struct Events {
     cudaEvent_t begun = nullptr, done = nullptr;
-    std::optional<Clock::time_point> since;  // begun was seen
   };
 
   void connect();
-  void begin(const Stream& stream);
+  void begin(std::unique_lock<std::mutex>& lock, const Stream& stream);
   void end(const Stream& stream);
   void exchange(Stream& stream, const AllToAll& call);
   void look();  // what poll() looks for, in this order
-  void look_at_calls();
-  static std::chrono::nanoseconds time_of(const Pending& pending);  // REQUIRES: it is past
+  PendingCalls::Marks marks();
+  static std::chrono::nanoseconds time_of(const Events& events);  // REQUIRES: they are past
   void take(ncclResult_t result);    // fails unless it is success or "in progress"
   void settle(ncclResult_t result);  // waits until NCCL has done what it does on the host
   [[noreturn]] void fail(ncclResult_t result);
@@ -104,13 +104,13 @@ class NcclCommunicator final : public Communicator {
   std::vector<int> world_ranks_;
   milliseconds deadline_;
   int exit_code_;
+  int gpu_;       // poll() and abort() come from any thread, and a new one is on GPU 0
   Buffer flags_;  // of barriers and of the first calls
 
   std::mutex mutex_;  // of all below: poll() and abort() come from any thread
   ncclComm_t comm_ = nullptr;
-  std::array<Pending, 64> calls_;  // a ring: calls of numbers first_ .. last_ - 1
-  uint64_t first_ = 0, last_ = 0;
-  bool tracked_ = false;  // the current call has a place there
+  std::array<Events, PendingCalls::kMost> events_;
+  PendingCalls calls_;
   std::optional<PeerLost> lost_;
 };
 
@@ -121,10 +121,12 @@ NcclCommunicator::NcclCommunicator(std::unique_ptr<Communicator> beside,
       world_ranks_(std::move(world_ranks)),
       deadline_(deadline),
       exit_code_(exit_code),
-      flags_(DeviceKind::cuda, 2 * beside_->size() * kFlag) {
-  for (Pending& pending : calls_) {
-    call(cudaEventCreate(&pending.begun), "cudaEventCreate");
-    call(cudaEventCreate(&pending.done), "cudaEventCreate");
+      gpu_(gpu::used()),
+      flags_(DeviceKind::cuda, 2 * beside_->size() * kFlag),
+      calls_(marks(), deadline) {
+  for (Events& events : events_) {
+    call(cudaEventCreate(&events.begun), "cudaEventCreate");
+    call(cudaEventCreate(&events.done), "cudaEventCreate");
   }
   try {
     connect();
@@ -145,9 +147,9 @@ NcclCommunicator::~NcclCommunicator() {
   } else {
     tear_down();
   }
-  for (Pending& pending : calls_) {
-    cudaEventDestroy(pending.begun);
-    cudaEventDestroy(pending.done);
+  for (Events& events : events_) {
+    cudaEventDestroy(events.begun);
+    cudaEventDestroy(events.done);
   }
 }
 
@@ -178,8 +180,8 @@ void NcclCommunicator::connect() {
 }
 
 void NcclCommunicator::all_to_all(Stream& stream, const AllToAll& call) {
-  std::lock_guard lock(mutex_);
-  begin(stream);
+  std::unique_lock lock(mutex_);
+  begin(lock, stream);
   exchange(stream, call);
   end(stream);
 }
@@ -216,8 +218,8 @@ void NcclCommunicator::exchange(Stream& stream, const AllToAll& c) {
 }
 
 void NcclCommunicator::all_gather(Stream& stream, const void* send, void* recv, int64_t bytes) {
-  std::lock_guard lock(mutex_);
-  begin(stream);
+  std::unique_lock lock(mutex_);
+  begin(lock, stream);
   if (bytes == 0) {  // NCCL leaves out what has no bytes, but here all wait for all
     send = flags_.data() + rank() * kFlag;
     recv = flags_.data();
@@ -227,23 +229,28 @@ void NcclCommunicator::all_gather(Stream& stream, const void* send, void* recv, 
   end(stream);
 }
 
-void NcclCommunicator::begin(const Stream& stream) {
-  look();
+// The GPU starves of nothing while the host waits for a place: kMost calls are ahead. The oldest
+// may stand behind another group's that hangs, so the stream's watcher looks too, and it may look
+// here.
+void NcclCommunicator::begin(std::unique_lock<std::mutex>& lock, const Stream& stream) {
   check(stream.device() == DeviceKind::cuda, "group ", name(), ": NCCL works on CUDA streams");
+  for (look(); calls_.full(); look()) {
+    lock.unlock();
+    stream.look();
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    lock.lock();
+  }
   begin_call();
-  tracked_ = last_ - first_ < calls_.size();  // else an earlier one hangs before this one can
-  if (!tracked_) return end_call({});
-  Pending& pending = calls_[last_ % calls_.size()];
-  pending.since.reset();
-  call(cudaEventRecord(pending.begun, native(stream)), "cudaEventRecord");
+  call(cudaEventRecord(events_[size_t(calls_.next())].begun, native(stream)), "cudaEventRecord");
 }
 
 void NcclCommunicator::end(const Stream& stream) {
-  if (!tracked_) return;
-  call(cudaEventRecord(calls_[last_++ % calls_.size()].done, native(stream)), "cudaEventRecord");
+  call(cudaEventRecord(events_[size_t(calls_.next())].done, native(stream)), "cudaEventRecord");
+  calls_.add();
 }
 
 void NcclCommunicator::poll() {
+  gpu::use(gpu_);
   std::lock_guard lock(mutex_);
   look();
 }
@@ -259,31 +266,26 @@ void NcclCommunicator::look() {
   ncclResult_t state = ncclSuccess;
   take(ncclCommGetAsyncError(comm_, &state));
   take(state);
-  look_at_calls();
+  if (calls_.look()) miss();
 }
 
-// Calls of one stream end in order; those of two streams are looked at in the order of the host.
-void NcclCommunicator::look_at_calls() {
+PendingCalls::Marks NcclCommunicator::marks() {
   const auto past = [](cudaEvent_t event) {
     const cudaError_t state = cudaEventQuery(event);
     if (state != cudaErrorNotReady) call(state, "the stream's work");
     return state == cudaSuccess;
   };
-  for (; first_ < last_; ++first_) {
-    Pending& pending = calls_[first_ % calls_.size()];
-    if (past(pending.done)) {
-      if (activity()) end_call(time_of(pending));
-      continue;
-    }
-    if (!pending.since && past(pending.begun)) pending.since = Clock::now();
-    if (pending.since && Clock::now() - *pending.since > deadline_) miss();
-    return;
-  }
+  return {.begun = [this, past](int place) { return past(events_[size_t(place)].begun); },
+          .done = [this, past](int place) { return past(events_[size_t(place)].done); },
+          .ended =
+              [this](int place) {
+                if (activity()) end_call(time_of(events_[size_t(place)]));
+              }};
 }
 
-std::chrono::nanoseconds NcclCommunicator::time_of(const Pending& pending) {
+std::chrono::nanoseconds NcclCommunicator::time_of(const Events& events) {
   float time = 0;  // in milliseconds
-  call(cudaEventElapsedTime(&time, pending.begun, pending.done), "cudaEventElapsedTime");
+  call(cudaEventElapsedTime(&time, events.begun, events.done), "cudaEventElapsedTime");
   return std::chrono::nanoseconds(int64_t(double(time) * 1e6));
 }
 
@@ -337,6 +339,7 @@ void NcclCommunicator::lose(PeerLost lost) {
 
 void NcclCommunicator::tear_down() noexcept {
   if (!comm_) return;
+  (void)cudaSetDevice(gpu_);  // what fails here is told already
   const Grace grace(name(), lost_ ? lost_->what() : "its work was given up", kGrace, exit_code_);
   ncclCommAbort(std::exchange(comm_, nullptr));
 }

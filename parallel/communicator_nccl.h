@@ -15,7 +15,11 @@ namespace moemamba {
 // another member, an error that NCCL met behind the host's back, and a call that has been at work
 // on the GPU for longer than the deadline (a member that did not come; of a pair it is known
 // which). The group is then torn down, so that its streams run on; if NCCL hangs in that, the
-// process ends itself with `exit_code` after ten seconds.
+// process ends itself with `exit_code` after two seconds; where the seat's destructor waits for the
+// other members, after the deadline if that is longer.
+//
+// At most 64 calls are on their way: with so many the host waits, its stream's watcher looking, for
+// the oldest, so that every call has its deadline.
 //
 // NCCL reads its environment when the first group is made: see launcher/gpu_environment.h.
 std::unique_ptr<Communicator> make_nccl_communicator(std::unique_ptr<Communicator> beside,

@@ -9,11 +9,14 @@
 #include <cstring>
 #include <map>
 #include <numeric>
+#include <sstream>
 #include <thread>
 
 #include "core/gpu.h"
 #include "parallel/communicator_mpi.h"
 #include "parallel/communicator_nccl.h"
+#include "parallel/gather_blobs.h"
+#include "parallel/gpu_choice.h"
 
 namespace moemamba {
 
@@ -203,15 +206,26 @@ void World::agree(const Facts& facts, std::chrono::milliseconds deadline) {
               describe_differences(of_ranks));
 }
 
-int choose_gpu(const World& world) {
-  std::string why;
-  const auto gpus = int(gpu::devices(&why).size());
-  check(gpus > 0, "no GPU: ", why, "; use --device=cpu");
-  check(world.node_size() <= gpus, world.node_size(), " ranks were started on ", world.hostname(),
-        ", which has ", gpus, gpus == 1 ? " GPU" : " GPUs", "; start ", gpus,
-        gpus == 1 ? " rank" : " ranks", " per node, or use --device=cpu");
-  gpu::use(world.node_rank());
-  return world.node_rank();
+// One line a field: a rank that sees no GPU says so here, and not before the others.
+int World::choose_gpu(const std::string& visible, std::chrono::milliseconds deadline) {
+  std::string own = hostname_ + '\n' + visible + '\n', why;
+  for (const gpu::Facts& gpu : gpu::devices(&why)) own += gpu.uuid + '\n';
+  const auto group = make_group("gpus", all_ranks(size_), deadline);
+  Stream stream = Stream::immediate();
+  Facts all;  // (rank, what it sees)
+  for (const std::string& text : gather_blobs(*group, stream, own)) all.emplace_back("", text);
+  std::vector<SeenGpus> of_ranks;
+  for (const auto& [none, text] : unpack(broadcast_blob(*group, stream, pack(all)))) {
+    std::istringstream lines(text);
+    SeenGpus& seen = of_ranks.emplace_back();
+    std::getline(lines, seen.hostname);
+    std::getline(lines, seen.visible);
+    for (std::string line; std::getline(lines, line);) seen.gpus.push_back(line);
+  }
+  check(why.empty(), "no GPU: ", why, "; use --device=cpu");
+  const int chosen = choose_gpus(of_ranks)[size_t(rank_)];
+  gpu::use(chosen);
+  return chosen;
 }
 
 void World::abort(int exit_code) noexcept {

@@ -47,6 +47,10 @@ class World {
   // default is the one that means "start me again".
   ProcessGroups make_groups(const RankLayout& layout, std::chrono::milliseconds deadline,
                             DeviceKind device = DeviceKind::cpu, int stuck_exit_code = 75);
+  // Every rank calls this at the same time: the calling thread uses this rank's GPU from here on,
+  // one that no other rank takes; returns which of those that it sees (parallel/gpu_choice.h).
+  // visible: CUDA_VISIBLE_DEVICES, for the message where there are too few; "" if it is not set.
+  int choose_gpu(const std::string& visible, std::chrono::milliseconds deadline);
   [[noreturn]] void abort(int exit_code) noexcept;  // ends all ranks
 
  private:
@@ -59,9 +63,5 @@ class World {
   int exceptions_;
   std::string hostname_;
 };
-
-// The calling thread uses the GPU of this rank, the node_rank()-th that it sees; returns which. An
-// Error where there are fewer GPUs than ranks on this machine.
-int choose_gpu(const World& world);
 
 }  // namespace moemamba

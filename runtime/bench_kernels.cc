@@ -98,13 +98,9 @@ void KernelTable::ceilings() {
     result_.copy_rate = 2 * double(from.bytes()) / median(times);
     result_.copied = concat(mib, " MiB, read and written");
   }
-  BenchTensors t(stream_);
-  const int64_t n = on_gpu ? 8192 : 2048;
-  const Matmul op{.a = t.dense({n, n}, s_.compute),
-                  .b = t.dense({n, n}, s_.compute),
-                  .out = t.dense({n, n}, s_.compute)};
-  result_.product_rate = 2 * std::pow(double(n), 3) / seconds(op);
-  result_.multiplied = concat(sizes_text({n, n, n}), ", ", name_of(s_.compute));
+  const ProductCeiling product = measure_product(stream_, s_.compute, options_.repeat);
+  result_.product_rate = product.rate;
+  result_.multiplied = product.multiplied;
 }
 
 void KernelTable::conv(const Tensor& x, const Tensor& dx) {
@@ -371,6 +367,16 @@ KernelBench bench_kernels(Stream& stream, const ModelSizes& sizes,
   table.head();
   table.optimizer();
   return table.take();
+}
+
+ProductCeiling measure_product(Stream& stream, DType dtype, int64_t repeat) {
+  BenchTensors t(stream);
+  const int64_t n = stream.device() == DeviceKind::cuda ? 8192 : 2048;
+  const Matmul op{
+      .a = t.dense({n, n}, dtype), .b = t.dense({n, n}, dtype), .out = t.dense({n, n}, dtype)};
+  const double seconds = median(time_runs(stream, repeat, [&] { run(stream, op); }));
+  return {2 * std::pow(double(n), 3) / seconds,
+          concat(sizes_text({n, n, n}), ", ", name_of(dtype))};
 }
 
 std::string kernel_bench_text(const KernelBench& b) {

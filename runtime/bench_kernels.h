@@ -32,6 +32,13 @@ struct KernelBenchOptions {
 KernelBench bench_kernels(Stream& stream, const ModelSizes& sizes,
                           const KernelBenchOptions& options);
 
+// The ceiling of products: FLOP a second of one of large square matrices, and what it multiplied.
+struct ProductCeiling {
+  double rate = 0;
+  std::string multiplied;  // "8192 x 8192 x 8192, bf16"
+};
+ProductCeiling measure_product(Stream& stream, DType dtype, int64_t repeat);
+
 // A table for people.
 std::string kernel_bench_text(const KernelBench& bench);
 

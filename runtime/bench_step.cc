@@ -66,6 +66,14 @@ StepBench bench_step(ProcessGroups& groups, const TrainerOptions& options,
   StepBench result;
   const bool on_gpu = groups.device == DeviceKind::cuda;
   const int64_t free_before = on_gpu ? gpu::free_bytes() : 0;
+  result.ranks = groups.layout.ranks();
+  {
+    constexpr int64_t kRepeat = 5;
+    Stream stream = on_gpu ? Stream::cuda() : Stream::immediate(options.threads);
+    Stream host = Stream::immediate();
+    barrier(*groups.control, host);
+    result.ceiling = measure_product(stream, options.sizes.compute, kRepeat);
+  }
   Trainer trainer(groups, options);
   Stream& compute = trainer.session().compute;
   int64_t k = 0;
@@ -105,12 +113,17 @@ std::string step_bench_text(const StepBench& b) {
   const auto at = [&](double share) {
     return b.seconds[size_t(share * double(b.seconds.size() - 1))] * 1e3;
   };
+  const int digits = b.ceiling.rate < 1e13 ? 3 : 1;  // a CPU's are few
   std::snprintf(line, sizeof line,
                 "step       %.2f ms (median of %zu; %.2f to %.2f)\n"
-                "speed      %.0f tokens/s, %.1f TFLOP/s in products\n",
-                b.median() * 1e3, b.seconds.size(), at(0), at(1), b.tokens / b.median(),
+                "speed      %.0f tokens/s, %.*f TFLOP/s in products\n",
+                b.median() * 1e3, b.seconds.size(), at(0), at(1), b.tokens / b.median(), digits,
                 b.flops / b.median() * 1e-12);
   std::string text = line;
+  std::snprintf(line, sizeof line, "ceiling    %.1f %% of %.*f TFLOP/s (%s, on %d %s)\n",
+                100 * b.share(), digits, b.ceiling.rate * b.ranks * 1e-12,
+                b.ceiling.multiplied.c_str(), b.ranks, b.ranks == 1 ? "rank" : "ranks");
+  text += line;
   if (b.gpu_bytes > 0) {
     std::snprintf(line, sizeof line, "memory     %.2f GiB of this rank's GPU\n",
                   double(b.gpu_bytes) / double(1 << 30));

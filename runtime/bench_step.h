@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/bench_kernels.h"
 #include "runtime/trainer.h"
 
 namespace moemamba {
@@ -16,6 +17,8 @@ struct StepBench {
   std::vector<double> seconds;  // of each measured step, sorted
   double tokens = 0;            // of one step, over all ranks
   double flops = 0;             // of its products, over all ranks
+  ProductCeiling ceiling;       // of one rank, while all of them measure it
+  int ranks = 1;
   int64_t gpu_bytes = 0;        // what the process has taken of its GPU; 0 on the CPU
   double first_loss = 0, last_loss = 0;
   struct Work {
@@ -25,6 +28,7 @@ struct StepBench {
   std::map<std::string, Work> work;  // of a profile, of this rank's compute stream
   double profiled = 0;               // seconds of a profiled step
   double median() const { return seconds[seconds.size() / 2]; }
+  double share() const { return flops / median() / (ceiling.rate * ranks); }
 };
 
 // Trains: every rank calls it. Step times are from one step's end to the next one's.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "model/gpu_limits.h"
+
 namespace moemamba {
 
 namespace {
@@ -11,6 +13,12 @@ namespace {
 Stream stream_on(DeviceKind device, Session::Memory memory, FunctionRef<Stream()> of_cpu) {
   if (memory == Session::Memory::planned_training) return Stream::dry(device);
   return device == DeviceKind::cuda ? Stream::cuda() : of_cpu();
+}
+
+// Before any memory is taken, and before a plan says that it fits.
+ProcessGroups& checked(ProcessGroups& groups, const ModelSizes& sizes) {
+  if (groups.device == DeviceKind::cuda) check_gpu_limits(sizes);
+  return groups;
 }
 
 }  // namespace
@@ -50,7 +58,7 @@ std::string idle_ranks_warning(int64_t global_batch, int64_t routing_group, int 
 
 Session::Session(ProcessGroups& groups, const ModelSizes& sizes, int threads, int64_t sequences,
                  int64_t length, double exchange_rows, Memory memory)
-    : groups(groups),
+    : groups(checked(groups, sizes)),
       compute(stream_on(groups.device, memory, [&] { return Stream::immediate(threads); })),
       communication(stream_on(groups.device, memory, [] { return Stream::worker(); })),
       host(Stream::immediate()),

@@ -6,6 +6,7 @@
 
 #include "core/gpu.h"
 #include "parallel/gather_blobs.h"
+#include "parallel/gpu_choice.h"
 #include "runtime/checkpoint_reader.h"
 #include "runtime/model_kind.h"
 #include "runtime/plan.h"
@@ -42,15 +43,8 @@ TrainerOptions fitting_options(const ProcessGroups& groups, const TrainRequest& 
 // What the ranks compute on, for people: every kind of GPU once. All ranks call it.
 std::string devices_text(ProcessGroups& groups, Stream& host) {
   if (groups.device == DeviceKind::cpu) return "";
-  std::map<std::string, int> kinds;
-  for (const std::string& name :
-       gather_blobs(*groups.control, host, gpu::devices()[size_t(gpu::used())].name))
-    ++kinds[name];
-  std::string text;
-  for (const auto& [name, count] : kinds)
-    text += concat(text.empty() ? "" : ", ", count, " x ", name);
-  if (kinds.size() > 1) text += ": different GPUs, of which the slowest sets the pace";
-  return text + ", " + gpu::build();
+  const std::string own = gpu::devices()[size_t(gpu::used())].name;
+  return gpu_kinds_text(gather_blobs(*groups.control, host, own)) + ", " + gpu::build();
 }
 
 std::string metrics_path(const std::string& run) {

@@ -134,7 +134,7 @@ for part in $parts; do
       step="--config configs/moe_mamba_32_25m.textproto --model.vocabulary=50304
         --model.capacity_factor=0 --data.tokenizer=none --data.sampling=EPOCHS
         --model.compute_dtype=BF16 --device=CUDA --profile"
-      timeout 200 ./moemamba bench step $step >"$out/bench_step.txt" 2>&1 || failed=1
+      timeout 200 "$build/moemamba" bench step $step >"$out/bench_step.txt" 2>&1 || failed=1
       sed 's/^/  /' "$out/bench_step.txt" >>"$out/bench.txt"
       ;;
     *) echo "gpu_check: no part '$part'" >&2; exit 2 ;;

@@ -5,7 +5,7 @@
 # checkpoint by itself), kills all of the run, supervisor included, goes on with it on another layout
 # (the experts are spread over both ranks now), and compares the result on the sixth with compressors.
 # usage: sh scripts/quickstart.sh
-# Where there are GPUs and nvcc it trains on these, one rank a GPU, at most two.
+# Where there are GPUs and nvcc it trains on these, one rank a GPU, at most two; one without NCCL.
 # Started again, it installs and builds nothing that is there, and trains anew in runs/quickstart.
 # Its last line is for programs; `seconds` are those of training. Exit code 0 only if the held-out
 # bits per byte are at most 1.90.
@@ -35,6 +35,11 @@ say() { printf '\n== %s\n' "$*"; }
 say "install and build"
 sh scripts/install.sh
 sh scripts/build.sh "$preset" moemamba
+# Without NCCL a run on GPUs has one rank.
+if [ "$gpus" -gt 0 ] && grep -q '^NCCL_.*NOTFOUND' "build/$preset/CMakeCache.txt"; then
+  echo "no NCCL was found: one rank"
+  ranks=1
+fi
 [ "$gpus" -eq 0 ] || nvidia-smi -L
 
 say "corpus: Debian's r-cran-janeaustenr, unpacked, not installed; Persuasion is held out"

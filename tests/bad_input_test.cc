@@ -68,6 +68,21 @@ TEST_F(BadInput, ADeviceThatIsNotThere) {
   expect_refused(train + " --device=gpu", 2, {"expected AUTO, CPU or CUDA"});
 }
 
+// AUTO goes on without one. A build that could use a GPU says why it does not, once for all ranks.
+TEST_F(BadInput, AutoWithoutAGpuIsTheCpu) {
+  if (!gpu::devices().empty()) return;
+  const int lines = gpu::build() == "no CUDA" ? 0 : 1;
+  for (const std::string ranks : {"1", "2"}) {
+    const Result result = shell("$moemamba train" + small_training(3) + " --overwrite=true " +
+                                "--device=auto --ranks " + ranks);
+    EXPECT_EQ(result.code, 0) << result.err;
+    EXPECT_EQ(count(result.err, "moemamba: no GPU ("), lines) << result.err;
+    EXPECT_EQ(count(result.err, "): on the CPU\n"), lines) << result.err;
+    EXPECT_EQ(count(result.err, "GPU"), lines) << result.err;
+    EXPECT_TRUE(file_exists(run() + "/weights/model.safetensors"));
+  }
+}
+
 TEST_F(BadInput, TokenFilesThatAreNotWhatTheirSummaryTells) {
   const std::string train = "$moemamba train" + small_training(3);
   const int64_t tokens = TokenFile(*this / "tokens/train").size();

@@ -106,8 +106,14 @@ TEST_F(BenchCommand, StepSaysSpeedAndLoss) {
   const std::string kept = std::filesystem::temp_directory_path() / "moemamba-zipf-67-4194304";
   for (const char* kind : {".bin", ".idx"})
     EXPECT_TRUE(std::filesystem::remove(kept + kind)) << kept << kind;
-  for (const char* part : {"step  ", "(median of 2;", " tokens/s", "loss  ", "scan_backward"})
+  for (const char* part : {"step  ", "(median of 2;", " tokens/s", "loss  ", "scan_backward",
+                           " TFLOP/s (2048 x 2048 x 2048, f32, on 1 rank)\n"})
     EXPECT_GE(count(table, part), 1) << part << "\nin\n" << table;
+  const size_t at = table.find("\nceiling    ");
+  ASSERT_NE(at, table.npos) << table;
+  const double share = std::atof(table.c_str() + at + 12);  // in per cent
+  EXPECT_GT(share, 0) << table;
+  EXPECT_LT(share, 100) << table;
 }
 
 TEST_F(BenchCommand, SaysWhatIsMissing) {

@@ -71,11 +71,25 @@ void use_groups_at_once(World& world) {
   }
 }
 
+// Where there are none, every rank says so, and says it after all have heard what the others see.
+void find_no_gpus(World& world) {
+  if (!gpu::devices().empty()) return;
+  std::string message;
+  try {
+    world.choose_gpu("0", seconds(60));
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  check(message.starts_with("no GPU: ") && message.find("use --device=cpu") != message.npos,
+        "a GPU where there is none: ", message);
+}
+
 int run() {
   World world;
   try {
     check(world.node_size() >= 1 && world.node_rank() < world.node_size(), "node-local ranks");
     refuse_different_facts(world);
+    find_no_gpus(world);
     use_groups_at_once(world);
     for (bool worker : {false, true}) {
       for (const CommunicatorCase& c : communicator_cases()) {

@@ -2,6 +2,7 @@
 // buckets on them. Exit code 0 when every rank kept every promise; where there are fewer GPUs than
 // ranks, or one rank alone, it says so and does nothing.
 #include <cstdio>
+#include <thread>
 
 #include "core/random.h"
 #include "tests/support/bucket_scene.h"
@@ -84,7 +85,35 @@ void reduce_gradients(World& world) {
   agree_on_failures(world, 0);
 }
 
+// As the thread of an asynchronous save does. Without more ado a new thread is on GPU 0.
+int64_t wait_on_a_new_thread(World& world) {
+  Stream stream = Stream::cuda();
+  const Event event = stream.record();
+  int gpu = -1;
+  std::thread([&] {
+    Stream::wait_on_host(event);
+    gpu = gpu::used();
+  }).join();
+  const int64_t failed = agree_on_failures(world, gpu != gpu::used());
+  if (failed > 0)
+    std::fprintf(stderr, "rank %d: a thread waits on GPU %d, its stream is on GPU %d\n",
+                 world.rank(), gpu, gpu::used());
+  return failed;
+}
+
+// More calls at once than a group keeps an eye on: the host waits for places.
+void enqueue_many(World& world) {
+  ProcessGroups groups =
+      world.make_groups(RankLayout(world.size(), 1, 0), seconds(60), DeviceKind::cuda);
+  Stream stream = Stream::cuda();
+  stream.watch([&groups] { groups.poll(); });
+  for (int i = 0; i < 1000; ++i) barrier(*groups.data, stream);
+  stream.synchronize();
+  agree_on_failures(world, 0);
+}
+
 int64_t run_all(World& world) {
+  if (const int64_t failed = wait_on_a_new_thread(world); failed > 0) return failed;
   for (const CommunicatorCase& c : communicator_cases()) {
     if (!applies(c, world.size())) continue;
     if (const int64_t failed = run_case(world, c); failed > 0) {
@@ -92,6 +121,7 @@ int64_t run_all(World& world) {
       return failed;
     }
   }
+  enqueue_many(world);
   exchange_rows(world);
   reduce_gradients(world);
   return 0;

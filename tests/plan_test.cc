@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "core/schema.h"
 #include "launcher/plan_text.h"
 #include "tests/support/in_world.h"
 #include "tests/support/program.h"
@@ -195,6 +196,44 @@ TEST(Plan, OfAGpuThatIsTooSmallNamesThePartsAndTheMicroBatchThatFits) {
   EXPECT_NE(message(1 << 20).find("not even one routing group fits"), std::string::npos);
 }
 
+// What the kernels of a GPU do not take is wrong before anything is planned or trained there.
+TEST(Plan, OfAGpuRefusesWhatItsKernelsDoNotTake) {
+  const auto message = [](const TrainingCase& c, DeviceKind device) {
+    TrainerOptions options = trainer_options(c);
+    options.device = device;
+    try {
+      planned_bytes(options, RankLayout(1, 1, int(c.experts)));
+    } catch (const BadSettings& error) {
+      return std::string(error.what());
+    }
+    return std::string("it is fine");
+  };
+  const std::string rest = "; lower it, or set --device=CPU";
+  const std::string head = "model.head_width (model.width / model.heads where it is 0): ";
+  const std::tuple<TrainingCase, TrainingCase, std::string> cases[] = {
+      {{.experts = 1024},
+       {.experts = 1025},
+       "model.experts: a GPU takes a number of experts of up to 1024, found 1025" + rest},
+      {{.width = 8192, .model = "blocks: 1 expert_hidden: 8"},
+       {.width = 8193, .model = "blocks: 1 expert_hidden: 8"},
+       "model.width: a GPU takes rows of up to 8192, found 8193" + rest},
+      {{.model = "dt_rank: 8192 mamba_norms: true"},
+       {.model = "dt_rank: 8193 mamba_norms: true"},
+       "model.dt_rank: a GPU takes normalised rows of up to 8192, found 8193" + rest},
+      {{.model = "dt_rank: 8193"},
+       {.experts = 1025, .model = "pattern: 'attention, moe' head_width: 257"},
+       "model.experts: a GPU takes a number of experts of up to 1024, found 1025" + rest + "\n" +
+           head + "a GPU takes heads of up to 256, found 257" + rest},
+      {{.model = "pattern: 'attention, moe' head_width: 256"},
+       {.model = "pattern: 'attention, moe' head_width: 257"},
+       head + "a GPU takes heads of up to 256, found 257" + rest}};
+  for (const auto& [taken, refused, text] : cases) {
+    EXPECT_EQ(message(taken, DeviceKind::cuda), "it is fine");
+    EXPECT_EQ(message(refused, DeviceKind::cuda), text);
+    EXPECT_EQ(message(refused, DeviceKind::cpu), "it is fine");
+  }
+}
+
 // Activations in bf16 take half; a checkpoint's copy lies in the host's memory.
 TEST(Plan, OfAGpuKnowsItsComputeType) {
   TrainerOptions options = trainer_options(TrainingCase{.batch = 16, .length = 64});
@@ -257,6 +296,19 @@ TEST_F(PlanCommand, KnowsMoeMamba25M) {
   int64_t sum = 0;
   for (const auto& [kind, bytes] : json["bytes"].items()) sum += bytes.get<int64_t>();
   EXPECT_EQ(json["bytes_per_rank"], sum);
+}
+
+TEST_F(PlanCommand, RefusesWhatNoGpuTakes) {
+  const std::string words = std::string(kMoeMamba25M) + "--model.experts=2048 ";
+  EXPECT_EQ(shell("$moemamba plan --memory 800G --device=cpu " + words).code, 0);
+  const Result result = shell("$moemamba plan --memory 800G --device=cuda " + words);
+  EXPECT_EQ(result.code, 2);
+  EXPECT_EQ(result.out, "");
+  EXPECT_EQ(count(result.err,
+                  "model.experts: a GPU takes a number of experts of up to 1024, found "
+                  "2048; lower it, or set --device=CPU"),
+            1)
+      << result.err;
 }
 
 TEST_F(PlanCommand, ShowsEveryFieldAndWhichRankHoldsWhichExperts) {

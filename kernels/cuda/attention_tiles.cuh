@@ -4,6 +4,7 @@
 #include "kernels/attention.h"
 #include "kernels/cuda/packs.cuh"
 #include "kernels/cuda/starts.cuh"
+#include "kernels/gpu_limits.h"
 
 namespace moemamba {  // what attention's two directions share
 
@@ -170,11 +171,12 @@ __device__ __forceinline__ void write_rows(const RowSums<kRows, kWidth>& sums,
 // Calls fn.operator()<kWidth>() for the least compiled width that holds dh.
 template <class Fn>
 void visit_width(int64_t dh, Fn&& fn) {
-  check(dh <= 256, "attention: a GPU takes heads of up to 256 columns, found ", dh,
-        "; use more heads or --device=cpu");
+  check(dh <= kWidestHeadOnGpu, "attention: a GPU takes heads of up to ", kWidestHeadOnGpu,
+        " columns, found ", dh, "; use more heads or --device=cpu");
   if (dh <= 32) return fn.template operator()<32>();
   if (dh <= 64) return fn.template operator()<64>();
   if (dh <= 128) return fn.template operator()<128>();
+  static_assert(kWidestHeadOnGpu == 256);
   fn.template operator()<256>();
 }
 

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/packs.cuh"
 #include "kernels/cuda/sums.cuh"
+#include "kernels/gpu_limits.h"
 
 namespace moemamba {
 
@@ -10,7 +11,7 @@ namespace {
 // kLanes threads share a row and hold kHeld packs of it each, so that every element is read once.
 // A block has as many rows side by side as fit into kThreads.
 constexpr int kThreads = 256;
-constexpr int64_t kWidest = 8192;  // columns
+constexpr int64_t kWidest = kWidestNormOnGpu;  // columns
 constexpr int64_t kParts = 264;    // blocks of backward at most, two for each multiprocessor
 
 template <int kLanes>

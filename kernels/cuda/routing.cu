@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/cuda/routing.cuh"
+#include "kernels/gpu_limits.h"
 
 namespace moemamba {
 
@@ -12,7 +13,7 @@ namespace {
 using namespace routing;
 
 constexpr int kTokens = 64;         // of one block, all of one routing group
-constexpr int64_t kMostExperts = 1024;  // one thread each when offsets are added up
+static_assert(kMostExpertsOnGpu <= 1024);  // one thread each when offsets are added up
 
 // Route, and what its kernels hand to one another. letters: P parts = blocks of a routing group.
 struct Args {
@@ -345,7 +346,7 @@ void run_cuda(Stream& stream, const Route& op) {
       fill_zero(stream, *tensor);
     return;
   }
-  check(op.logits.cols() <= kMostExperts, op.name, ": a GPU takes at most ", kMostExperts,
+  check(op.logits.cols() <= kMostExpertsOnGpu, op.name, ": a GPU takes at most ", kMostExpertsOnGpu,
         " experts, found ", op.logits.cols());
   Args a = args_of(op);
   lay_out(a, stream.workspace(lay_out(a, nullptr)));

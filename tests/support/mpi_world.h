@@ -39,7 +39,7 @@ inline int run_on_gpus(const char* held, const std::function<int64_t(World&)>& b
       std::printf("rank %d of %d: skipped: %s\n", world.rank(), world.size(), why.c_str());
       return 0;
     }
-    choose_gpu(world);
+    world.choose_gpu("", std::chrono::seconds(60));
     if (const int64_t failed = body(world); failed > 0) {
       std::fprintf(stderr, "rank %d of %d: %d ranks failed\n", world.rank(), world.size(),
                    int(failed));
