@@ -246,6 +246,36 @@ TEST(Recovery, AnAttemptThatDoesNotBeginWithoutAHostEitherClearsIt) {
   }
 }
 
+// A machine that is shut down: its rank dies, its connection is closed, and no attempt begins.
+TEST(Recovery, GoesOnWithoutAHostThatWentDown) {
+  Recovery::Options options = options_of(3, 1, {{"a", 2}, {"b", 1}});
+  options.limits.set_min_ranks(1);
+  const std::vector<std::string> b{"b"};
+  const AttemptEnd not_begun{.kind = Kind::not_begun, .saved_step = 0, .text = "no route to b"};
+  for (const bool it_was_b : {true, false}) {
+    Recovery recovery(options, {});
+    AttemptEnd died = lost_at(5, 0, b);
+    died.trained = true;
+    EXPECT_TRUE(recovery.after(died).away_now.empty());
+    EXPECT_EQ(recovery.ranks(), 3);
+    const std::string text = memory_json(recovery.memory());
+    RecoveryMemory memory;
+    JsonReader json(text, "memory");
+    read_memory(json, memory);
+    recovery = Recovery(options, memory);
+    EXPECT_EQ(recovery.after(not_begun).away_now, b);
+    EXPECT_EQ(recovery.ranks(), 2);
+    for (int i = 0; i < 6 && !it_was_b; ++i) {  // the disk is full
+      EXPECT_TRUE(recovery.after(not_begun).left_out_now.empty()) << i;
+      EXPECT_EQ(recovery.ranks(), i % 2 == 0 ? 3 : 2) << i;
+    }
+    if (!it_was_b) continue;
+    EXPECT_TRUE(recovery.after(lost_at(9, 0, {"a"})).left_out_now.empty());
+    EXPECT_EQ(recovery.ranks(), 3);
+    EXPECT_EQ(recovery.after(not_begun).left_out_now, b);
+  }
+}
+
 TEST(Recovery, KnowsOfTheHostsOfItsListAlone) {
   RecoveryMemory memory;
   memory.left_out = {"b", "gone"};

@@ -364,16 +364,19 @@ TEST_F(Supervised, OverwritesOnceAlsoWhereItIsStartedAgain) {
   kill(launcher, SIGTERM);
   EXPECT_EQ(end_of(launcher), 75) << story();
   int64_t steps = lines();
-  for (const int signal : {SIGKILL, SIGTERM}) {
+  for (const int signal : {SIGKILL, SIGINT, SIGTERM}) {
     launcher = start(command);
     after_steps();
     EXPECT_GT(lines(), steps) << story();
     steps = list_checkpoints(run()).front().step;
     kill(launcher, signal);
-    EXPECT_EQ(end_of(launcher, /*all_gone=*/false), signal == SIGTERM ? 75 : -SIGKILL) << story();
+    EXPECT_EQ(end_of(launcher, /*all_gone=*/false), signal == SIGTERM  ? 75
+                                                    : signal == SIGINT ? 130
+                                                                       : -SIGKILL)
+        << story();
     ASSERT_TRUE(wait_until([&] { return processes_with(mark()).empty(); })) << story();
   }
-  EXPECT_GE(events_of("resumed"), 2) << story();
+  EXPECT_GE(events_of("resumed"), 3) << story();
 }
 
 TEST_F(Supervised, WrongSettingsEndItBeforeAnythingBegins) {

@@ -1,12 +1,11 @@
 #include "launcher/supervisor/event_log.h"
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <sstream>
 #include <utility>
 
 #include "core/error.h"
+#include "core/file.h"
 #include "runtime/json_reader.h"
 
 namespace moemamba {
@@ -16,12 +15,16 @@ namespace {
 constexpr size_t kMostInView = 200;
 constexpr int64_t kMostRecalled = 256 << 10;  // bytes
 
+// "" where it cannot be read: a run that goes on is worth more than what was.
 std::string end_of_file(const std::string& path, int64_t most) {
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  if (!file) return "";
-  const int64_t size = file.tellg();
-  file.seekg(std::max<int64_t>(0, size - most));
-  return {std::istreambuf_iterator<char>(file), {}};
+  try {
+    const InputFile file(path);
+    std::string text(size_t(std::min(most, file.bytes())), '\0');
+    file.read_at(file.bytes() - int64_t(text.size()), text.data(), text.size());
+    return text;
+  } catch (const Error&) {
+    return "";
+  }
 }
 
 }  // namespace

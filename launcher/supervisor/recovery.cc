@@ -38,7 +38,7 @@ void Recovery::forget_hosts_that_are_not_listed() {
     return std::ranges::any_of(options_.hosts,
                                [&](const HostSlots& host) { return host.name == name; });
   };
-  for (auto* names : {&memory_.left_out, &memory_.away, &memory_.back})
+  for (auto* names : {&memory_.left_out, &memory_.away, &memory_.back, &memory_.suspects})
     std::erase_if(*names, [&](const std::string& name) { return !is_listed(name); });
   if (layout_without(left_out()).ranks < least_ranks()) {
     memory_.left_out.clear();
@@ -90,25 +90,32 @@ bool Recovery::leave_out(const std::string& host, Verdict& verdict) {
   return true;
 }
 
-// Of the next attempt. Of one that does not begin, the hosts that it tries again are blamed; where
-// the one without them does not begin either it was not they.
+// Of the next attempt. Of one that does not begin, the hosts that it tries again are blamed, and
+// those of the ranks that died last: a machine that goes down takes its connections with it and is
+// not seen to be silent. Where the one without them does not begin either it was not they.
 void Recovery::choose_hosts(const AttemptEnd& end, Verdict& verdict) {
   const bool begun = end.kind != AttemptEnd::Kind::not_begun;
   std::set<std::string> silent(end.unreachable.begin(), end.unreachable.end());
   if (!begun) silent.insert(memory_.back.begin(), memory_.back.end());
+  auto suspects = std::exchange(memory_.suspects, {});
+  if (begun) suspects.clear();
+  silent.insert(suspects.begin(), suspects.end());
   std::set<std::string> failed(end.hosts.begin(), end.hosts.end());
   failed.insert(silent.begin(), silent.end());
   if (!begun)
-    for (const std::string& host : memory_.away)
-      if (--memory_.failures[host] <= 0) memory_.failures.erase(host);
+    for (const std::string& host : memory_.away) memory_.failures.erase(host);
   memory_.back = std::exchange(memory_.away, {});
   for (const std::string& host : failed)
-    if (++memory_.failures[host] >= options_.limits.host_failures()) leave_out(host, verdict);
+    if (++memory_.failures[host] >= options_.limits.host_failures() && !contains(suspects, host))
+      leave_out(host, verdict);
   for (const std::string& host : silent) {
     if (contains(memory_.left_out, host) || !may_go_without(host)) continue;
     memory_.away.push_back(host);
     verdict.away_now.push_back(host);
   }
+  if (begun)
+    for (const std::string& host : end.hosts)
+      if (!contains(left_out(), host)) memory_.suspects.push_back(host);
   layout_ = layout_without(left_out());
 }
 
@@ -218,12 +225,13 @@ std::string memory_json(const RecoveryMemory& memory) {
     crashes += concat(crashes.empty() ? "" : ",", "[", step + 1, ",", count, "]");
   for (const auto& [host, count] : memory.failures)
     failures += concat(failures.empty() ? "" : ",", json_text(host), ":", count);
-  return concat(
-      "{\"restarts\":", memory.restarts, ",\"without_progress\":", memory.without_progress,
-      ",\"checkpoints\":", memory.best_saved + 1, ",\"trained\":", int(memory.trained),
-      ",\"in_vain\":", memory.in_vain, ",\"waited\":", int64_t(memory.waited), ",\"crashes\":[",
-      crashes, "],\"failures\":{", failures, "},\"left_out\":[", names(memory.left_out),
-      "],\"away\":[", names(memory.away), "],\"back\":[", names(memory.back), "]}");
+  return concat("{\"restarts\":", memory.restarts,
+                ",\"without_progress\":", memory.without_progress,
+                ",\"checkpoints\":", memory.best_saved + 1, ",\"trained\":", int(memory.trained),
+                ",\"in_vain\":", memory.in_vain, ",\"waited\":", int64_t(memory.waited),
+                ",\"crashes\":[", crashes, "],\"failures\":{", failures, "},\"left_out\":[",
+                names(memory.left_out), "],\"away\":[", names(memory.away), "],\"back\":[",
+                names(memory.back), "],\"suspects\":[", names(memory.suspects), "]}");
 }
 
 void read_memory(JsonReader& json, RecoveryMemory& memory) {
@@ -258,6 +266,8 @@ void read_memory(JsonReader& json, RecoveryMemory& memory) {
       read_names(memory.away);
     } else if (key == "back") {
       read_names(memory.back);
+    } else if (key == "suspects") {
+      read_names(memory.suspects);
     } else {
       json.skip();
     }

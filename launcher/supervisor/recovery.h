@@ -52,6 +52,7 @@ struct RecoveryMemory {
   std::vector<std::string> left_out;        // hosts, for good
   std::vector<std::string> away;            // and those that the attempt at hand alone is without
   std::vector<std::string> back;            // that it tries again: the one before was without them
+  std::vector<std::string> suspects;        // at fault when the latest that began ended
 };
 
 struct Verdict {

@@ -355,7 +355,9 @@ void Supervisor::start_ranks() {
 
 void Supervisor::remember(bool running) {
   state_.running = running;
-  state_.resumes = doing_ == Doing::over && exit_code_ == kExitRestart;
+  // As a signal asked; the words at its end promise so.
+  state_.resumes =
+      doing_ == Doing::over && (exit_code_ == kExitRestart || exit_code_ == 128 + SIGINT);
   state_.host = this_host();
   state_.boot_id = boot_id();
   state_.pid = job_.pid();
@@ -391,7 +393,10 @@ void Supervisor::tick() {
   if (doing_ == Doing::running) {
     if (const auto trouble = watch_->look(view_, now())) {
       const bool hangs = trouble->kind == Trouble::Kind::hang;
-      end_attempt({.rank = trouble->rank,
+      const bool came = trouble->rank < 0 || adopted_ ||
+                        view_.of_ranks[size_t(trouble->rank)].state != RankState::absent;
+      end_attempt({.kind = came ? AttemptEnd::Kind::lost : AttemptEnd::Kind::not_begun,
+                   .rank = trouble->rank,
                    .event = hangs ? "hang" : "lost",
                    .text = trouble->text,
                    .asks_stack = hangs});

@@ -114,7 +114,7 @@ class Supervisor {
   void conclude();
   void say_report();
   void restart(const Verdict& verdict);
-  void finish(int exit_code, const std::string& kind, const std::string& text);
+  void finish(int exit_code, const std::string& kind, const std::string& text, bool gone = true);
   int64_t step_at_hand() const;
   int64_t steps_unheard() const;
   int early_exit_code() const;

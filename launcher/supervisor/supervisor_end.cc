@@ -183,7 +183,8 @@ void Supervisor::kill_round() {
     return finish(early_exit_code(), "stopped",
                   concat(early_text(), "; not proven gone: ",
                          left.empty() ? std::string("ranks elsewhere, which end themselves")
-                                      : describe(left)));
+                                      : describe(left)),
+                  /*gone=*/false);
   if (!left.empty() && waited > kGivenUp && others_gone()) {
     for (const FoundProcess& process : left) given_up_.emplace(process.pid, process.started);
     stuck_ = describe(left);
@@ -338,7 +339,9 @@ void Supervisor::restart(const Verdict& verdict) {
   act_.set(verdict.pause, [this] { begin_attempt(); });
 }
 
-void Supervisor::finish(int exit_code, const std::string& kind, const std::string& text) {
+// What is not proven gone is remembered as running: who comes next waits until it must have ended.
+void Supervisor::finish(int exit_code, const std::string& kind, const std::string& text,
+                        bool gone) {
   doing_ = Doing::over;
   exit_code_ = exit_code;
   view_.state = exit_code == 0      ? RunState::done
@@ -346,7 +349,7 @@ void Supervisor::finish(int exit_code, const std::string& kind, const std::strin
                                     : RunState::failed;
   view_.state_text = text;
   events_.say({.kind = kind, .text = text});
-  remember(false);
+  remember(!gone);
   if (status_) files_.remove(join_path(folder_, "status_url"));
   // So that pages and probes learn of it.
   const bool is_news = view_.state == RunState::failed || view_.state == RunState::done;
