@@ -258,8 +258,11 @@ TEST_F(Supervised, ARankThatHangsIsFoundAndNamedWithItsStack) {
 
 // What ends everything at one step is not repeated for ever.
 TEST_F(Supervised, ACrashLoopIsReportedInsteadOfRepeated) {
-  const pid_t launcher = start("launch --drill 'crash rank=1 step=39 times=always'" +
-                               words(1'000'000'000) + "--launch.crash_loop=3");
+  const pid_t launcher = start(
+      "launch --drill 'crash rank=1 step=35 times=always' "
+      "--drill 'slow rank=0 factor=100 from=31'" +  // till 30 is saved
+      words(1'000'000'000) +
+      "--launch.crash_loop=3");
   EXPECT_EQ(end_of(launcher), 1) << story();
   EXPECT_EQ(events_of("crash_loop"), 1) << story();
   EXPECT_EQ(events_of("restarting"), 2) << story();

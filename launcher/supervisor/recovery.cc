@@ -38,7 +38,8 @@ void Recovery::forget_hosts_that_are_not_listed() {
     return std::ranges::any_of(options_.hosts,
                                [&](const HostSlots& host) { return host.name == name; });
   };
-  for (auto* names : {&memory_.left_out, &memory_.away, &memory_.back, &memory_.suspects})
+  for (auto* names :
+       {&memory_.left_out, &memory_.away, &memory_.back, &memory_.suspects, &memory_.cleared})
     std::erase_if(*names, [&](const std::string& name) { return !is_listed(name); });
   if (layout_without(left_out()).ranks < least_ranks()) {
     memory_.left_out.clear();
@@ -90,32 +91,57 @@ bool Recovery::leave_out(const std::string& host, Verdict& verdict) {
   return true;
 }
 
-// Of the next attempt. Of one that does not begin, the hosts that it tries again are blamed, and
-// those of the ranks that died last: a machine that goes down takes its connections with it and is
-// not seen to be silent. Where the one without them does not begin either it was not they.
+// Whom to blame for an attempt that did not begin: the hosts that it tried again, and those of the
+// ranks that died last: a machine that goes down takes its connections with it and is not seen to
+// be silent. Where there is nobody left to blame each has its turn, for mpirun does not say which
+// of them it could not reach. Not this machine: here it runs.
+std::vector<std::string> Recovery::suspects() {
+  std::vector<std::string> names;
+  const auto may_be = [&](const std::string& name) {
+    return name != options_.here && !contains(memory_.cleared, name) &&
+           !contains(memory_.left_out, name);
+  };
+  for (const auto* list : {&memory_.back, &memory_.suspects})
+    for (const std::string& name : *list)
+      if (may_be(name) && !contains(names, name)) names.push_back(name);
+  if (!names.empty() || !memory_.trained || memory_.in_vain == 0) return names;
+  for (const HostSlots& host : options_.hosts)
+    if (may_be(host.name)) return {host.name};
+  memory_.cleared.clear();  // it was none of them, or several; from the first again
+  return {};
+}
+
+// Of the next attempt. Where the one without a host does not begin either it was not that host.
 void Recovery::choose_hosts(const AttemptEnd& end, Verdict& verdict) {
-  const bool begun = end.kind != AttemptEnd::Kind::not_begun;
   std::set<std::string> silent(end.unreachable.begin(), end.unreachable.end());
-  if (!begun) silent.insert(memory_.back.begin(), memory_.back.end());
-  auto suspects = std::exchange(memory_.suspects, {});
-  if (begun) suspects.clear();
-  silent.insert(suspects.begin(), suspects.end());
+  std::set<std::string> doubtful;
+  if (end.kind == AttemptEnd::Kind::not_begun) {
+    for (const std::string& host : memory_.away) {
+      memory_.failures.erase(host);
+      memory_.cleared.push_back(host);
+    }
+    for (const std::string& host : suspects())
+      if (!contains(memory_.back, host))
+        doubtful.insert(host);
+      else
+        silent.insert(host);
+    memory_.suspects.clear();
+  } else {
+    memory_.cleared.clear();
+    memory_.suspects = end.hosts;
+  }
+  silent.insert(doubtful.begin(), doubtful.end());
   std::set<std::string> failed(end.hosts.begin(), end.hosts.end());
   failed.insert(silent.begin(), silent.end());
-  if (!begun)
-    for (const std::string& host : memory_.away) memory_.failures.erase(host);
   memory_.back = std::exchange(memory_.away, {});
   for (const std::string& host : failed)
-    if (++memory_.failures[host] >= options_.limits.host_failures() && !contains(suspects, host))
+    if (++memory_.failures[host] >= options_.limits.host_failures() && doubtful.count(host) == 0)
       leave_out(host, verdict);
   for (const std::string& host : silent) {
     if (contains(memory_.left_out, host) || !may_go_without(host)) continue;
     memory_.away.push_back(host);
     verdict.away_now.push_back(host);
   }
-  if (begun)
-    for (const std::string& host : end.hosts)
-      if (!contains(left_out(), host)) memory_.suspects.push_back(host);
   layout_ = layout_without(left_out());
 }
 
@@ -225,13 +251,13 @@ std::string memory_json(const RecoveryMemory& memory) {
     crashes += concat(crashes.empty() ? "" : ",", "[", step + 1, ",", count, "]");
   for (const auto& [host, count] : memory.failures)
     failures += concat(failures.empty() ? "" : ",", json_text(host), ":", count);
-  return concat("{\"restarts\":", memory.restarts,
-                ",\"without_progress\":", memory.without_progress,
-                ",\"checkpoints\":", memory.best_saved + 1, ",\"trained\":", int(memory.trained),
-                ",\"in_vain\":", memory.in_vain, ",\"waited\":", int64_t(memory.waited),
-                ",\"crashes\":[", crashes, "],\"failures\":{", failures, "},\"left_out\":[",
-                names(memory.left_out), "],\"away\":[", names(memory.away), "],\"back\":[",
-                names(memory.back), "],\"suspects\":[", names(memory.suspects), "]}");
+  return concat(
+      "{\"restarts\":", memory.restarts, ",\"without_progress\":", memory.without_progress,
+      ",\"checkpoints\":", memory.best_saved + 1, ",\"trained\":", int(memory.trained),
+      ",\"in_vain\":", memory.in_vain, ",\"waited\":", int64_t(memory.waited), ",\"crashes\":[",
+      crashes, "],\"failures\":{", failures, "},\"left_out\":[", names(memory.left_out),
+      "],\"away\":[", names(memory.away), "],\"back\":[", names(memory.back), "],\"suspects\":[",
+      names(memory.suspects), "],\"cleared\":[", names(memory.cleared), "]}");
 }
 
 void read_memory(JsonReader& json, RecoveryMemory& memory) {
@@ -268,6 +294,8 @@ void read_memory(JsonReader& json, RecoveryMemory& memory) {
       read_names(memory.back);
     } else if (key == "suspects") {
       read_names(memory.suspects);
+    } else if (key == "cleared") {
+      read_names(memory.cleared);
     } else {
       json.skip();
     }

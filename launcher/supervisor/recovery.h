@@ -53,6 +53,7 @@ struct RecoveryMemory {
   std::vector<std::string> away;            // and those that the attempt at hand alone is without
   std::vector<std::string> back;            // that it tries again: the one before was without them
   std::vector<std::string> suspects;        // at fault when the latest that began ended
+  std::vector<std::string> cleared;         // without which an attempt since then did not begin
 };
 
 struct Verdict {
@@ -71,6 +72,7 @@ class Recovery {
     LaunchConfig limits;
     int ranks = 1, expert = 1;     // as asked for
     std::vector<HostSlots> hosts;  // empty: this machine alone
+    std::string here;              // the name in that list of the machine that starts the ranks
   };
   Recovery(Options options, RecoveryMemory memory);
 
@@ -93,6 +95,7 @@ class Recovery {
   bool may_go_without(const std::string& host) const;
   bool leave_out(const std::string& host, Verdict& verdict);
   void forget_hosts_that_are_not_listed();
+  std::vector<std::string> suspects();
   void choose_hosts(const AttemptEnd& end, Verdict& verdict);
   Verdict restart(const AttemptEnd& end);
   Verdict wait_for_machines(const AttemptEnd& end);

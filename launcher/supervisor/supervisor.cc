@@ -130,7 +130,8 @@ void Supervisor::open() {
   recovery_ = std::make_unique<Recovery>(Recovery::Options{.limits = launch_,
                                                            .ranks = request_.ranks,
                                                            .expert = config.parallel().expert(),
-                                                           .hosts = request_.hosts},
+                                                           .hosts = request_.hosts,
+                                                           .here = listed_name_of_this_host()},
                                          same ? before->memory : RecoveryMemory{});
   if (!file_exists(overwriting_mark(run_))) events_.recall();
   if (before && before->running && go_on_with(*before)) return open_status(/*needed=*/false);

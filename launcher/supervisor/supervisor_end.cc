@@ -319,10 +319,11 @@ void Supervisor::restart(const Verdict& verdict) {
         {.kind = "host_left_out",
          .text = concat(host, " is left out from now on; ", recovery_->ranks(), " ranks go on")});
   for (const std::string& host : verdict.away_now)
-    events_.say({.kind = "host_left_out",
-                 .text = concat(host, " is left out of the next attempt, for it does not answer; ",
-                                recovery_->ranks(), " ranks go on. The restart after that tries ",
-                                "it again")});
+    events_.say(
+        {.kind = "host_left_out",
+         .text = concat(host, " is left out of the next attempt, for it does not seem to answer; ",
+                        recovery_->ranks(), " ranks go on. The restart after that tries ",
+                        "it again")});
   view_.state_text =
       concat("restart ", view_.restarts, ": ", recovery_->ranks(),
              recovery_->ranks() == 1 ? " rank" : " ranks", " from ", place_to_go_on(),

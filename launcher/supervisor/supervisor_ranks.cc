@@ -11,7 +11,7 @@ namespace moemamba {
 namespace {
 
 constexpr double kReconnect = 0.5;    // seconds in which a rank comes back whose connection broke
-constexpr double kFresh = 1;          // that were quiet before it broke
+constexpr double kFresh = 1.8;        // quiet before it broke; agents leave a silent one after 2
 constexpr double kLastWords = 0.2;    // between a process's end and the last that it has sent
 constexpr double kPatience = 2;       // from a rank's goodbye to its end, for what it still prints
 constexpr double kOthersTurn = 1;     // from "others are lost" to who that is
