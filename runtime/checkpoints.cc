@@ -158,7 +158,7 @@ void Checkpoints::conclude() {
   running_ = false;
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   if (!told_) tell();
-  check(failed_in_a_row_ < options_.max_failed, failed_in_a_row_,
+  check(!limited_ || failed_in_a_row_ < options_.max_failed, failed_in_a_row_,
         " saves in a row failed (checkpoint.max_failed_saves), the last one: ", problem_);
 }
 

@@ -8,9 +8,9 @@
 namespace moemamba {
 
 // Saving during a run: at most one save is on its way behind the steps; failures are counted, and
-// a run ends only after too many in a row. Every rank calls save() and finish() at the same steps.
-// A checkpoint that is there is read again before older ones are deleted; one that does not hold
-// counts as a failed save and is set aside.
+// a run ends only after too many in a row, until lift_limit(). Every rank calls save() and finish()
+// at the same steps. A checkpoint that is there is read again before older ones are deleted; one
+// that does not hold counts as a failed save and is set aside.
 class Checkpoints {
  public:
   struct Ended {
@@ -37,6 +37,9 @@ class Checkpoints {
   // training may go on, which must not change the state before the event is past.
   Event save(CheckpointFacts facts, Stream* compute = nullptr);
   void finish();  // no save is on its way any more
+  // At the end of a run, of which more is to be kept than a checkpoint: failed saves, also those
+  // before and one that is on its way, are now the caller's to judge. No more Errors for them.
+  void lift_limit() { limited_ = false; }
   // The state is that of this step's checkpoint, which was read whole: it is the newest good one,
   // and stays until another one was. REQUIRES: no save is on its way.
   void loaded(int64_t step);
@@ -64,7 +67,7 @@ class Checkpoints {
   CheckpointWriter writer_;
   CheckpointFacts facts_;
   std::thread thread_;
-  bool running_ = false, told_ = false;
+  bool running_ = false, told_ = false, limited_ = true;
   std::atomic<bool> ended_ = false;  // what follows is the caller's to read
   std::string problem_, untidy_;
   std::exception_ptr error_;

@@ -55,7 +55,6 @@ class TrainingRun {
   bool replay(StepRecord& record, const std::string& what);
   std::optional<int64_t> place_to_go_back_to();
   std::optional<int64_t> roll_back(int64_t k, const std::string& what);
-  void stop_before(int64_t k, int64_t newest);
   void leave_out(int64_t k, const std::string& what);
   std::string place_of(int64_t k) const;
   void tell(const char* kind, int64_t k, const std::string& text, double seconds = 0);

@@ -167,16 +167,20 @@ void TrainingRun::after_step(StepRecord& record) {
   if (tensorboard_) tensorboard_->record(record);
   // A run that diverges leaves out step after step; its saves would push out those from before.
   const bool saves = due(train.save_interval()) && !record.skipped;
-  if (last || stops || saves) save_checkpoint(done);
-  if (last || stops) end_after(done);
+  if (last || stops)
+    end_after(done);
+  else if (saves)
+    save_checkpoint(done);
 }
 
-// The state of step `done` is in a checkpoint, or on its way there.
+// The state is that of step `done`, which may be in a checkpoint already.
 void TrainingRun::end_after(int64_t done) {
   const int64_t steps = request_.train.steps();
+  // However many saves have failed, there are weights to write and words to say.
+  checkpoints_->lift_limit();
   checkpoints_->finish();
-  // No later save makes good what a disk refused for a moment.
-  if (checkpoints_->newest() != done) {
+  // Once more, for no later save makes good what a disk refused for a moment.
+  for (int tries = 2; tries > 0 && checkpoints_->newest() != done; --tries) {
     save_checkpoint(done);
     checkpoints_->finish();
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <map>
 
 #include "runtime/token_files.h"
 #include "runtime/tokenizer.h"
@@ -100,20 +101,22 @@ TEST(ARollBack, MakesItsCheckpointTheOneThatStays) {
   EXPECT_EQ(steps, (std::vector<int64_t>{8, 4}));
 }
 
-// A disk that refuses attempts to save `step`, so many of them.
+// A disk that refuses attempts to save these steps, each so many times.
 class RefusesAttempts : public SeamFiles {
  public:
-  RefusesAttempts(int64_t step, int times) : times_(times) {
-    before = [this, name = checkpoint_name(step) + ".tmp-"](FileCall& call) {
-      const bool attempt =
-          call.what == Call::make_folder && call.path.find(name) != std::string::npos;
-      check(!attempt || times_-- <= 0, call.path, ": no space left (injected)");
+  RefusesAttempts(int64_t step, int times) : RefusesAttempts(std::map{std::pair(step, times)}) {}
+  explicit RefusesAttempts(std::map<int64_t, int> times) : times_(std::move(times)) {
+    before = [this](FileCall& call) {
+      if (call.what != Call::make_folder) return true;
+      for (auto& [step, left] : times_)
+        check(call.path.find(checkpoint_name(step) + ".tmp-") == std::string::npos || left-- <= 0,
+              call.path, ": no space left (injected)");
       return true;
     };
   }
 
  private:
-  std::atomic<int> times_;  // only rank 0 makes the folder
+  std::map<int64_t, int> times_;  // only rank 0 makes folders of attempts, one after the other
 };
 
 std::string error_of(const SmallRun& run, std::string& said) {
@@ -176,6 +179,39 @@ TEST(TheLastSave, ThatFailsTwiceIsSaidWithTheStepFromWhichTheRunGoesOn) {
     launch(run);
     EXPECT_EQ(steps_of(run.folder), steps_of(whole.folder));
     EXPECT_EQ(newest_manifest(run.folder).state_hash(), newest_manifest(whole.folder).state_hash());
+  }
+}
+
+// Saves that may fail in a row are those that training goes on behind.
+TEST(TheLastSave, IsTriedTwiceAndLeavesWeightsWhateverMaxFailedSavesIs) {
+  struct Case {
+    int64_t max_failed, end, failed_before;
+    bool asynchronous;
+  };
+  for (const Case& c :
+       {Case{1, 6, -1, true}, Case{1, 6, -1, false}, Case{2, 6, -1, true}, Case{3, 6, 4, true},
+        Case{3, 6, 4, false}, Case{1, 6, 4, true}, Case{1, 5, -1, true}, Case{1, 5, 4, true}}) {
+    SCOPED_TRACE(concat(c.max_failed, " at step ", c.end, ", ", c.failed_before));
+    TemporaryFolder folder;
+    RefusesAttempts disk({{c.end, 2}, {c.failed_before, 1}});
+    SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 6, .save_interval = 2};
+    run.asynchronous = c.asynchronous;
+    run.launch_steps = c.end < 6 ? c.end : 0;
+    run.files = &disk;
+    run.change = [&](int, TrainRequest& request) {
+      request.checkpoint.set_max_failed_saves(c.max_failed);
+    };
+    std::string said;
+    const std::string error = error_of(run, said);
+    const int64_t before = c.failed_before < 0 ? 4 : 2;
+    const std::string& told = c.end == 6 ? error : said;
+    EXPECT_NE(told.find(concat("step ", c.end, " of 6 could not be saved, twice: ")),
+              std::string::npos)
+        << error << said;
+    EXPECT_NE(told.find(concat("the same command goes on after step ", before)), std::string::npos)
+        << error << said;
+    EXPECT_TRUE(file_exists(run.folder + "/weights/model.safetensors"));
+    EXPECT_EQ(newest_manifest(run.folder).step(), before);
   }
 }
 
