@@ -179,30 +179,36 @@ void TrainingRun::end_after(int64_t done) {
   // However many saves have failed, there are weights to write and words to say.
   checkpoints_->lift_limit();
   checkpoints_->finish();
+  checkpoints_->look_again(done);
+  const auto there = [&] { return checkpoints_->unread(done); };  // it keeps its name
   // Once more, for no later save makes good what a disk refused for a moment.
-  for (int tries = 2; tries > 0 && checkpoints_->newest() != done; --tries) {
+  for (int tries = 2; tries > 0 && checkpoints_->newest() != done && !there(); --tries) {
     save_checkpoint(done);
     checkpoints_->finish();
+    checkpoints_->look_again(done);
   }
   save_weights_of(done);
   const int64_t newest = checkpoints_->newest();
-  const bool saved = newest == done, goes_on = newest >= 0;
+  const bool saved = newest == done, goes_on = there() || newest >= 0;
   const std::string weights = join_path(request_.run, "weights"),
-                    failed = concat("step ", done, " of ", steps,
-                                    " could not be saved, twice: ", checkpoints_->problem());
+                    failed = concat(
+                        "step ", done, " of ", steps,
+                        there() ? ": " : " could not be saved, twice: ", checkpoints_->problem()),
+                    next = there() ? "the same command goes on with it once it can be read"
+                                   : concat("the same command goes on after step ", newest);
   check(saved || (done < steps && goes_on), request_.run, ": ", failed, "; the weights are in ",
         weights, "; ",
-        goes_on ? concat("once the disk takes a checkpoint, the same command goes on after step ",
-                         newest)
-                : concat("there is no checkpoint to go on from, but another --run can begin with ",
-                         "--init-from=", weights));
+        there() ? "the run is finished once it can be read"
+        : goes_on
+            ? "once the disk takes a checkpoint, " + next
+            : concat("there is no checkpoint to go on from, but another --run can begin with ",
+                     "--init-from=", weights));
   if (done == steps) return;
   const std::string text = concat("stopped    after step ", done, " of ", steps, ", as asked; ");
   if (saved)
     say(concat(text, "the same command goes on with it; the weights are in ", weights));
   else
-    warn(concat(text, failed, "; the same command goes on after step ", newest,
-                "; the weights are in ", weights));
+    warn(concat(text, failed, "; ", next, "; the weights are in ", weights));
 }
 
 void TrainingRun::finish() {

@@ -1,6 +1,9 @@
 // A training run around its saves: what it needs for them, what it says when they fail, and what it
 // does with what they have left.
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -213,6 +216,104 @@ TEST(TheLastSave, IsTriedTwiceAndLeavesWeightsWhateverMaxFailedSavesIs) {
     EXPECT_TRUE(file_exists(run.folder + "/weights/model.safetensors"));
     EXPECT_EQ(newest_manifest(run.folder).step(), before);
   }
+}
+
+// What the disk does to the first attempt at a last save, once it has its name.
+enum class Blow : uint8_t {
+  no_sync,     // of the folder it is in
+  unreadable,  // is one of its files for now
+  damage,      // which is found, and then it cannot be renamed
+  another      // of that name and of another generation was there before
+};
+
+class HitsTheFirst : public SeamFiles {
+ public:
+  HitsTheFirst(const std::string& run, int64_t step, Blow blow)
+      : place_(join_path(checkpoints_folder(run), checkpoint_name(step))),
+        file_(place_ + "/model-00001-of-00002.safetensors") {
+    before = [this, blow](FileCall& call) {
+      const bool syncs = call.what == Call::sync_folder && named_;
+      check(blow != Blow::no_sync || !syncs || hits_-- <= 0, call.path, ": no sync (injected)");
+      const bool moves = call.what == Call::rename && call.path == place_;
+      check(blow != Blow::damage || !moves || hits_-- <= 0, call.path, ": no rename (injected)");
+      return true;
+    };
+    after = [this, blow](const FileCall& call) {
+      if (call.what != Call::rename_new || call.to != place_) return;
+      if (named_.exchange(true)) return;
+      if (blow == Blow::damage) fs::resize_file(file_, 9);
+      if (blow == Blow::unreadable) lock();
+    };
+  }
+  ~HitsTheFirst() override { unlock(); }
+  void unlock() {
+    if (const int held = held_.exchange(-1); held >= 0) close(held);
+  }
+
+ private:
+  // Who opens a file under such a lease is told to come again.
+  void lock() {
+    signal(SIGIO, SIG_IGN);
+    held_ = ::open(file_.c_str(), O_RDONLY | O_CLOEXEC);
+    EXPECT_EQ(fcntl(held_, F_SETLEASE, F_WRLCK), 0) << "this disk has no leases";
+  }
+
+  std::string place_, file_;
+  std::atomic<int> hits_ = 1, held_ = -1;
+  std::atomic<bool> named_ = false;
+};
+
+// It is read again first, and only what does not hold is saved anew.
+TEST(TheLastSave, ThatIsThereAlthoughItFailedIsTakenOrMadeWay) {
+  TemporaryFolder folder;
+  SmallRun whole{.folder = folder / "whole", .ranks = 2, .steps = 6, .save_interval = 2};
+  launch(whole);
+  for (int64_t end : {6, 5})
+    for (Blow blow : {Blow::no_sync, Blow::unreadable, Blow::damage, Blow::another}) {
+      SCOPED_TRACE(concat(int(blow), " at step ", end));
+      SmallRun run = whole;
+      run.folder = folder / concat("run", end, "-", int(blow));
+      run.launch_steps = end < 6 ? end : 0;
+      HitsTheFirst disk(run.folder, end, blow);
+      run.files = &disk;
+      run.on_event = [&](const RunEvent& event) {
+        if (event.kind() == "save_failed") disk.unlock();
+      };
+      const std::string place = join_path(checkpoints_folder(run.folder), checkpoint_name(end));
+      run.before_step = [&](int rank, int64_t step) {
+        if (blow == Blow::another && rank == 0 && step == 3)
+          copy_tree(list_checkpoints(whole.folder).front().path, place);
+      };
+      std::string said;
+      EXPECT_EQ(error_of(run, said), "");
+      EXPECT_NE(said.find(concat("NOT saved  after step ", end)), std::string::npos) << said;
+      EXPECT_EQ(newest_manifest(run.folder).step(), end) << said;
+      const bool anew = blow == Blow::damage || blow == Blow::another;
+      EXPECT_EQ(list_damaged(run.folder).size(), anew ? 1u : 0u) << said;
+      run = {.folder = run.folder, .ranks = 2, .steps = 6, .save_interval = 2};
+      if (end < 6) launch(run);
+      EXPECT_EQ(steps_of(run.folder), steps_of(whole.folder));
+      EXPECT_EQ(newest_manifest(run.folder).state_hash(),
+                newest_manifest(whole.folder).state_hash());
+    }
+}
+
+// As long as nobody can read it, it may be whole: it keeps its name, and the words say so.
+TEST(TheLastSave, ThatCannotBeReadStaysAndIsSaid) {
+  TemporaryFolder folder;
+  SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 6, .save_interval = 2};
+  run.launch_steps = 5;
+  HitsTheFirst disk(run.folder, 5, Blow::unreadable);
+  run.files = &disk;
+  std::string said;
+  EXPECT_EQ(error_of(run, said), "");
+  EXPECT_NE(said.find("step 5 of 6: it is there, but could not be read again: "), std::string::npos)
+      << said;
+  EXPECT_NE(said.find("the same command goes on with it once it can be read"), std::string::npos)
+      << said;
+  EXPECT_TRUE(file_exists(run.folder + "/weights/model.safetensors"));
+  disk.unlock();
+  EXPECT_EQ(newest_manifest(run.folder).step(), 5);
 }
 
 // Then the weights are all that there is.
