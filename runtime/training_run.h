@@ -41,6 +41,7 @@ class TrainingRun {
   void link(StepRecord& record);
   void save_checkpoint(int64_t done);
   void end_after(int64_t done);
+  bool begins_anew();
   void save_weights_of(int64_t step);
   bool has_weights_of(int64_t step) const;
   void conclude(int64_t step);

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "model/counts.h"
+#include "parallel/gather_blobs.h"
 #include "runtime/model_kind.h"
 #include "runtime/plot.h"
 #include "runtime/training_run.h"
@@ -173,6 +174,19 @@ void TrainingRun::after_step(StepRecord& record) {
     save_checkpoint(done);
 }
 
+// The same command would begin this run, which has no checkpoint, anew: see resume().
+bool TrainingRun::begins_anew() {
+  std::string answer;
+  if (speaks()) {
+    try {
+      const bool weights = file_exists(join_path(request_.run, "weights"));
+      if (!weights && list_damaged(request_.run).empty()) answer = "yes";
+    } catch (const std::exception&) {  // nor could a launch look there
+    }
+  }
+  return !broadcast_blob(*groups_.control, trainer_.session().host, answer).empty();
+}
+
 // The state is that of step `done`, which may be in a checkpoint already.
 void TrainingRun::end_after(int64_t done) {
   const int64_t steps = request_.train.steps();
@@ -187,15 +201,18 @@ void TrainingRun::end_after(int64_t done) {
     checkpoints_->finish();
     checkpoints_->look_again(done);
   }
-  save_weights_of(done);
   const int64_t newest = checkpoints_->newest();
   const bool saved = newest == done, goes_on = there() || newest >= 0;
+  const bool anew = !goes_on && done < steps && begins_anew();
+  if (!anew) save_weights_of(done);
   const std::string weights = join_path(request_.run, "weights"),
                     failed = concat(
                         "step ", done, " of ", steps,
                         there() ? ": " : " could not be saved, twice: ", checkpoints_->problem()),
                     next = there() ? "the same command goes on with it once it can be read"
                                    : concat("the same command goes on after step ", newest);
+  check(!anew, request_.run, ": ", failed, "; there is no checkpoint to go on from: once the disk ",
+        "takes one, the same command begins anew");
   check(saved || (done < steps && goes_on), request_.run, ": ", failed, "; the weights are in ",
         weights, "; ",
         there() ? "the run is finished once it can be read"

@@ -318,17 +318,31 @@ TEST(TheLastSave, ThatCannotBeReadStaysAndIsSaid) {
 
 // Then the weights are all that there is.
 TEST(TheLastSave, ThatFailsTwiceWithoutAnEarlierOneEndsTheRunWithAnError) {
-  for (int64_t end : {6, 4}) {
-    TemporaryFolder folder;
-    RefusesAttempts disk(end, 2);
-    const SmallRun run{
-        .folder = folder / "run", .steps = 6, .launch_steps = end < 6 ? end : 0, .files = &disk};
-    std::string said;
-    const std::string error = error_of(run, said);
-    EXPECT_NE(error.find(concat("--init-from=", run.folder, "/weights")), std::string::npos)
-        << error;
-    EXPECT_TRUE(file_exists(run.folder + "/weights/model.safetensors"));
-  }
+  TemporaryFolder folder;
+  RefusesAttempts disk(6, 2);
+  const SmallRun run{.folder = folder / "run", .steps = 6, .files = &disk};
+  std::string said;
+  const std::string error = error_of(run, said);
+  EXPECT_NE(error.find(concat("--init-from=", run.folder, "/weights")), std::string::npos) << error;
+  EXPECT_TRUE(file_exists(run.folder + "/weights/model.safetensors"));
+}
+
+// A run that has weights and no checkpoint is never begun anew, and whoever asked it to stop may
+// start it again unseen.
+TEST(TheLastSave, ThatFailsTwiceWithoutAnEarlierOneLetsAStoppedRunBeginAnew) {
+  TemporaryFolder folder;
+  RefusesAttempts disk(4, 2);
+  SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 6, .launch_steps = 4};
+  run.files = &disk;
+  std::string said;
+  const std::string error = error_of(run, said);
+  EXPECT_NE(error.find("step 4 of 6 could not be saved, twice: "), std::string::npos) << error;
+  EXPECT_NE(error.find("the same command begins anew"), std::string::npos) << error;
+  EXPECT_FALSE(file_exists(run.folder + "/weights"));
+  run.launch_steps = 0;
+  launch(run);
+  EXPECT_EQ(steps_of(run.folder).size(), 6u);
+  EXPECT_EQ(newest_manifest(run.folder).step(), 6);
 }
 
 }  // namespace
