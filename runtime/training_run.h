@@ -25,6 +25,8 @@ class TrainingRun {
 
   // Before the first step.
   void open_evaluation();
+  bool has_own_checkpoint();
+  void take_weights();
   void take_folder();
   void resume();
   std::optional<CheckpointManifest> load(std::string_view heading);
