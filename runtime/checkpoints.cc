@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "parallel/gather_blobs.h"
+#include "runtime/checkpoint_reader.h"
 #include "runtime/checkpoint_reread.h"
 
 namespace moemamba {
@@ -47,9 +48,24 @@ std::string Checkpoints::set_aside(const std::string& problem) {
   }
 }
 
+// Rank 0, of a checkpoint that is there though its save failed: that it is this save's, and for
+// good.
+void Checkpoints::check_is_ours(const std::string& path) {
+  const Checkpoint checkpoint(path);
+  const CheckpointManifest& there = checkpoint.manifest().facts();
+  check(there.run_id() == facts_.run_id && there.generation() == options_.writer.generation &&
+            there.chain() == facts_.chain,
+        path, ": was not written by this launch, or on another way to its step");
+  try {
+    files_.sync_folder(checkpoints_folder(options_.writer.run));
+  } catch (const std::exception& error) {  // its bytes may be whole
+    throw Unavailable(error.what());
+  }
+}
+
 // "" where every rank found on the disk what it wrote; the same on all of them. One that could not
 // be read, for a reason that is not its own, stays where it is.
-std::string Checkpoints::reread() {
+std::string Checkpoints::reread(bool may_be_anothers) {
   const auto start = Clock::now();
   const std::string path =
       join_path(checkpoints_folder(options_.writer.run), checkpoint_name(facts_.step));
@@ -58,6 +74,7 @@ std::string Checkpoints::reread() {
     return concat("rank ", groups_.rank, ": ", error.what());
   };
   try {
+    if (may_be_anothers && groups_.rank == 0) check_is_ours(path);
     reread_own_files(path, groups_.rank, groups_.layout.ranks());
   } catch (const Unavailable& error) {
     trouble = told(error);
@@ -75,14 +92,15 @@ std::string Checkpoints::reread() {
   };
   damage = first_of_ranks(damage);
   trouble = first_of_ranks(trouble);
-  std::string problem;
+  std::string answer;  // "", or what is wrong behind a sign: whether it stays for that
   if (groups_.rank == 0 && !damage.empty())
-    problem = set_aside(damage);
+    answer = "-" + set_aside(damage);
   else if (groups_.rank == 0 && !trouble.empty())
-    problem = concat("it is there, but could not be read again: ", trouble);
-  problem = broadcast_blob(*groups_.checkpoint, stream, problem);
+    answer = "+it is there, but could not be read again: " + trouble;
+  answer = broadcast_blob(*groups_.checkpoint, stream, answer);
+  unread_ = answer.rfind('+', 0) == 0;
   reread_seconds_ = since(start);
-  return problem;
+  return answer.empty() ? "" : answer.substr(1);
 }
 
 // LATEST and the deletion of older checkpoints: on rank 0, and never a reason to fail.
@@ -158,7 +176,7 @@ void Checkpoints::conclude() {
   running_ = false;
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   if (!told_) tell();
-  check(failed_in_a_row_ < options_.max_failed, failed_in_a_row_,
+  check(!limited_ || failed_in_a_row_ < options_.max_failed, failed_in_a_row_,
         " saves in a row failed (checkpoint.max_failed_saves), the last one: ", problem_);
 }
 
@@ -169,7 +187,7 @@ Event Checkpoints::save(CheckpointFacts facts, Stream* compute) {
   facts_ = std::move(facts);
   const Event staged = writer_.stage(compute);
   running_ = true;
-  told_ = ended_ = false;
+  told_ = ended_ = unread_ = false;
   if (options_.asynchronous) {
     thread_ = std::thread([this] { work(); });
     blocked_ = since(start);
@@ -184,6 +202,26 @@ Event Checkpoints::save(CheckpointFacts facts, Stream* compute) {
 void Checkpoints::loaded(int64_t step) {
   check(!running_, "checkpoints: loaded step ", step, " amid the save of step ", facts_.step);
   newest_ = options_.retention.always = step;
+}
+
+void Checkpoints::look_again(int64_t step) {
+  check(!running_, "checkpoints: looked at step ", step, " amid the save of step ", facts_.step);
+  if (facts_.step != step || problem_.empty()) return;
+  const InPhase in_phase(groups_.activity, Phase::saving);
+  const std::string place =
+      join_path(checkpoints_folder(options_.writer.run), checkpoint_name(step));
+  Stream stream = Stream::immediate();
+  const bool there = groups_.rank == 0 && file_exists(join_path(place, kManifestName));
+  if (broadcast_blob(*groups_.checkpoint, stream, there ? "there" : "").empty()) return;
+  const std::string problem = reread(true);
+  if (problem.empty() || unread_) problem_ = problem;
+  if (problem.empty()) {
+    tidy();
+    return tell();
+  }
+  const auto& warn = options_.warn ? options_.warn : options_.say;
+  if (groups_.rank == 0 && warn)
+    warn(concat("looked     at ", checkpoint_name(step), ": ", problem));
 }
 
 void Checkpoints::finish() {

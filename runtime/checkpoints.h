@@ -8,9 +8,9 @@
 namespace moemamba {
 
 // Saving during a run: at most one save is on its way behind the steps; failures are counted, and
-// a run ends only after too many in a row. Every rank calls save() and finish() at the same steps.
-// A checkpoint that is there is read again before older ones are deleted; one that does not hold
-// counts as a failed save and is set aside.
+// a run ends only after too many in a row, until lift_limit(). Every rank calls save() and finish()
+// at the same steps. A checkpoint that is there is read again before older ones are deleted; one
+// that does not hold counts as a failed save and is set aside.
 class Checkpoints {
  public:
   struct Ended {
@@ -27,7 +27,8 @@ class Checkpoints {
     // Rank 0, from the caller's thread: what became of a save. `warn`: of one that failed; empty:
     // as the others.
     std::function<void(const std::string&)> say, warn = {};
-    std::function<void(const Ended&)> on_end = {};  // rank 0, once for each save; empty: nobody
+    // Rank 0, once for each save, and again for one that look_again() takes; empty: nobody.
+    std::function<void(const Ended&)> on_end = {};
   };
   Checkpoints(FileSystem& files, ProcessGroups& groups, const ParameterStore& store,
               Options options);
@@ -37,6 +38,16 @@ class Checkpoints {
   // training may go on, which must not change the state before the event is past.
   Event save(CheckpointFacts facts, Stream* compute = nullptr);
   void finish();  // no save is on its way any more
+  // At the end of a run, of which more is to be kept than a checkpoint: failed saves, also those
+  // before and one that is on its way, are now the caller's to judge. No more Errors for them.
+  void lift_limit() { limited_ = false; }
+  // Where the latest save was of this step and failed, its checkpoint may be there all the same: it
+  // could not be read again, or set aside, or only the sync of its name failed. That is read once
+  // more: one that holds counts as saved now; one that cannot be read stays, see unread(); any
+  // other is set aside, so that the step can be saved anew. REQUIRES: no save is on its way.
+  void look_again(int64_t step);
+  // The latest save, of this step, is there, but nobody could read it.
+  bool unread(int64_t step) const { return unread_ && facts_.step == step; }
   // The state is that of this step's checkpoint, which was read whole: it is the newest good one,
   // and stays until another one was. REQUIRES: no save is on its way.
   void loaded(int64_t step);
@@ -52,7 +63,8 @@ class Checkpoints {
 
  private:
   void work();
-  std::string reread();
+  void check_is_ours(const std::string& path);
+  std::string reread(bool may_be_anothers = false);
   std::string set_aside(const std::string& problem);
   void tidy();
   void tell();
@@ -64,7 +76,7 @@ class Checkpoints {
   CheckpointWriter writer_;
   CheckpointFacts facts_;
   std::thread thread_;
-  bool running_ = false, told_ = false;
+  bool running_ = false, told_ = false, limited_ = true, unread_ = false;
   std::atomic<bool> ended_ = false;  // what follows is the caller's to read
   std::string problem_, untidy_;
   std::exception_ptr error_;

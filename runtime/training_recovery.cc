@@ -44,7 +44,9 @@ std::optional<int64_t> TrainingRun::mend(StepRecord& record) {
     what = trainer_.blame();
     if (const std::optional<int64_t> checkpoint = place_to_go_back_to()) {
       if (trainer_.stopping()) {
-        stop_before(k, *checkpoint);
+        // The state is still that of before the step; whether a roll-back helps, the next launch
+        // finds out, which has more time.
+        end_after(k);
         return k;
       }
       trouble.rolled_back = true;
@@ -93,13 +95,6 @@ std::optional<int64_t> TrainingRun::roll_back(int64_t k, const std::string& what
               "; back at the checkpoint after step ", found->step(), ", and on from there"),
        took.count());
   return found->step();
-}
-
-// Asked to stop amid trouble. The state is still that of before the step; whether a roll-back
-// helps, the next launch finds out, which has more time.
-void TrainingRun::stop_before(int64_t k, int64_t newest) {
-  if (newest < k) save_checkpoint(k);
-  end_after(k);
 }
 
 void TrainingRun::leave_out(int64_t k, const std::string& what) {

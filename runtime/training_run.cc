@@ -65,19 +65,34 @@ TrainingRun::TrainingRun(FileSystem& files, ProcessGroups& groups, const TrainRe
       trainer_(groups, fitting_options(groups, request, tokenizer_)),
       hasher_(groups, trainer_.session().store) {
   open_evaluation();
-  if (!request.init_from.empty()) {
-    const InPhase in_phase(groups.activity, Phase::loading);
-    Session& session = trainer_.session();
-    const FoundWeights found = find_weights(request.init_from, groups, session.host);
-    load_weights(found.path, session.store, groups);
-    check_same_kind(found.path, request.model, tokenizer_);
-    say("weights    " + describe(found));
-  }
+  // Before anything is written: they may not fit.
+  const bool goes_on = !request.init_from.empty() && has_own_checkpoint();
+  if (!goes_on) take_weights();
   barrier(*groups.control, trainer_.session().host);
   devices_ = devices_text(groups, trainer_.session().host);
   take_folder();
+  if (goes_on && loaded_step_ < 0) take_weights();  // somebody has removed it meanwhile
   open_reports();
   open_checkpoints();
+}
+
+// Then there is no need to read other weights, which may be large or, by now, damaged or gone.
+bool TrainingRun::has_own_checkpoint() {
+  const bool own = speaks() && !request_.overwrite && holds_run(request_.run) &&
+                   !list_checkpoints(request_.run).empty();
+  return !broadcast_blob(*groups_.control, trainer_.session().host, own ? "yes" : "").empty();
+}
+
+// Of --init-from.
+void TrainingRun::take_weights() {
+  if (request_.init_from.empty()) return;
+  const InPhase in_phase(groups_.activity, Phase::loading);
+  Session& session = trainer_.session();
+  const FoundWeights found = find_weights(request_.init_from, groups_, session.host);
+  load_weights(found.path, session.store, groups_);
+  session.store.values_changed();
+  check_same_kind(found.path, request_.model, tokenizer_);
+  say("weights    " + describe(found));
 }
 
 void TrainingRun::say(const std::string& line) {

@@ -25,6 +25,8 @@ class TrainingRun {
 
   // Before the first step.
   void open_evaluation();
+  bool has_own_checkpoint();
+  void take_weights();
   void take_folder();
   void resume();
   std::optional<CheckpointManifest> load(std::string_view heading);
@@ -41,6 +43,7 @@ class TrainingRun {
   void link(StepRecord& record);
   void save_checkpoint(int64_t done);
   void end_after(int64_t done);
+  bool begins_anew();
   void save_weights_of(int64_t step);
   bool has_weights_of(int64_t step) const;
   void conclude(int64_t step);
@@ -55,7 +58,6 @@ class TrainingRun {
   bool replay(StepRecord& record, const std::string& what);
   std::optional<int64_t> place_to_go_back_to();
   std::optional<int64_t> roll_back(int64_t k, const std::string& what);
-  void stop_before(int64_t k, int64_t newest);
   void leave_out(int64_t k, const std::string& what);
   std::string place_of(int64_t k) const;
   void tell(const char* kind, int64_t k, const std::string& text, double seconds = 0);

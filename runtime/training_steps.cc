@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "model/counts.h"
+#include "parallel/gather_blobs.h"
 #include "runtime/model_kind.h"
 #include "runtime/plot.h"
 #include "runtime/training_run.h"
@@ -167,38 +168,64 @@ void TrainingRun::after_step(StepRecord& record) {
   if (tensorboard_) tensorboard_->record(record);
   // A run that diverges leaves out step after step; its saves would push out those from before.
   const bool saves = due(train.save_interval()) && !record.skipped;
-  if (last || stops || saves) save_checkpoint(done);
-  if (last || stops) end_after(done);
+  if (last || stops)
+    end_after(done);
+  else if (saves)
+    save_checkpoint(done);
 }
 
-// The state of step `done` is in a checkpoint, or on its way there.
+// The same command would begin this run, which has no checkpoint, anew: see resume().
+bool TrainingRun::begins_anew() {
+  std::string answer;
+  if (speaks()) {
+    try {
+      const bool weights = file_exists(join_path(request_.run, "weights"));
+      if (!weights && list_damaged(request_.run).empty()) answer = "yes";
+    } catch (const std::exception&) {  // nor could a launch look there
+    }
+  }
+  return !broadcast_blob(*groups_.control, trainer_.session().host, answer).empty();
+}
+
+// The state is that of step `done`, which may be in a checkpoint already.
 void TrainingRun::end_after(int64_t done) {
   const int64_t steps = request_.train.steps();
+  // However many saves have failed, there are weights to write and words to say.
+  checkpoints_->lift_limit();
   checkpoints_->finish();
-  // No later save makes good what a disk refused for a moment.
-  if (checkpoints_->newest() != done) {
+  checkpoints_->look_again(done);
+  const auto there = [&] { return checkpoints_->unread(done); };  // it keeps its name
+  // Once more, for no later save makes good what a disk refused for a moment.
+  for (int tries = 2; tries > 0 && checkpoints_->newest() != done && !there(); --tries) {
     save_checkpoint(done);
     checkpoints_->finish();
+    checkpoints_->look_again(done);
   }
-  save_weights_of(done);
   const int64_t newest = checkpoints_->newest();
-  const bool saved = newest == done, goes_on = newest >= 0;
+  const bool saved = newest == done, goes_on = there() || newest >= 0;
+  const bool anew = !goes_on && done < steps && begins_anew();
+  if (!anew) save_weights_of(done);
   const std::string weights = join_path(request_.run, "weights"),
-                    failed = concat("step ", done, " of ", steps,
-                                    " could not be saved, twice: ", checkpoints_->problem());
+                    failed = concat(
+                        "step ", done, " of ", steps,
+                        there() ? ": " : " could not be saved, twice: ", checkpoints_->problem()),
+                    next = there() ? "the same command goes on with it once it can be read"
+                                   : concat("the same command goes on after step ", newest);
+  check(!anew, request_.run, ": ", failed, "; there is no checkpoint to go on from: once the disk ",
+        "takes one, the same command begins anew");
   check(saved || (done < steps && goes_on), request_.run, ": ", failed, "; the weights are in ",
         weights, "; ",
-        goes_on ? concat("once the disk takes a checkpoint, the same command goes on after step ",
-                         newest)
-                : concat("there is no checkpoint to go on from, but another --run can begin with ",
-                         "--init-from=", weights));
+        there() ? "the run is finished once it can be read"
+        : goes_on
+            ? "once the disk takes a checkpoint, " + next
+            : concat("there is no checkpoint to go on from, but another --run can begin with ",
+                     "--init-from=", weights));
   if (done == steps) return;
   const std::string text = concat("stopped    after step ", done, " of ", steps, ", as asked; ");
   if (saved)
     say(concat(text, "the same command goes on with it; the weights are in ", weights));
   else
-    warn(concat(text, failed, "; the same command goes on after step ", newest,
-                "; the weights are in ", weights));
+    warn(concat(text, failed, "; ", next, "; the weights are in ", weights));
 }
 
 void TrainingRun::finish() {

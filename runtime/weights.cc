@@ -192,34 +192,64 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
 
 namespace {
 
-enum class Look { at_sizes, at_every_byte };
+// What is wrong with the checkpoint at `path`, or "". Throws what says nothing about that.
+using Judge = FunctionRef<std::string(const std::string& path)>;
 
-std::string whole_checkpoint(const std::string& path, Look look) {
-  const Checkpoint checkpoint(path);
-  if (look == Look::at_every_byte) checkpoint.verify_files();
-  return checkpoint.path();
+std::string problem_at_sizes(const std::string& path) {
+  try {
+    const Checkpoint checkpoint(path);
+    return "";
+  } catch (const OtherFormat&) {
+    throw;
+  } catch (const Unavailable&) {
+    throw;
+  } catch (const Error& error) {
+    return *error.what() ? error.what() : "unknown";
+  }
 }
 
-FoundWeights newest_weights(const std::string& path, Look look) {
+// All ranks look at the same checkpoint, each at every byte of its share of the files. Rank 0 hears
+// what they say; the others get "".
+std::string problem_at_every_byte(const std::string& path, ProcessGroups& groups, Stream& stream) {
+  std::string own;  // "", or what is wrong behind a sign: whether the checkpoint is to blame
+  const auto told = [&](const char* sign, const std::exception& error) {
+    return concat(sign, "rank ", groups.rank, ": ", error.what());
+  };
+  try {
+    Checkpoint(path).verify_files(groups.rank, groups.layout.ranks(), groups.ranks_of_machine);
+  } catch (const OtherFormat& error) {
+    own = told("?", error);
+  } catch (const Unavailable& error) {
+    own = told("?", error);
+  } catch (const Error& error) {
+    own = told("-", error);
+  } catch (const std::exception& error) {  // no memory, no thread
+    own = told("?", error);
+  }
+  std::string damage, trouble;
+  for (const std::string& of_rank : gather_blobs(*groups.control, stream, own)) {
+    std::string& first = of_rank.rfind('-', 0) == 0 ? damage : trouble;
+    if (first.empty() && !of_rank.empty()) first = of_rank.substr(1);
+  }
+  check(!damage.empty() || trouble.empty(), trouble);
+  return damage;
+}
+
+// `itself`: `path` is judged too, where it is a checkpoint.
+FoundWeights newest_weights(const std::string& path, bool itself, Judge judge) {
   const std::string inner = whole_weights(join_path(path, "weights"));
   const bool exported = fs::is_directory(inner);
   FoundWeights found{.path = exported ? inner : path};
-  if (look == Look::at_every_byte && file_exists(join_path(path, kManifestName)))
-    whole_checkpoint(path, look);
+  std::string problem;
+  if (itself && file_exists(join_path(path, kManifestName))) problem = judge(path);
+  check(problem.empty(), problem);
   if (exported) found.step = step_in(open_weights(inner).front().metadata());
   if (exported && found.step < 0) return found;  // not ours: whoever put them there wants them
-  std::string problem;
   for (const CheckpointPlace& place : list_checkpoints(path)) {
     if (place.step <= found.step) break;
-    try {
-      return {.path = whole_checkpoint(place.path, look), .step = place.step};
-    } catch (const OtherFormat&) {
-      throw;
-    } catch (const Unavailable&) {  // says nothing about the checkpoint
-      throw;
-    } catch (const Error& error) {
-      if (problem.empty()) problem = error.what();
-    }
+    const std::string of_place = judge(place.path);
+    if (of_place.empty()) return {.path = place.path, .step = place.step};
+    if (problem.empty()) problem = of_place;
   }
   check(exported || problem.empty(), path, ": none of its checkpoints can be used: ", problem);
   return found;
@@ -228,7 +258,8 @@ FoundWeights newest_weights(const std::string& path, Look look) {
 }  // namespace
 
 FoundWeights find_weights(const std::string& path) {
-  return newest_weights(path, Look::at_sizes);
+  return newest_weights(path, false,
+                        [](const std::string& place) { return problem_at_sizes(place); });
 }
 
 std::string describe(const FoundWeights& found) {
@@ -236,17 +267,31 @@ std::string describe(const FoundWeights& found) {
 }
 
 FoundWeights find_weights(const std::string& path, ProcessGroups& groups, Stream& stream) {
-  std::string answer;  // "+STEP PATH", or why there is none
+  // Rank 0 says: "?PATH", look at this checkpoint; and at last "+STEP PATH", or "!" and why not.
+  const auto tell = [&](const std::string& word) {
+    return broadcast_blob(*groups.control, stream, word);
+  };
+  std::string answer;
   if (groups.rank == 0) {
     try {
-      const FoundWeights found = newest_weights(path, Look::at_every_byte);
+      const FoundWeights found = newest_weights(path, true, [&](const std::string& place) {
+        const std::string problem = problem_at_sizes(place);
+        if (!problem.empty()) return problem;
+        tell("?" + place);
+        return problem_at_every_byte(place, groups, stream);
+      });
       answer = concat("+", found.step, " ", found.path);
+    } catch (const PeerLost&) {
+      throw;
     } catch (const std::exception& error) {
-      answer = error.what();
+      answer = concat("!", error.what());
     }
+    tell(answer);
+  } else {
+    while ((answer = tell("")).rfind('?', 0) == 0)
+      problem_at_every_byte(answer.substr(1), groups, stream);
   }
-  answer = broadcast_blob(*groups.control, stream, answer);
-  check(answer.rfind('+', 0) == 0, answer);
+  check(answer.rfind('+', 0) == 0, answer.substr(1));
   const size_t space = answer.find(' ');
   return {.path = answer.substr(space + 1), .step = std::stoll(answer.substr(1, space - 1))};
 }

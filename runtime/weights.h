@@ -22,7 +22,7 @@ void save_weights(FileSystem& files, const std::string& folder, const ParameterS
 // (whose manifests and sizes hold: others are passed over), by their step: a run that was stopped,
 // went on and was killed has checkpoints newer than the weights of its stop.
 struct FoundWeights {
-  std::string path;  // a folder of weights, a checkpoint, or a file
+  std::string path;   // a folder of weights, a checkpoint, or a file
   int64_t step = -1;  // -1: not known
 };
 FoundWeights find_weights(const std::string& path);
@@ -30,7 +30,7 @@ std::string describe(const FoundWeights& found);  // for people
 // For use: every byte of a checkpoint is read against its digest before, and one that does not hold
 // is passed over like the others, or, where `path` is its own folder, an Error. Weights that were
 // exported have no digests. The same on all ranks, though the run may be saving meanwhile: rank 0
-// looks.
+// looks for the place, and all ranks read, each its share of the files.
 FoundWeights find_weights(const std::string& path, ProcessGroups& groups, Stream& stream);
 
 // path: such a folder, a run's folder, or one .safetensors file. Names that are missing, left over

@@ -3,10 +3,13 @@
 #include <signal.h>
 
 #include <filesystem>
+#include <fstream>
 
 #include "runtime/checkpoint_parts.h"
 #include "runtime/state_hash.h"
+#include "runtime/weights.h"
 #include "tests/support/checkpoint_cases.h"
+#include "tests/support/in_world.h"
 #include "tests/support/program.h"
 #include "tests/support/small_run.h"
 
@@ -164,6 +167,75 @@ TEST_F(Resume, WhatUsesARunTakesItsNewestWeightsAndSaysWhich) {
   const Result none = shell("$moemamba generate --ranks 2 --run run");
   EXPECT_EQ(none.code, 1) << none.err;
   EXPECT_GE(count(none.err, "run: none of its checkpoints can be used: "), 1) << none.err;
+}
+
+// As those of a run that goes on: a large one's would keep rank 0 busy for hours.
+TEST(WeightsForUse, AreReadByAllRanksEachItsShareOfTheFiles) {
+  TemporaryFolder folder;
+  const SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 4, .save_interval = 2};
+  launch(run);
+  fs::remove_all(run.folder + "/weights");
+  const auto places = list_checkpoints(run.folder);
+  const Manifest manifest = Checkpoint(places[0].path).manifest();
+  ASSERT_GE(manifest.files_size(), 6);
+  constexpr int kRanks = 3;
+  const auto find = [&](const std::string& path) {  // what each rank finds, or its Error
+    std::vector<std::string> found(kRanks);
+    in_world(RankLayout(kRanks, 1, 3), [&](ProcessGroups& groups) {
+      Stream stream = Stream::immediate();
+      std::string& own = found[size_t(groups.rank)];
+      try {
+        own = find_weights(path, groups, stream).path;
+      } catch (const Error& error) {
+        own = error.what();
+      }
+    });
+    return found;
+  };
+  EXPECT_EQ(find(run.folder), std::vector<std::string>(kRanks, places[0].path));
+  for (int i = 0; i < manifest.files_size(); ++i) {
+    const std::string file = join_path(places[0].path, std::string(manifest.files(i).name()));
+    const std::string content = read_file(file);
+    flip_bit(file, 99);
+    for (const std::string& error : find(places[0].path))
+      EXPECT_EQ(error.find(concat("rank ", i % kRanks, ": ", file, ": damaged: ")), 0u) << error;
+    EXPECT_EQ(find(run.folder), std::vector<std::string>(kRanks, places[1].path));
+    std::ofstream(file, std::ios::binary) << content;
+  }
+  fs::remove_all(places[1].path);
+  const std::string file = join_path(places[0].path, std::string(manifest.files(1).name()));
+  const std::string none = run.folder + ": none of its checkpoints can be used: ";
+  flip_bit(file, 99);
+  for (const std::string& error : find(run.folder))
+    EXPECT_EQ(error.find(concat(none, "rank 1: ", file, ": damaged: ")), 0u) << error;
+  fs::remove(file);
+  for (const std::string& error : find(run.folder))
+    EXPECT_EQ(error.find(concat(none, file, ": ")), 0u) << error;
+}
+
+// The same words start it again, whatever has become of the other run since.
+TEST(ARunFromOthersWeights, DoesNotNeedThemOnceItHasACheckpointOfItsOwn) {
+  TemporaryFolder folder;
+  const SmallRun other{.folder = folder / "other", .ranks = 2, .steps = 2};
+  launch(other);
+  const std::string from = list_checkpoints(other.folder).front().path;
+  SmallRun run{.folder = folder / "run", .ranks = 2, .steps = 6, .save_interval = 2};
+  run.change = [&](int, TrainRequest& request) { request.init_from = from; };
+  SmallRun whole = run;
+  whole.folder = folder / "whole";
+  launch(whole);
+  run.launch_steps = 3;
+  launch(run);
+  run.launch_steps = 0;
+  flip_bit(from + "/model-00001-of-00002.safetensors", 999);
+  launch(run);
+  EXPECT_EQ(steps_of(run.folder), steps_of(whole.folder));
+  EXPECT_EQ(newest_manifest(run.folder).state_hash(), newest_manifest(whole.folder).state_hash());
+  run.change = [&](int, TrainRequest& request) {
+    request.init_from = from;
+    request.overwrite = true;
+  };
+  EXPECT_NE(message_of([&] { launch(run); }).find(": damaged: "), std::string::npos);
 }
 
 }  // namespace
