@@ -83,7 +83,8 @@ void Supervisor::judge() {
     return end_attempt({.kind = Kind::settings,
                         .event = "failed",
                         .text = "what starts the ranks cannot be run; why, see above"});
-  const std::string how = code > 128  ? concat("was ended by signal ", code - 128)
+  const std::string how = code > 128 && code <= 128 + SIGRTMAX
+                              ? concat("was ended by signal ", code - 128)
                           : code >= 0 ? concat("ended with exit code ", code)
                                       : std::string("is gone");
   const bool failed = code == 1 && any_came;
