@@ -32,10 +32,19 @@ std::optional<int64_t> number(std::string_view text) {
 std::vector<std::string> names_in(const std::string& folder) {
   std::vector<std::string> names;
   std::error_code error, missing;
-  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
-    names.push_back(at->path().filename().string());
-  check(!error || fs::symlink_status(folder, missing).type() == fs::file_type::not_found, folder,
-        ": cannot be listed: ", error.message());
+  const auto list = [&] {
+    names.clear();
+    error.clear();
+    for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
+      names.push_back(at->path().filename().string());
+  };
+  list();
+  const auto is_missing = [&] {
+    return fs::symlink_status(folder, missing).type() == fs::file_type::not_found;
+  };
+  // Made, or taken away, between the two looks.
+  for (int again = 0; again < 3 && error && !is_missing(); ++again) list();
+  check(!error || is_missing(), folder, ": cannot be listed: ", error.message());
   std::sort(names.begin(), names.end());
   return names;
 }

@@ -5,6 +5,8 @@
 
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
+#include <string>
 
 #include "core/random.h"
 #include "tests/support/fault_test.h"
@@ -31,6 +33,16 @@ class Share {
 
 class FaultAsk : public FaultTest {};
 
+// Whether a process has begun to see to its signals. Until then, while it is being loaded, they end
+// it as they end any program.
+bool sees_to_signals(pid_t id) {
+  std::ifstream status(concat("/proc/", id, "/status"));
+  for (std::string word; status >> word;)
+    if (word == "SigCgt:" && status >> word)
+      return (std::stoull(word, nullptr, 16) >> (SIGTERM - 1) & 1) != 0;
+  return false;
+}
+
 TEST_F(FaultAsk, ByATerminationSavesAllOfItWithinTheGrace) {
   const Random random(test_seed(), "terminations");
   uint64_t draw = 0;
@@ -53,6 +65,7 @@ TEST_F(FaultAsk, ByATerminationSavesAllOfItWithinTheGrace) {
       if (done > 0) table.add(kAgain, -1, seconds_since(begun), 0);
     }
     pause_for(random.uniform(draw++) * (early ? 1.0 : 0.5));
+    ASSERT_TRUE(wait_until([&] { return sees_to_signals(launched.supervisor()); }, kPatience));
     const Launched::Before before = launched.before();
     kill(launched.supervisor(), SIGTERM);
     EXPECT_EQ(launched.end(kGrace), 75) << launched.said();
