@@ -8,6 +8,7 @@
 #include "core/host_mirror.h"
 #include "parallel/gather_blobs.h"
 #include "runtime/checkpoint_digests.h"
+#include "runtime/commands.h"
 
 namespace moemamba {
 
@@ -207,8 +208,8 @@ void read_all(ProcessGroups& groups, Stream& stream, const ParameterStore& store
               const Checkpoint& checkpoint) {
   const std::string other = checkpoint.differences(store);
   check(other.empty(), checkpoint.path(), ": this checkpoint belongs to another model:", other);
-  const std::string problem = verdict(
-      groups, stream, problem_of(checkpoint.path(), [&] { checkpoint.load(store); }));
+  const std::string problem =
+      verdict(groups, stream, problem_of(checkpoint.path(), [&] { checkpoint.load(store); }));
   check(problem.empty(), problem);
 }
 
@@ -228,8 +229,9 @@ std::optional<CheckpointManifest> load_newest(FileSystem& files, ProcessGroups& 
     const std::string path =
         broadcast_blob(*groups.control, stream, i < places.size() ? places[i].path : "");
     if (path.empty()) {
-      check(reasons.empty(), request.run, ": none of its checkpoints can be used; nothing was ",
-            "changed:", reasons, "\nrepair one, or choose another --run");
+      if (!reasons.empty())
+        throw RunEnds(concat(request.run, ": none of its checkpoints can be used; nothing was ",
+                             "changed:", reasons, "\nrepair one, or choose another --run"));
       return std::nullopt;
     }
     std::unique_ptr<Checkpoint> checkpoint;

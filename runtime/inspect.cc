@@ -120,10 +120,11 @@ std::vector<ListedCheckpoint> list_run(const std::string& run) {
   std::vector<ListedCheckpoint> list;
   std::error_code error;
   for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
-    const fs::file_type type = at->symlink_status(error).type();
-    if (type == fs::file_type::directory)
+    std::error_code gone;
+    if (at->symlink_status(gone).type() == fs::file_type::directory)
       list.push_back(look_at(folder, at->path().filename().string()));
   }
+  check(!error || !file_exists(folder), folder, ": cannot be listed: ", error.message());
   std::sort(list.begin(), list.end(), [](const auto& a, const auto& b) {
     return a.step != b.step ? a.step > b.step : a.name < b.name;
   });

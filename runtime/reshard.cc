@@ -130,6 +130,14 @@ void check_name(const Checkpoint& from, const std::string& output) {
         ", this one is of step ", own);
 }
 
+// One that was written where a run's would lie makes a run there, with which training goes on.
+void make_run(FileSystem& files, const std::string& output, const std::string& config) {
+  const std::string all = folder_of(output),
+                    settings = join_path(folder_of(all), "config.textproto");
+  if (std::filesystem::path(all).filename() != "checkpoints" || file_exists(settings)) return;
+  write_file(files, settings, config);
+}
+
 }  // namespace
 
 void reshard(FileSystem& files, const Checkpoint& from, const ReshardRequest& request) {
@@ -163,6 +171,7 @@ void reshard(FileSystem& files, const Checkpoint& from, const ReshardRequest& re
   write(kManifestName, sealed);
   sync_and_close(std::move(written));
   folder.commit();
+  make_run(files, request.output, request.config);
 }
 
 void export_weights(FileSystem& files, const Checkpoint& from, const ReshardRequest& request) {

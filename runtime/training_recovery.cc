@@ -64,8 +64,8 @@ bool TrainingRun::replay(StepRecord& record, const std::string& what) {
   record = trainer_.step(record.step);
   const bool helped = !trainer_.skipped();
   tell("replayed", record.step,
-       concat(place_of(record.step), ": not finite: ", what, "; taken again, it is",
-              helped ? "" : " not finite either"));
+       concat(place_of(record.step), ": not finite: ", what, "; taken again, it is ",
+              helped ? "finite" : "not finite either"));
   return helped;
 }
 

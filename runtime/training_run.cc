@@ -188,17 +188,17 @@ std::optional<CheckpointManifest> TrainingRun::load(std::string_view heading) {
 void TrainingRun::resume() {
   const auto found = load("resumed    ");
   if (!found) {
-    // It ended before its first checkpoint; but what has weights is not begun again unasked.
-    check(!file_exists(join_path(request_.run, "weights")),
-          taken_text(request_.run, "it has no checkpoints from which it could go on"));
+    const auto refuse_to_begin = [&](const std::string& why) {
+      throw RunEnds(taken_text(request_.run, why));
+    };
     // All that it had may have been found damaged, and be mended by hand.
-    const std::vector<std::string> damaged = list_damaged(request_.run);
-    check(
-        damaged.empty(),
-        taken_text(request_.run, concat("of its checkpoints only damaged ones are left, the ",
-                                        "newest is checkpoints/", damaged.empty() ? "" : damaged[0],
-                                        "; one that is repaired must get back its name, without ",
-                                        "what is behind the number")));
+    if (const auto damaged = list_damaged(request_.run); !damaged.empty())
+      refuse_to_begin(concat("of its checkpoints only damaged ones are left, the newest is ",
+                             "checkpoints/", damaged[0], "; one that is repaired must get back ",
+                             "its name, without what is behind the number"));
+    // It ended before its first checkpoint; but what has weights is not begun again unasked.
+    if (file_exists(join_path(request_.run, "weights")))
+      refuse_to_begin("it has no checkpoints from which it could go on");
     say("resumed    no checkpoint is there yet: from step 1");
   } else {
     check(found->step() < request_.train.steps() || !has_weights_of(found->step()),

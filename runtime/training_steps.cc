@@ -209,8 +209,11 @@ void TrainingRun::end_after(int64_t done) {
                     failed = concat(
                         "step ", done, " of ", steps,
                         there() ? ": " : " could not be saved, twice: ", checkpoints_->problem()),
-                    next = there() ? "the same command goes on with it once it can be read"
-                                   : concat("the same command goes on after step ", newest);
+                    command = request_.overwrite && !request_.lease_generation
+                                  ? "the same command with --overwrite=false"
+                                  : "the same command",
+                    next = there() ? command + " goes on with it once it can be read"
+                                   : concat(command, " goes on after step ", newest);
   check(!anew, request_.run, ": ", failed, "; there is no checkpoint to go on from: once the disk ",
         "takes one, the same command begins anew");
   check(saved || (done < steps && goes_on), request_.run, ": ", failed, "; the weights are in ",
@@ -223,7 +226,7 @@ void TrainingRun::end_after(int64_t done) {
   if (done == steps) return;
   const std::string text = concat("stopped    after step ", done, " of ", steps, ", as asked; ");
   if (saved)
-    say(concat(text, "the same command goes on with it; the weights are in ", weights));
+    say(concat(text, command, " goes on with it; the weights are in ", weights));
   else
     warn(concat(text, failed, "; ", next, "; the weights are in ", weights));
 }

@@ -32,11 +32,11 @@ TEST_F(Launch, TrainsUnderMpirunAndHandsOnTheExitCode) {
   EXPECT_EQ(numbers_of(read_file(run() + "/metrics.jsonl"), "loss").size(), 2u);
   result = shell("$moemamba train --ranks 2" + words);  // the folder holds a run
   EXPECT_EQ(result.code, 1) << result.err;
-  EXPECT_EQ(count(result.err,
-                  "moemamba: " + run() +
-                      " already holds a run; choose another --run or set --overwrite=true to "
-                      "replace it; it is finished: step 2 of 2"),
-            1)
+  EXPECT_EQ(
+      count(result.err, "moemamba: " + run() +
+                            " already holds a run; choose another --run or set --overwrite=true to "
+                            "replace it; it is finished: step 2 of 2"),
+      1)
       << result.err;
   result = shell("$mpirun -n 2 $moemamba train --overwrite=true" + words);
   EXPECT_EQ(result.code, 0) << result.err;
@@ -195,8 +195,8 @@ TEST_F(Launch, ASignalEndsTheRunAfterItsStepWithItsWeights) {
     EXPECT_EQ(result.code, code) << result.err;
     EXPECT_EQ(count(result.err, "moemamba: ending after this step"), 1) << result.err;
     EXPECT_EQ(count(result.err,
-                    "of 1000000000, as asked; the same command goes on with it; the weights are "
-                    "in " +
+                    "of 1000000000, as asked; the same command with --overwrite=false goes on with "
+                    "it; the weights are in " +
                         run()),
               1)
         << result.err;

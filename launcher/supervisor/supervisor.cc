@@ -449,7 +449,7 @@ void Supervisor::stop_asked(int signal) {
     text = concat(signal_name(signal), ": saving and ending, within ", left,
                   " s; the next signal ends it at once");
   else if (needed > left)
-    text = concat(signal_name(signal), ": a step and a save take ", needed,
+    text = concat(signal_name(signal), ": two steps and a save take ", needed,
                   " s, which does not fit in ", left,
                   " s (launch.grace_seconds): ending with the checkpoint that is there");
   events_.say({.kind = "preempted", .text = text});
@@ -466,7 +466,8 @@ void Supervisor::stop_asked(int signal) {
 double Supervisor::seconds_to_save() const {
   double step = 0;
   for (const RankView& rank : view_.of_ranks) step = std::max(step, rank.step_seconds);
-  return step + kSaveMargin * view_.save_seconds;
+  // Ranks agree in a step to end with it: a word that comes amid one is for the next.
+  return 2 * step + kSaveMargin * view_.save_seconds;
 }
 
 void Supervisor::end_early(const std::string& text) {
