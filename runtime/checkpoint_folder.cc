@@ -32,19 +32,15 @@ std::optional<int64_t> number(std::string_view text) {
 std::vector<std::string> names_in(const std::string& folder) {
   std::vector<std::string> names;
   std::error_code error, missing;
-  const auto list = [&] {
+  for (int looks = 0; looks < 4; ++looks) {  // it may be made, or go, between the two below
     names.clear();
     error.clear();
     for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
       names.push_back(at->path().filename().string());
-  };
-  list();
-  const auto is_missing = [&] {
-    return fs::symlink_status(folder, missing).type() == fs::file_type::not_found;
-  };
-  // Made, or taken away, between the two looks.
-  for (int again = 0; again < 3 && error && !is_missing(); ++again) list();
-  check(!error || is_missing(), folder, ": cannot be listed: ", error.message());
+    if (!error) break;
+    if (fs::symlink_status(folder, missing).type() == fs::file_type::not_found) return {};
+  }
+  check(!error, folder, ": cannot be listed: ", error.message());
   std::sort(names.begin(), names.end());
   return names;
 }
