@@ -87,6 +87,7 @@ costs=$results/costs  # "kill -9 of a rank: found 0.10 next 1.50 lost 12 seed 1"
 # "P1, P18: N kills of a launch, ..." or "lengths tried: N ...".
 counts() {  # seed
   sed -n '/^ranks  */d
+    /^on h[0-9]/d
     /^moemamba: /d
     /^cases: /{
       s///
