@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <filesystem>
 #include <thread>
@@ -326,6 +327,24 @@ TEST(Damage, OfTheNewestMakesTheNextOlderOneBeTaken) {
   EXPECT_GE(runs, 5);
   std::printf("of them to their end: %d\n", runs);
   report_cases("P11, P12 newest 1 to 4 of 4 damaged", cases);
+}
+
+// A supervisor looks while the first save makes the folder.
+TEST(Damage, AFolderThatIsJustBeingMadeIsAnEmptyOne) {
+  TemporaryFolder folder;
+  for (int i = 0; i < 2000 && !HasFailure(); ++i) {
+    const std::string run = folder / concat("run", i), all = checkpoints_folder(run);
+    fs::create_directory(run);
+    std::atomic<bool> made = false;
+    std::thread maker([&] {
+      fs::create_directory(all);
+      made = true;
+    });
+    do {
+      EXPECT_NO_THROW(EXPECT_TRUE(list_checkpoints(run).empty()));
+    } while (!made);
+    maker.join();
+  }
 }
 
 // A scratch disk that is not mounted, and the like: the run does not begin anew.
