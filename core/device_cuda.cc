@@ -4,6 +4,7 @@
 #include <chrono>
 #include <thread>
 
+#include "core/digest.h"
 #include "core/gpu.h"
 #include "core/stream_impl.h"
 
@@ -81,15 +82,6 @@ struct CudaStream : Stream::Impl {
   uint64_t records = 0;
 };
 
-std::string hexadecimal(const cudaUUID_t& uuid) {
-  std::string text;
-  for (const char c : uuid.bytes) {
-    constexpr const char* kDigits = "0123456789abcdef";
-    text += {kDigits[uint8_t(c) >> 4], kDigits[uint8_t(c) & 15]};
-  }
-  return text;
-}
-
 cudaStream_t native_of(const Stream& stream) { return static_cast<cudaStream_t>(stream.native()); }
 
 }  // namespace
@@ -114,7 +106,7 @@ std::vector<Facts> devices(std::string* why_none) {
                     .bytes = int64_t(properties.totalGlobalMem),
                     .multiprocessors = properties.multiProcessorCount,
                     .capability = properties.major * 10 + properties.minor,
-                    .uuid = hexadecimal(properties.uuid)});
+                    .uuid = hex_of_bytes({properties.uuid.bytes, sizeof properties.uuid.bytes})});
   }
   return list;
 }

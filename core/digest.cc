@@ -33,4 +33,13 @@ std::string random_bytes(size_t bytes) {
   return random;
 }
 
+std::string hex_of_bytes(std::string_view bytes) {
+  std::string text;
+  for (unsigned char byte : bytes) {
+    text += "0123456789abcdef"[byte >> 4];
+    text += "0123456789abcdef"[byte & 15];
+  }
+  return text;
+}
+
 }  // namespace moemamba

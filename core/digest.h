@@ -16,4 +16,7 @@ bool equal_in_constant_time(std::string_view a, std::string_view b);
 // From the system; nobody can guess them.
 std::string random_bytes(size_t bytes);
 
+// Two lowercase digits a byte.
+std::string hex_of_bytes(std::string_view bytes);
+
 }  // namespace moemamba

@@ -365,6 +365,14 @@ void InputFile::read_at(int64_t offset, void* to, size_t bytes) const {
   }
 }
 
+std::string read_regular_file(const std::string& path, int64_t most) {
+  const InputFile file(path);
+  check(file.bytes() <= most, path, ": has ", file.bytes(), " bytes, expected at most ", most);
+  std::string content(size_t(file.bytes()), '\0');
+  file.read_at(0, content.data(), content.size());
+  return content;
+}
+
 // OpenSSL's plain functions: those of its providers allocate for every digest, and steps must not.
 struct Sha256::State {
   SHA256_CTX context;

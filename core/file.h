@@ -141,6 +141,9 @@ class InputFile {
   int64_t bytes_ = 0;
 };
 
+// All of a regular file, of which no symlink is followed. An Error where it is longer than `most`.
+std::string read_regular_file(const std::string& path, int64_t most = INT64_MAX);
+
 // SHA-256 piece by piece.
 class Sha256 {
  public:

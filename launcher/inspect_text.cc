@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdio>
 
+#include "core/digest.h"
 #include "core/error.h"
 #include "runtime/state_hash.h"
 

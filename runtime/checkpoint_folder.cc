@@ -28,23 +28,6 @@ std::optional<int64_t> number(std::string_view text) {
   return whole && !text.empty() && text[0] != '-' ? std::optional(value) : std::nullopt;
 }
 
-// A folder that is not there has none; one that cannot be read is an Error, for it may hold any.
-std::vector<std::string> names_in(const std::string& folder) {
-  std::vector<std::string> names;
-  std::error_code error, missing;
-  for (int looks = 0; looks < 4; ++looks) {  // it may be made, or go, between the two below
-    names.clear();
-    error.clear();
-    for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
-      names.push_back(at->path().filename().string());
-    if (!error) break;
-    if (fs::symlink_status(folder, missing).type() == fs::file_type::not_found) return {};
-  }
-  check(!error, folder, ": cannot be listed: ", error.message());
-  std::sort(names.begin(), names.end());
-  return names;
-}
-
 struct Attempt {
   int64_t step, generation;
 };
@@ -88,6 +71,23 @@ std::optional<Attempt> attempt_of_trash(const std::string& name) {
 }
 
 }  // namespace
+
+// One that cannot be read may hold anything.
+std::vector<std::string> names_in(const std::string& folder) {
+  std::vector<std::string> names;
+  std::error_code error, missing;
+  for (int looks = 0; looks < 4; ++looks) {  // it may be made, or go, between the two below
+    names.clear();
+    error.clear();
+    for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error))
+      names.push_back(at->path().filename().string());
+    if (!error) break;
+    if (fs::symlink_status(folder, missing).type() == fs::file_type::not_found) return {};
+  }
+  check(!error, folder, ": cannot be listed: ", error.message());
+  std::sort(names.begin(), names.end());
+  return names;
+}
 
 std::string checkpoints_folder(const std::string& run) {
   return join_path(run, "checkpoints");

@@ -30,6 +30,9 @@ struct CheckpointPlace {
 // Newest first; only folders (no symlinks) with exactly such a name. A folder that is missing holds
 // none; one that cannot be listed is an Error.
 std::vector<CheckpointPlace> list_checkpoints(const std::string& run);
+// Whatever is in a folder, sorted; nothing where it is not there; an Error where it cannot be
+// listed.
+std::vector<std::string> names_in(const std::string& folder);
 // Names of those that did not hold and were set aside, the newest first.
 std::vector<std::string> list_damaged(const std::string& run);
 // The step, if `name` is a checkpoint's, else nothing.

@@ -4,24 +4,18 @@
 #include <map>
 #include <memory>
 
+#include "core/digest.h"
 #include "core/error.h"
 #include "core/host_mirror.h"
 #include "parallel/gather_blobs.h"
 #include "runtime/checkpoint_digests.h"
-#include "runtime/commands.h"
+#include "runtime/run_ends.h"
 
 namespace moemamba {
 
 namespace {
 
-// The manifest's bytes, but not those of a file that is no manifest at all.
-std::string manifest_bytes(const std::string& path) {
-  const InputFile file(path);
-  check(file.bytes() <= 64 << 20, path, ": ", file.bytes(), " bytes; a manifest is smaller");
-  std::string bytes(size_t(file.bytes()), '\0');
-  file.read_at(0, bytes.data(), bytes.size());
-  return bytes;
-}
+constexpr int64_t kMostManifestBytes = 64 << 20;  // what is longer is none
 
 // Names and shapes of all tensors of the model, over all ranks.
 std::map<std::string, std::pair<Shape, bool>> tensors_of(const ParameterStore& store) {
@@ -88,8 +82,8 @@ std::string layout_text(const CheckpointManifest& from, const RankLayout& to) {
 
 Checkpoint::Checkpoint(const std::string& path)
     : path_(path),
-      manifest_(
-          unseal(manifest_bytes(join_path(path, kManifestName)), join_path(path, kManifestName))) {
+      manifest_(unseal(read_regular_file(join_path(path, kManifestName), kMostManifestBytes),
+                       join_path(path, kManifestName))) {
   const auto slash = path.find_last_of('/');
   const std::optional<int64_t> step =
       step_of_name(slash == std::string::npos ? path : path.substr(slash + 1));

@@ -2,7 +2,7 @@
 #include <functional>
 #include <string>
 
-#include "core/error.h"
+#include "runtime/run_ends.h"
 #include "core/file.h"
 #include "model/model_config.pb.h"
 #include "parallel/groups.h"
@@ -47,12 +47,6 @@ struct TrainRequest {
   std::function<bool(int64_t step)> spoil;
   std::function<void(int64_t step)> before_step;
   std::function<void(int64_t step, double seconds)> before_verdict;
-};
-
-// A training that ends because its settings say so: to start it again would meet the same.
-class RunEnds : public Error {
- public:
-  using Error::Error;
 };
 
 struct TrainResult {

@@ -118,13 +118,11 @@ const char* name_of(NameKind kind) {
 std::vector<ListedCheckpoint> list_run(const std::string& run) {
   const std::string folder = checkpoints_folder(without_slash(run));
   std::vector<ListedCheckpoint> list;
-  std::error_code error;
-  for (fs::directory_iterator at(folder, error), end; !error && at != end; at.increment(error)) {
-    std::error_code gone;
-    if (at->symlink_status(gone).type() == fs::file_type::directory)
-      list.push_back(look_at(folder, at->path().filename().string()));
+  for (const std::string& name : names_in(folder)) {
+    std::error_code error;
+    if (fs::symlink_status(join_path(folder, name), error).type() == fs::file_type::directory)
+      list.push_back(look_at(folder, name));
   }
-  check(!error || !file_exists(folder), folder, ": cannot be listed: ", error.message());
   std::sort(list.begin(), list.end(), [](const auto& a, const auto& b) {
     return a.step != b.step ? a.step > b.step : a.name < b.name;
   });

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "core/digest.h"
 #include "runtime/inspect.h"
 #include "runtime/state_hash.h"
 

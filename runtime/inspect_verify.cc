@@ -3,6 +3,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "core/digest.h"
 #include "core/error.h"
 #include "runtime/checkpoint_parts.h"
 #include "runtime/checkpoint_shard.h"

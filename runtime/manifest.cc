@@ -297,13 +297,4 @@ Manifest unseal(std::string bytes, const std::string& path) {
   return manifest;
 }
 
-std::string hex_of_bytes(std::string_view bytes) {
-  std::string text;
-  for (unsigned char byte : bytes) {
-    text += "0123456789abcdef"[byte >> 4];
-    text += "0123456789abcdef"[byte & 15];
-  }
-  return text;
-}
-
 }  // namespace moemamba

@@ -134,6 +134,4 @@ std::string seal(const CheckpointManifest& manifest);
 // more memory than twice their number, 16 KiB aside.
 Manifest unseal(std::string bytes, const std::string& path);
 
-std::string hex_of_bytes(std::string_view bytes);
-
 }  // namespace moemamba

@@ -29,15 +29,6 @@ class PlannedState {
   LanguageModel model_;
 };
 
-// A small file that a manifest names; a symlink that has come into its place since every byte was
-// verified is not followed.
-std::string own_file(const std::string& path) {
-  const InputFile file(path);
-  std::string content(size_t(file.bytes()), '\0');
-  file.read_at(0, content.data(), content.size());
-  return content;
-}
-
 // Of the file that holds the first tensor's values.
 SafetensorsMetadata metadata_of(const Checkpoint& from, const std::string& config) {
   const Manifest& m = from.manifest();
@@ -119,7 +110,8 @@ void copy_others(const Checkpoint& from,
       for (const auto& piece : pieces) holds_pieces[size_t(piece.file())] = true;
   for (size_t i = 0; i < holds_pieces.size(); ++i) {
     const std::string name = from.manifest().files(int(i)).name();
-    if (!holds_pieces[i] && name != kIndexName) write(name, own_file(join_path(from.path(), name)));
+    if (!holds_pieces[i] && name != kIndexName)
+      write(name, read_regular_file(join_path(from.path(), name)));
   }
 }
 

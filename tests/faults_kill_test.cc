@@ -38,15 +38,20 @@ pid_t find(const Launched& launched, const Hosts& hosts, size_t victim, uint64_t
 }
 
 // The command again, after a while in which the ranks go on, or so late that they have given up.
-void start_again(Launched& launched, bool late) {
-  EXPECT_EQ(launched.end(kPatience), -SIGKILL);
-  if (late) {
+// False: the supervisor had ended by itself when it was to be killed, for the run was done.
+bool start_again(Launched& launched, bool late) {
+  const int code = launched.end(kPatience);
+  if (code != 0) EXPECT_EQ(code, -SIGKILL);
+  if (code == 0) {
+    EXPECT_EQ(launched.steps(), kSteps) << launched.said();
+  } else if (late) {
     EXPECT_TRUE(wait_until([&] { return launched.processes_left().empty(); }, 15))
         << "ranks outlive their fence";
   } else {
     launched.wait_for_steps(3, 2);
   }
   launched.start();
+  return code != 0;
 }
 
 TEST_F(FaultKill, OfAnythingLeavesTheRunAsItWouldHaveBeen) {
@@ -81,7 +86,7 @@ TEST_F(FaultKill, OfAnythingLeavesTheRunAsItWouldHaveBeen) {
       const Launched::Before before = launched.before();
       const pid_t hit = find(launched, hosts, victim, uint64_t(uniform(1000)));
       if (hit <= 0 || kill(hit, SIGKILL) != 0) continue;  // nothing there, amid a restart
-      if (victim == 3) start_again(launched, late);
+      if (victim == 3 && !start_again(launched, late)) break;
       if (late) kind = kLate;
       if (amid) kind = "kill -9 amid a restart";
       amid = victim != 3 && uniform(1) < 0.25;

@@ -37,6 +37,13 @@ bool wait_until(Holds&& holds, double most = 60) {
   return true;
 }
 
+ControlWord goodbye(Goodbye::Reason reason, const std::string& text) {
+  ControlWord word;
+  word.mutable_goodbye()->set_reason(reason);
+  word.mutable_goodbye()->set_text(text);
+  return word;
+}
+
 class SpokenFor : public ProgramTest {
  protected:
   ~SpokenFor() override {
@@ -166,10 +173,7 @@ TEST_F(SpokenFor, AnErrorThatARankTellsCountsAgainstItsMachineAlone) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=30");
   {
     auto one = join(1, 0, "node0"), other = join(1, 1, "node1");
-    ControlWord word;
-    word.mutable_goodbye()->set_reason(Goodbye::FAILED);
-    word.mutable_goodbye()->set_text("the GPU is gone");
-    other->send(word);
+    other->send(goodbye(Goodbye::FAILED, "the GPU is gone"));
     const auto end = one->next();
     ASSERT_TRUE(end && end->has_order()) << said();
     EXPECT_EQ(end->order().what(), Order::END);
@@ -305,10 +309,7 @@ TEST_F(SpokenFor, ARankThatItsSettingsHaveEndedIsNotStartedAgain) {
   const pid_t launcher = start(words() + "--launch.fence_seconds=30");
   {
     auto one = join(1, 0, "node0"), other = join(1, 1, "node1");
-    ControlWord word;
-    word.mutable_goodbye()->set_reason(Goodbye::FINAL);
-    word.mutable_goodbye()->set_text("step 5 is not finite");
-    one->send(word);
+    one->send(goodbye(Goodbye::FINAL, "step 5 is not finite"));
     const auto end = other->next();
     ASSERT_TRUE(end && end->has_order()) << said();
   }

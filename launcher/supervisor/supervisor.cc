@@ -37,16 +37,6 @@ std::string overwriting_mark(const std::string& run) {
   return join_path(run, "overwriting");
 }
 
-std::string hex(const std::string& bytes) {
-  constexpr const char* kDigits = "0123456789abcdef";
-  std::string text;
-  for (const char c : bytes) {
-    text += kDigits[uint8_t(c) >> 4];
-    text += kDigits[uint8_t(c) & 15];
-  }
-  return text;
-}
-
 // A descriptor for each rank's connection and its process, and for all else.
 void allow_connections(int ranks) {
   rlimit limit{};
@@ -339,7 +329,7 @@ void Supervisor::begin_attempt() {
 void Supervisor::start_ranks() {
   doing_ = Doing::running;
   state_.attempt += 1;
-  state_.job = hex(random_bytes(16));
+  state_.job = hex_of_bytes(random_bytes(16));
   const std::string log = join_path(folder_, concat("ranks-", state_.attempt, ".log"));
   files_.remove(join_path(folder_, concat("ranks-", state_.attempt - kLogsKept, ".log")));
   reset_view(recovery_->ranks(), recovery_->expert());
